@@ -1,0 +1,285 @@
+"""The run file: strict, frozen models; dotted overrides; one clear error for wrong input."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from est_ds.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# A step (whole number) or a fraction of the run (a number with a point, at most 1.0).
+Position = Annotated[int, Field(ge=0)] | Share
+
+
+class Strict(BaseModel):
+    """Settings that refuse unknown keys and cannot change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Batch(Strict):
+    """Sequences: global = micro x accumulation x data_parallel."""
+
+    global_: Positive = Field(alias="global")
+    micro: Positive
+
+    def accumulation(self, data_parallel: int) -> int:
+        """Micro-batches that one replica accumulates in a step.
+
+        Raises:
+            UserError: micro x data_parallel does not divide global.
+        """
+        share = self.micro * data_parallel
+        if self.global_ % share:
+            up = -(-self.global_ // share) * share
+            raise UserError(
+                f"batch.global={self.global_} is not a multiple of batch.micro={self.micro} x "
+                f"data_parallel={data_parallel} (global_batch = micro_batch x accumulation x "
+                f"data_parallel); use batch.global={up} or change batch.micro or the number of "
+                f"processes."
+            )
+        return self.global_ // share
+
+
+class Parallel(Strict):
+    """Pipe stages, and the ZeRO stage that shards over the replicas."""
+
+    pipe: Positive = 1
+    zero: Literal[0, 1, 2] = 1
+
+    @model_validator(mode="after")
+    def _zero_fits_pipe(self) -> Parallel:
+        if self.pipe > 1 and self.zero > 1:
+            raise ValueError(
+                f"zero={self.zero} with pipe={self.pipe}: DeepSpeed's pipeline works with ZeRO 0 "
+                f"or 1; set parallel.zero=1, or parallel.pipe=1"
+            )
+        return self
+
+
+class Data(Strict):
+    """Packed corpora (prefixes of .bin and .idx), their tokenizer, tokens of a sequence."""
+
+    train: str
+    valid: str
+    tokenizer: str
+    sequence: Positive
+
+
+class Optimizer(Strict):
+    """AdamW; `lr` is the peak. Norms and biases do not decay."""
+
+    lr: Annotated[float, Field(gt=0.0)]
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+
+
+class Cosine(Strict):
+    """Linear warm-up, then half a cosine down to `final` x lr."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup: Position = 0.02
+    final: Share = 0.1
+
+
+class Wsd(Strict):
+    """Linear warm-up, a stable stretch, then a linear decay of length `decay` to `final` x lr."""
+
+    name: Literal["wsd"]
+    warmup: Position = 0.02
+    decay: Position = 0.2
+    final: Share = 0.1
+
+
+class Checkpoint(Strict):
+    """Every `every` steps and at phase boundaries; the newest `keep` stay (0: all)."""
+
+    every: Positive
+    keep: Annotated[int, Field(ge=0)] = 2
+
+
+class Evaluate(Strict):
+    """Held-out loss of the full model every `every` steps, on the first `sequences` windows."""
+
+    every: Positive
+    sequences: Positive
+
+
+class Log(Strict):
+    every: Positive = 1
+
+
+class RunConfig(Strict):
+    """One run. The sections `model` and `method` are checked by the family and the method."""
+
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Positive
+    precision: Literal["fp32", "bf16"] = "fp32"
+    model: dict[str, Any]
+    method: dict[str, Any]
+    data: Data
+    batch: Batch
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer
+    schedule: Annotated[Cosine | Wsd, Field(discriminator="name")] = Cosine()
+    checkpoint: Checkpoint
+    evaluate: Evaluate
+    log: Log = Log()
+    activation_checkpointing: bool = False
+    deepspeed: dict[str, Any] = {}
+
+    def data_parallel(self, processes: int) -> int:
+        """Replicas of the model: processes / pipe.
+
+        Raises:
+            UserError: parallel.pipe does not divide the processes.
+        """
+        if processes % self.parallel.pipe:
+            raise UserError(
+                f"parallel.pipe={self.parallel.pipe} does not divide {processes} processes; start "
+                f"a multiple of {self.parallel.pipe} (--processes), or change parallel.pipe."
+            )
+        return processes // self.parallel.pipe
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+M = TypeVar("M", bound=Strict)
+
+
+def checked(kind: type[M], section: dict[str, Any], where: str = "") -> M:
+    """`section` as `kind`.
+
+    Raises:
+        UserError: the first thing wrong with it, by its dotted name.
+    """
+    try:
+        return kind.model_validate(section)
+    except ValidationError as e:
+        raise UserError(_describe(kind, e.errors()[0], where)) from None
+
+
+def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
+    location = [str(part) for part in error["loc"] if part not in ("cosine", "wsd", "int", "float")]
+    field = ".".join(([where] if where else []) + location)
+    if error["type"] == "extra_forbidden":
+        known = _keys_beside(kind, error["loc"])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {field!r}; {hint}Known here: {', '.join(known)}."
+    if error["type"] == "missing":
+        return f"{field} is missing; add it to the run file."
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], (dict, list)):
+        return f"{field}: {message}."
+    return f"{field}={error['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _keys_beside(kind: Any, location: tuple) -> list[str]:
+    """The keys that the model at `location` (less its last part) knows."""
+    models = [kind]
+    for part in location[:-1]:
+        found = []
+        for model in models:
+            if part in ("cosine", "wsd") and model.model_fields["name"].annotation == Literal[part]:
+                found.append(model)
+            for name, info in model.model_fields.items():
+                if part in (name, info.alias):
+                    found += _models_in(info.annotation)
+        models = found or models
+    return [info.alias or name for model in models for name, info in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner = getattr(annotation, "__args__", ())
+    return [model for part in inner for model in _models_in(part)]
+
+
+def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a run file, or the `config.yaml` of a run directory, and applies the overrides.
+
+    Args:
+        overrides: `section.field=value`, the value in YAML. A new `method.name` replaces the
+            whole method section, since the other method's settings cannot take effect.
+
+    Raises:
+        UserError: a file is missing or no YAML mapping, or a field is wrong.
+    """
+    path = Path(path)
+    file = path / "config.yaml" if path.is_dir() else path
+    tree = _read_mapping(file, "run file")
+    if path.is_dir():
+        tree["run_dir"] = str(path)
+    for override in overrides or []:
+        _override(tree, override)
+    model = tree.get("model")
+    if isinstance(model, str):
+        # A model file is part of the run file: its path is relative to the file naming it.
+        tree["model"] = _read_mapping(file.parent / model, "model file (model)")
+    return checked(RunConfig, tree)
+
+
+def _read_mapping(file: Path, what: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{what} {str(file)!r} does not exist; check the path.") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{what} {str(file)!r} cannot be read: {e}.") from None
+    except yaml.YAMLError as e:
+        raise UserError(f"{what} {str(file)!r} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{what} {str(file)!r} must hold a mapping of fields, not {tree!r:.40}.")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise UserError(f"override {override!r}: write section.field=value, for example steps=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML; quote it.") from None
+    *path, last = field.split(".")
+    if field == "method.name":
+        section = tree.get("method")
+        if not isinstance(section, dict) or section.get("name") != value:
+            tree["method"] = {"name": value}
+        return
+    node: Any = tree
+    for depth, part in enumerate(path):
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            node = _item(node, part, override)
+        if not isinstance(node, (dict, list)):
+            above = ".".join(path[: depth + 1])
+            raise UserError(f"override {override!r}: {above} is {node!r}, not a section.")
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _item(node, last, override)
+        node[int(last)] = value
+
+
+def _item(node: list, part: str, override: str) -> Any:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(
+            f"override {override!r}: {part!r} is not a position in a list of {len(node)}; "
+            f"use 0 to {len(node) - 1}."
+        )
+    return node[int(part)]

@@ -1,0 +1,34 @@
+"""The methods by name. A new method is one file, one line here and one YAML preset."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from est_ds.config import checked
+from est_ds.errors import UserError
+from est_ds.plans.methods.base import Method
+from est_ds.plans.methods.est import Est
+from est_ds.plans.methods.full import Full
+from est_ds.plans.shape import ModelShape
+
+METHODS: dict[str, type[Method]] = {
+    "full": Full,
+    "est": Est,
+}
+
+
+def build_method(section: dict[str, Any], *, seed: int, steps: int, shape: ModelShape) -> Method:
+    """The method that the run file's `method` section describes.
+
+    Raises:
+        UserError: an unknown name or setting, or settings that do not fit the model or the run.
+    """
+    name = section.get("name")
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UserError(f"method.name={name!r}: use one of {', '.join(METHODS)}{hint}")
+    method = METHODS[name]
+    settings = checked(method.Settings, section, "method")
+    return method(settings, seed=seed, steps=steps, shape=shape)

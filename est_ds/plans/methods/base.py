@@ -1,0 +1,79 @@
+"""What every method is: a pure function from a step to a plan, with settings of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from est_ds.config import Strict
+from est_ds.plans.phases import Phase, phase_at
+from est_ds.plans.plan import Plan
+from est_ds.plans.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much of one layer is computed.
+
+    Attributes:
+        probability: chance that the layer is kept.
+        units: kept heads or columns of every part.
+        groups: kept key/value heads of every part (0 for an MLP).
+    """
+
+    probability: float
+    units: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+class Method(ABC):
+    """A schedule of plans.
+
+    Attributes:
+        Settings: the pydantic model of the method's section of the run file.
+        phases: the step ranges of the schedule.
+        run_lengths: runs of layers over which kept layers are spread; a pipeline may cut only
+            at their ends. None: no promise is made.
+    """
+
+    Settings: ClassVar[type[Strict]]
+    phases: tuple[Phase, ...]
+    run_lengths: tuple[int, ...] | None = None
+
+    def __init__(self, settings: Strict, *, seed: int, steps: int, shape: ModelShape) -> None:
+        self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
+
+    def phase_at(self, step: int) -> int:
+        return phase_at(self.phases, step)
+
+    @abstractmethod
+    def plan(self, step: int) -> Plan:
+        """The plan of `step`; the same on every rank, in every layout, at every time."""
+
+    @abstractmethod
+    def loads(self, step: int) -> tuple[Load, ...]:
+        """The expected load of every layer at `step`; exact where counts are exact."""
+
+
+def full_loads(shape: ModelShape) -> tuple[Load, ...]:
+    """The loads of the dense model."""
+    return tuple(
+        Load(1.0, tuple(p.units for p in layer), tuple(getattr(p, "groups", 0) for p in layer))
+        for layer in shape.layers
+    )
+
+
+def plan_loads(plan: Plan, shape: ModelShape) -> tuple[Load, ...]:
+    """The loads of one drawn plan."""
+    loads = []
+    for dense, layer in zip(full_loads(shape), plan.layers):
+        if layer is None:
+            loads.append(Load(0.0, dense.units, dense.groups))
+            continue
+        groups = tuple(
+            g if kept.groups is None else len(kept.groups)
+            for kept, g in zip(layer.parts, dense.groups)
+        )
+        loads.append(Load(1.0, tuple(kept.count for kept in layer.parts), groups))
+    return tuple(loads)

@@ -1,0 +1,73 @@
+"""What a plan and the FLOPs need to know of a model: layers, their parts, and their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention sublayer.
+
+    Attributes:
+        heads: number of query heads.
+        groups: number of key/value heads (equal to `heads` without grouped-query attention).
+        head_dim: width of one head.
+        hidden: width of the residual stream that q, k, v read and o writes.
+        cross: keys and values come from another sequence (the encoder's output).
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    hidden: int
+    cross: bool = False
+
+    @property
+    def units(self) -> int:
+        return self.heads
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One MLP sublayer.
+
+    Attributes:
+        columns: inner width.
+        hidden: width of the residual stream.
+        matrices: weight matrices of `hidden x columns`: 2, or 3 when gated.
+    """
+
+    columns: int
+    hidden: int
+    matrices: int
+
+    @property
+    def units(self) -> int:
+        return self.columns
+
+
+Part = Attention | Mlp
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as plans see it.
+
+    Attributes:
+        family: Hugging Face `model_type`.
+        layers: the parts of every layer, in the order of the plan's layers.
+        hidden: width of the residual stream.
+        vocabulary: rows of the output head.
+        sequence: the longest sequence the model takes, tokens.
+    """
+
+    family: str
+    layers: tuple[tuple[Part, ...], ...]
+    hidden: int
+    vocabulary: int
+    sequence: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)

@@ -1,0 +1,57 @@
+"""Builds Hugging Face models: empty for planning, or initialised alike in every layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The unmodified Hugging Face model of `config` with empty (meta) weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def initialise(model: nn.Module, paths: Iterable[str], seed: int) -> None:
+    """Gives the submodules at `paths` real weights, drawn as Hugging Face draws them.
+
+    Every module's draw is addressed by (seed, its path), so that a pipe stage that builds three
+    layers gets the weights that a process building the whole model has there.
+
+    Args:
+        model: a model with empty weights.
+        paths: paths of submodules; "" is the whole model.
+    """
+    for path in paths:
+        root = model.get_submodule(path)
+        found = [(f"{path}.{name}".strip("."), m) for name, m in root.named_modules()]
+        for _, module in found:
+            if any(t.is_meta for t in [*module.parameters(False), *module.buffers(False)]):
+                module.to_empty(device="cpu", recurse=False)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for name, module in reversed(found):  # children before parents, as the library does
+                digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+                torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+                model._init_weights(module)
+    if "" in paths:
+        model.tie_weights()
+
+
+def build_model(config: Any, seed: int) -> nn.Module:
+    """The whole model, initialised."""
+    model = empty_model(config)
+    initialise(model, [""], seed)
+    return model

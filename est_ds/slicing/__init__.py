@@ -1,0 +1,1 @@
+"""Subnetworks of unmodified Hugging Face models, by slicing leaf modules in place."""

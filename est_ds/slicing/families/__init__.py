@@ -1,0 +1,74 @@
+"""The supported families. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from est_ds.errors import UserError
+from est_ds.slicing.families.base import Family
+from est_ds.slicing.families.llama import Llama
+
+FAMILIES: tuple[Family, ...] = (Llama(),)
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a Hugging Face `model_type`.
+
+    Raises:
+        UserError: no family file speaks for it.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(t for family in FAMILIES for t in family.model_types)
+    raise UserError(
+        f"model.model_type={model_type!r} is not supported; supported are {known}. A family file "
+        f"(est_ds/slicing/families/) must say the model's shape, where its layers are, which "
+        f"linear layers hold heads and MLP columns, and what follows their count."
+    )
+
+
+def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
+    """The Hugging Face config of the run file's `model` section.
+
+    Args:
+        sequence: the run's sequence length, which the model must be able to take.
+
+    Raises:
+        UserError: an unknown family or key, or values that Hugging Face or the run refuses.
+    """
+    from transformers import AutoConfig
+
+    section = dict(section)
+    model_type = section.pop("model_type", None)
+    family_of(model_type)
+    plain = AutoConfig.for_model(model_type)
+    known = set(plain.to_dict()) | {"head_dim"}
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"unknown key 'model.{key}' for model_type {model_type!r}{hint}")
+    try:
+        config = AutoConfig.for_model(model_type, **section)
+        config._attn_implementation = "sdpa"
+        shape = family_of(model_type).shape(config)
+    except Exception as e:  # whatever the library raises for values that do not fit
+        raise UserError(f"model: {' '.join(str(e).split())}") from None
+    _check_divides(shape, config)
+    if sequence is not None and sequence > shape.sequence:
+        raise UserError(
+            f"data.sequence={sequence} is longer than the model's longest sequence "
+            f"(model.max_position_embeddings={shape.sequence}); shorten it, or raise the model's."
+        )
+    return config
+
+
+def _check_divides(shape: Any, config: Any) -> None:
+    attention = shape.layers[0][0]
+    if attention.heads % attention.groups:
+        raise UserError(
+            f"model.num_key_value_heads={attention.groups} does not divide "
+            f"model.num_attention_heads={attention.heads}; use a divisor."
+        )

@@ -1,0 +1,69 @@
+"""Llama and the families that share its module names: Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, arange, nn
+
+from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.slicing.families.base import Family, Follower, Piece, Slot
+
+
+class Llama(Family):
+    model_types = ("llama", "mistral", "qwen2", "qwen3")
+
+    def shape(self, config: Any) -> ModelShape:
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        attention = Attention(heads, config.num_key_value_heads, head_dim, hidden)
+        mlp = Mlp(config.intermediate_size, hidden, matrices=3)
+        return ModelShape(
+            family=config.model_type,
+            layers=((attention, mlp),) * config.num_hidden_layers,
+            hidden=hidden,
+            vocabulary=config.vocab_size,
+            sequence=config.max_position_embeddings,
+        )
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.model.layers)
+
+    def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
+        attention, mlp = layer.self_attn, layer.mlp
+        size = attention.head_dim
+        repeats = Follower(attention, "num_key_value_groups", lambda heads, groups: heads // groups)
+        return (
+            Slot(
+                rows=((attention.q_proj, size),),
+                group_rows=((attention.k_proj, size), (attention.v_proj, size)),
+                columns=((attention.o_proj, size),),
+                followers=(repeats,),
+            ),
+            Slot(rows=((mlp.gate_proj, 1), (mlp.up_proj, 1)), columns=((mlp.down_proj, 1),)),
+        )
+
+    def pieces(self, config: Any) -> list[Piece]:
+        layers = [
+            Piece((f"model.layers.{i}", "model.rotary_emb"), _layer, layer=i)
+            for i in range(config.num_hidden_layers)
+        ]
+        return [
+            Piece(("model.embed_tokens",), _embed),
+            *layers,
+            Piece(("model.norm", "lm_head"), _head),
+        ]
+
+
+def _embed(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
+    return embedding(ids_BT)
+
+
+def _layer(layer: nn.Module, rotary: nn.Module, x_BTH: Tensor) -> Tensor:
+    positions = arange(x_BTH.shape[1], device=x_BTH.device)[None]
+    # No mask: attention is causal by the module's own flag, as in the whole model.
+    return layer(x_BTH, position_embeddings=rotary(x_BTH, positions))
+
+
+def _head(norm: nn.Module, head: nn.Module, x_BTH: Tensor) -> Tensor:
+    return head(norm(x_BTH))

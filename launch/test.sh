@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The fast tests, on the CPU if there is no GPU. Arguments go to pytest:
+#     launch/test.sh tests/test_launch.py     one file (paths are seen from the checkout)
+#     launch/test.sh -m slow                  the slow tests, which .pytest.ini leaves out
+set -euo pipefail
+{ : <&0; } 2>/dev/null || exec </dev/null
+
+. "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+cd "$EST_DS_ROOT"
+
+# Tests start several processes each: one thread a process, or they take the cores from one another.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+est_ds_has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+exec python -m pytest -q "$@"

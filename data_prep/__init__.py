@@ -1,0 +1,1 @@
+"""Text to corpus: gather documents, train a tokenizer, pack tokens, verify files."""

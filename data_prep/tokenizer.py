@@ -1,0 +1,150 @@
+"""Verb `tokenizer`: a Llama-style sentencepiece BPE that Hugging Face loads as it is."""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from data_prep.documents import list_sources, read_documents
+from data_prep.files import staged
+from est_ds.errors import UserError
+
+_CHUNK_CHARACTERS = 1000
+_NUM_CHECKS = 200
+
+# As Llama: BPE, bytes for unknown characters, single digits, no normalisation, ids 0-2.
+# Unlike Llama no space is put before a text, so that decoding returns it unchanged.
+# num_threads is written into the model: it is fixed, or the file would depend on it.
+_SETTINGS = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "add_dummy_prefix": False,
+    "character_coverage": 0.9999,
+    "max_sentence_length": 1 << 20,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    "num_threads": 2,
+    "minloglevel": 2,
+}
+_HF_SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "unk_token": "<unk>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "legacy": False,
+    "clean_up_tokenization_spaces": False,
+}
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def train(inputs: list[Path], out: Path, vocabulary: int, max_chunks: int) -> None:
+    """Trains a tokenizer; the same documents give the same files.
+
+    Writes `tokenizer.model`, and `tokenizer.json` and `tokenizer_config.json` with which
+    `transformers.AutoTokenizer` loads it offline and encodes as sentencepiece does. This
+    is checked on a sample of the input before anything is written.
+
+    Args:
+        inputs: Files and folders of documents.
+        out: Folder to write into; other files in it are left alone.
+        vocabulary: Number of ids, with 3 special tokens and 256 bytes.
+        max_chunks: Chunks of about 1000 characters to train on; those with the smallest
+            hash are taken.
+
+    Raises:
+        UserError: Wrong input, or a vocabulary that the text cannot fill.
+    """
+    if max_chunks < 1:
+        raise UserError(f"--sentences={max_chunks} is not allowed; use at least 1.")
+    if vocabulary < 260:
+        raise UserError(
+            f"--vocab={vocabulary} is not allowed; use at least 260: 256 bytes, 3 special tokens "
+            f"and a piece."
+        )
+    chunks = _sample(inputs, max_chunks)
+    model = _train_model(chunks, vocabulary)
+    with staged(*(out / name for name in _FILES)) as temporary:
+        contents = _hugging_face_files(model, chunks[:: max(1, len(chunks) // _NUM_CHECKS)])
+        for name, path in zip(_FILES, temporary, strict=True):
+            path.write_bytes(contents[name])
+    size = sum(len(chunk) for chunk in chunks)
+    print(f"{out}: {vocabulary:,} pieces, trained on {len(chunks):,} chunks, {size:,} characters")
+
+
+def _sample(inputs: list[Path], max_chunks: int) -> list[str]:
+    """At most max_chunks chunks in document order, chosen by hash of place and text."""
+    chunks, num_chunks = [], 0
+    for document in read_documents(list_sources(inputs)):
+        for number, text in enumerate(_chunks(document.text)):
+            address = f"{document.id}\0{number}\0{text}".encode()
+            key = hashlib.blake2b(address, digest_size=8).digest()
+            chunks.append((key, num_chunks, text))
+            num_chunks += 1
+        if len(chunks) > 2 * max_chunks + 10_000:
+            chunks = sorted(chunks)[:max_chunks]
+    if not chunks:
+        raise UserError("--input: no document with text in it; give other files.")
+    chosen = sorted(chunks)[:max_chunks]
+    return [text for _, _, text in sorted(chosen, key=lambda chunk: chunk[1])]
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Whole lines with their ends, gathered up to 1000 characters; longer lines are cut."""
+    chunk = ""
+    for line in text.splitlines(keepends=True):
+        while chunk and len(chunk) + len(line) > _CHUNK_CHARACTERS:
+            yield chunk[:_CHUNK_CHARACTERS]
+            chunk = chunk[_CHUNK_CHARACTERS:]
+        chunk += line
+    for start in range(0, len(chunk), _CHUNK_CHARACTERS):
+        yield chunk[start : start + _CHUNK_CHARACTERS]
+
+
+def _train_model(chunks: list[str], vocabulary: int) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(chunks), model_writer=model, vocab_size=vocabulary, **_SETTINGS
+        )
+    except (RuntimeError, ValueError) as error:
+        # "INTERNAL: file(line) [condition] reason"; the reason may end in advice on its own flags
+        reason = str(error).rsplit("] ", 1)[-1].split(" Increase ")[0].strip().rstrip(".")
+        raise UserError(
+            f"--vocab={vocabulary} does not fit the text of --input, sentencepiece says: {reason}; "
+            f"use another --vocab or more text."
+        ) from None
+    return model.getvalue()
+
+
+def _hugging_face_files(model: bytes, samples: list[str]) -> dict[str, bytes]:
+    """Contents of each of `_FILES`, with the conversion to tokenizer.json checked."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoTokenizer
+
+    config = (json.dumps(_HF_SETTINGS, indent=2) + "\n").encode()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.model").write_bytes(model)
+        Path(folder, "tokenizer_config.json").write_bytes(config)
+        AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(f"{folder}/tokenizer.json")
+        converted = Path(folder, "tokenizer.json").read_bytes()
+        loaded = AutoTokenizer.from_pretrained(folder)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in samples:
+        # Text such as "</s>" is text here, and a special token to Hugging Face unless told.
+        ids = loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == processor.encode(text), f"Hugging Face encodes {text!r} differently"
+    return {"tokenizer.model": model, "tokenizer_config.json": config, "tokenizer.json": converted}

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,13 @@ def _check_manifest(header: Header, manifest: Manifest) -> None:
 
 def _open_dataset(header: Header):
     """DeepSpeed's reader, silent, with Megatron's meaning of type code 8 where it holds."""
-    from deepspeed.runtime.data_pipeline.data_sampling import indexed_dataset
+    # A first import of deepspeed reports the accelerator it found, which is no news here.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        from deepspeed.runtime.data_pipeline.data_sampling import indexed_dataset
+    finally:
+        logging.disable(disabled)
 
     deepspeed_types = dict(indexed_dataset.dtypes)
     try:

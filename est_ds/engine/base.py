@@ -1,0 +1,117 @@
+"""What the training loop sees of an engine.
+
+Shapes: ids and labels [B, T] (micro-batch, sequence), int64; label -100 is ignored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from est_ds.config import Optimizer, RunConfig
+from est_ds.slicing.subnetwork import Subnetwork
+
+MicroBatch = tuple[Tensor, Tensor]
+
+
+def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy summed over the tokens that count, over B * T: nats per token.
+
+    The divisor does not depend on the labels, so that micro-batches may be averaged in any
+    grouping (a padded batch counts for what it holds).
+    """
+    losses = cross_entropy(
+        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return losses / labels_BT.numel()
+
+
+def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with two groups: matrices decay, norms and biases do not.
+
+    Every pipe stage has both groups, even if one held nothing: DeepSpeed reduces norms group by
+    group, and hangs where stages differ in their number.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+    )
+
+
+class Engine(ABC):
+    """A DeepSpeed engine, its slicing and its coordinates.
+
+    Attributes:
+        subnetwork: slicing on the layers that live in this process.
+        replica: this process's data-parallel rank.
+        num_replicas: data-parallel size.
+    """
+
+    subnetwork: Subnetwork
+    replica: int
+    num_replicas: int
+    config: RunConfig
+    deepspeed: Any
+
+    @abstractmethod
+    def train_batch(self, batches: Iterator[MicroBatch]) -> float:
+        """One optimizer step over this replica's micro-batches; the mean loss of all replicas."""
+
+    @abstractmethod
+    def mean_loss(self, batches: list[MicroBatch]) -> float:
+        """The mean of `token_loss` over all replicas' micro-batches, without gradients."""
+
+    @abstractmethod
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights that live in this process, by their Hugging Face names."""
+
+    @property
+    def grad_norm(self) -> float:
+        """The global norm of the last step's gradients, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Every rank writes its part of a checkpoint to folder/tag."""
+        self.deepspeed.save_checkpoint(
+            str(folder), tag=tag, client_state={"est_ds": state}, save_latest=False
+        )
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Every rank reads its part; returns what `save` was given as state."""
+        path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint at {folder / tag}")
+        return state["est_ds"]
+
+    def write_events(self, events: dict[str, float], samples: int) -> None:
+        """Sends figures to DeepSpeed's monitor (TensorBoard and whatever else is configured)."""
+        if self.deepspeed.monitor.enabled:
+            self.deepspeed.monitor.write_events([(k, v, samples) for k, v in events.items()])
+
+
+def keep_float32_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that must survive DeepSpeed's cast of the whole module (rotary frequencies)."""
+    return {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+
+
+def restore_float32_buffers(module: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Puts back what `keep_float32_buffers` kept, on the device where the module now is."""
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        setattr(parent, leaf, buffer.to(getattr(parent, leaf).device))

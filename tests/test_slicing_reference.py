@@ -35,11 +35,13 @@ class Case:
         section: the `model` section of a run file.
         auto_class: the library's class that builds the unmodified model.
         layers: for every stack of layers, its path and the output projection of every part.
+        head: path of the output head.
     """
 
     section: dict[str, Any]
     layers: tuple[tuple[str, tuple[str, ...]], ...]
     auto_class: str = "AutoModelForCausalLM"
+    head: str = "lm_head"
 
 
 LLAMA = (("model.layers", ("self_attn.o_proj", "mlp.down_proj")),)
@@ -103,22 +105,23 @@ def installed(case: Case, model: nn.Module) -> Subnetwork:
     return Subnetwork(family, shape_of(case), dict(enumerate(family.layers(model))))
 
 
-def inputs_of(case: Case) -> dict[str, Tensor]:
-    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6]."""
+def inputs_of(case: Case, same_lengths: bool = False) -> dict[str, Tensor]:
+    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6], or [2, 9] too."""
     generator = torch.Generator().manual_seed(3)
     vocabulary = case.section["vocab_size"]
     ids = {"input_ids": torch.randint(2, vocabulary, (2, 9), generator=generator)}
     if case.auto_class == "AutoModelForSeq2SeqLM":
-        ids["decoder_input_ids"] = torch.randint(2, vocabulary, (2, 6), generator=generator)
+        size = (2, 9 if same_lengths else 6)
+        ids["decoder_input_ids"] = torch.randint(2, vocabulary, size, generator=generator)
     return ids
 
 
-def run_step(model: nn.Module, case: Case) -> Step:
+def run_step(model: nn.Module, case: Case, same_lengths: bool = False) -> Step:
     """Forward and backward of a cross-entropy against fixed labels."""
     model.zero_grad(set_to_none=True)
     model.train()
     cache = {} if case.auto_class == "AutoModelForMaskedLM" else {"use_cache": False}
-    logits = model(**inputs_of(case), **cache).logits
+    logits = model(**inputs_of(case, same_lengths), **cache).logits
     labels = torch.arange(logits[..., 0].numel()) * 7 % logits.shape[-1]
     loss = cross_entropy(logits.flatten(0, 1), labels)
     loss.backward()

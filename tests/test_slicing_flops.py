@@ -1,0 +1,103 @@
+"""A sliced step really does fewer operations: `torch.utils.flop_counter` against `est_ds.flops`.
+
+What the counter sees depends on the attention kernel. The CPU's fused kernel
+(`_scaled_dot_product_flash_attention_for_cpu`) is unknown to it and counts as nothing; the plain
+one (`SDPBackend.MATH`) runs two batched products forward and four backward, 3 x 4 T^2 H D a
+sequence, which is the closed form of `model`; the GPU's fused kernels count a seventh product,
+since they compute the scores again in the backward. None of them halves causal scores.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from test_slicing_reference import (
+    draw_plan,
+    every_case,
+    inputs_of,
+    installed,
+    our_model,
+    run_step,
+    shape_of,
+)
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from est_ds.flops import Flops, step_flops
+from est_ds.plans.methods.base import Load
+from est_ds.plans.plan import Plan
+from est_ds.plans.shape import Attention, ModelShape
+
+PLANS = (
+    dict(),
+    dict(heads=2, columns=13),
+    dict(heads=3, columns=1, rule="groups"),
+    dict(heads=1, columns=36, skipped=(0, 2)),
+)
+
+
+def expected(shape: ModelShape, plan: Plan, *, tokens: int, sequence: int) -> Flops:
+    """The closed form for exactly what the plan keeps."""
+    loads = []
+    for parts, layer in zip(shape.layers, plan.layers):
+        if layer is None:
+            loads.append(Load(0.0, (0,) * len(parts), (0,) * len(parts)))
+            continue
+        groups = [
+            0 if not isinstance(p, Attention) else p.groups if k.groups is None else len(k.groups)
+            for p, k in zip(parts, layer.parts)
+        ]
+        loads.append(Load(1.0, tuple(k.count for k in layer.parts), tuple(groups)))
+    return step_flops(shape, loads, tokens=tokens, sequence=sequence)
+
+
+def count(model, case, subnetwork, plan, backend) -> FlopCounterMode:
+    counter = FlopCounterMode(display=False)
+    with subnetwork.active(plan), sdpa_kernel(backend), counter:
+        run_step(model, case, same_lengths=True)
+    return counter
+
+
+@every_case
+def test_matrix_products_of_the_layers_are_those_of_the_closed_form(case):
+    model, shape = our_model(case), shape_of(case)
+    subnetwork = installed(case, model)
+    batch, sequence = inputs_of(case)["input_ids"].shape
+    linears = [m for m in model.get_submodule(case.head).modules() if isinstance(m, nn.Linear)]
+    head = 3 * 2 * batch * sequence * sum(m.weight.numel() for m in linears)
+    for counts in PLANS:
+        plan = draw_plan(shape, **counts)
+        counter = count(model, case, subnetwork, plan, SDPBackend.FLASH_ATTENTION)
+        flops = expected(shape, plan, tokens=batch * sequence, sequence=sequence)
+        assert counter.get_total_flops() - head == flops.blocks
+
+
+@every_case
+def test_all_matrix_products_of_the_step_are_those_of_the_closed_form(case):
+    model, shape = our_model(case), shape_of(case)
+    subnetwork = installed(case, model)
+    batch, sequence = inputs_of(case)["input_ids"].shape
+    for counts in PLANS:
+        plan = draw_plan(shape, **counts)
+        counter = count(model, case, subnetwork, plan, SDPBackend.MATH)
+        flops = expected(shape, plan, tokens=batch * sequence, sequence=sequence)
+        assert counter.get_total_flops() == flops.model
+
+
+@every_case
+def test_fused_attention_of_the_cpu_counts_as_nothing(case):
+    """So that a figure of the counter is not taken for the whole step's."""
+    model, shape = our_model(case), shape_of(case)
+    subnetwork, plan = installed(case, model), draw_plan(shape, heads=2)
+    fused, plain = (
+        count(model, case, subnetwork, plan, backend).get_total_flops()
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
+    )
+    batch, sequence = inputs_of(case)["input_ids"].shape
+    heads = [
+        kept.count * part.head_dim
+        for parts, layer in zip(shape.layers, plan.layers)
+        for part, kept in zip(parts, layer.parts)
+        if isinstance(part, Attention)
+    ]
+    assert plain - fused == 3 * 4 * batch * sequence**2 * int(np.sum(heads))

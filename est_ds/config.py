@@ -49,10 +49,15 @@ class Batch(Strict):
 
 
 class Parallel(Strict):
-    """Pipe stages, and the ZeRO stage that shards over the replicas."""
+    """Pipe stages, and the ZeRO stage that shards over the replicas.
+
+    `processes` is how many `est-ds train` starts on a machine without GPUs when --processes does
+    not say (default: one replica).
+    """
 
     pipe: Positive = 1
     zero: Literal[0, 1, 2] = 1
+    processes: Positive | None = None
 
     @model_validator(mode="after")
     def _zero_fits_pipe(self) -> Parallel:

@@ -76,6 +76,12 @@ class Engine(ABC):
         """Weights that live in this process, by their Hugging Face names."""
 
     @property
+    def layout(self) -> dict[str, int]:
+        """What the files of a checkpoint depend on."""
+        parallel = self.config.parallel
+        return {"pipe": parallel.pipe, "zero": parallel.zero, "replicas": self.num_replicas}
+
+    @property
     def grad_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping."""
         norm = self.deepspeed.get_global_grad_norm()

@@ -31,6 +31,8 @@ def start_processes(world: World) -> None:
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
+    # DeepSpeed 0.19 calls what torch 2.13 will rename; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     with quiet():
         import deepspeed
         from deepspeed.utils import logger

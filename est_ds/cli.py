@@ -1,0 +1,104 @@
+"""`est-ds VERB`: exit code 0 done, 2 the input is wrong, 1 a failure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import est_ds
+from est_ds import runtime
+from est_ds.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a verb and exits."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parsed = _parser().parse_args(arguments)
+        parsed.verb(parsed, arguments)
+    except UserError as e:
+        if runtime.world().is_first:
+            print(f"est-ds: error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="est-ds", description="Evolving-subnetwork pretraining on DeepSpeed."
+    )
+    parser.add_argument("--version", action="version", version=est_ds.__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name, function, help):
+        sub = verbs.add_parser(name, help=help, description=help)
+        sub.add_argument("run", metavar="RUN", help="a run file (YAML) or a run directory")
+        sub.set_defaults(verb=function)
+        return sub
+
+    def overrides(sub):
+        sub.add_argument(
+            "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
+        )
+
+    plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
+    overrides(plan)
+    plan.add_argument("--json", action="store_true", help="JSON alone on standard output")
+
+    train = verb("train", _train, "train a run, or resume it from its latest checkpoint")
+    overrides(train)
+    train.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="processes to start on this machine (default: every GPU; on CPU what RUN says)",
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.config import load_run
+    from est_ds.planning import plan_report
+
+    print(plan_report(load_run(parsed.run, parsed.overrides), as_json=parsed.json))
+
+
+def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.config import load_run
+    from est_ds.engine.checkpoint import latest_step
+    from est_ds.launching import check_processes, default_processes, launch
+    from est_ds.run import prepare
+    from est_ds.train import train
+
+    config = load_run(parsed.run, parsed.overrides)
+    if runtime.launched():
+        world = runtime.world()
+        train(prepare(config, world.size), world)
+        if world.is_first:
+            _summary(config.run_dir)
+        return
+    processes = parsed.processes or default_processes(config)
+    check_processes(processes)
+    run = prepare(config, processes)
+    if latest_step(run.directory / "checkpoints") == config.steps:
+        print(f"{config.run_dir} is done: all {config.steps} steps are trained.")
+        _summary(config.run_dir)
+        return
+    launch(arguments, processes)
+
+
+def _summary(run_dir: str) -> None:
+    from est_ds.report.summary import print_summary
+
+    print_summary(run_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A run file brought to life: everything checked and opened that costs no training."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from est_ds.config import RunConfig, checked
+from est_ds.data.indexed import Corpus
+from est_ds.data.loader import Batches, Windows
+from est_ds.engine.layout import pipe_cuts
+from est_ds.engine.settings import check_deepspeed_section
+from est_ds.errors import UserError
+from est_ds.lr import check_schedule
+from est_ds.plans.methods import build_method
+from est_ds.plans.methods.base import Method
+from est_ds.slicing.families import family_of, hf_config
+from est_ds.slicing.families.base import Family
+
+# Fields that a resumed run may change; all others make it another run.
+FREE_TO_CHANGE = (
+    "run_dir",
+    "parallel",
+    "batch.micro",
+    "checkpoint",
+    "evaluate",
+    "log",
+    "activation_checkpointing",
+    "data.train",
+    "data.valid",
+    "data.tokenizer",
+    "deepspeed",
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run file whose model and method fit together; nothing of the data is read."""
+
+    config: RunConfig
+    hf_config: Any
+    family: Family
+    method: Method
+
+
+@dataclass(frozen=True)
+class Run(Planned):
+    """A run that can start with `processes` processes: its corpora are open."""
+
+    processes: int
+    train: Batches
+    valid: Windows
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch.global_ * self.config.data.sequence
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def plan_run(config: RunConfig) -> Planned:
+    """Checks model, method, schedule and DeepSpeed section against each other.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    check_deepspeed_section(config)
+    check_schedule(config.schedule, config.steps)
+    hf = hf_config(config.model, config.data.sequence)
+    family = family_of(hf.model_type)
+    method = build_method(
+        config.method, seed=config.seed, steps=config.steps, shape=family.shape(hf)
+    )
+    if config.parallel.pipe > 1:
+        pipe_cuts(method, config.parallel.pipe)
+    return Planned(config, hf, family, method)
+
+
+def prepare(config: RunConfig, processes: int) -> Run:
+    """Everything `plan_run` checks, the batch equation, the corpora and the run directory.
+
+    Raises:
+        UserError: something does not fit or is missing; nothing has been written.
+    """
+    planned = plan_run(config)
+    config.batch.accumulation(config.data_parallel(processes))
+    data = config.data
+    train, valid = Corpus.open(data.train), Corpus.open(data.valid)
+    for corpus in (train, valid):
+        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        corpus.check_tokenizer(data.tokenizer)
+    batches = Batches(
+        train, sequence=data.sequence, global_batch=config.batch.global_, seed=config.seed
+    )
+    windows = Windows(valid, sequence=data.sequence)
+    windows.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
+    check_run_dir(config)
+    return Run(**vars(planned), processes=processes, train=batches, valid=windows)
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Refuses a run directory that belongs to another run.
+
+    Raises:
+        UserError: it holds another run's config, or files but no config.
+    """
+    directory = Path(config.run_dir)
+    file = directory / "config.yaml"
+    if not file.exists():
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise UserError(
+                f"run_dir={config.run_dir!r} exists and is no run directory (it has no "
+                f"config.yaml); choose another run_dir, or move it away."
+            )
+        return
+    former = checked(RunConfig, yaml.safe_load(file.read_text()))
+    differing = _differences(_flat(former.model_dump(by_alias=True)), _flat(config.model_dump(by_alias=True)))
+    if differing:
+        shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
+        raise UserError(
+            f"run_dir={config.run_dir!r} holds a run of another config: {shown}. Choose another "
+            f"run_dir, or resume that run as it is: est-ds train {config.run_dir}"
+        )
+
+
+def write_config(config: RunConfig) -> None:
+    """Saves the resolved config in the run directory, whole or not at all."""
+    directory = Path(config.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / "config.yaml.partial"
+    beside.write_text(config.to_yaml())
+    os.replace(beside, directory / "config.yaml")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {
+            k: v
+            for key, sub in tree.items()
+            for k, v in _flat(sub, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+
+
+def _differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for key in sorted(former.keys() | now.keys()):
+        if any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE):
+            continue
+        if former.get(key) != now.get(key):
+            found.append(f"{key} is {former.get(key)!r} there and {now.get(key)!r} here")
+    return found

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from est_ds.slicing.families import family_of
+
 
 def empty_model(config: Any) -> nn.Module:
     """The unmodified Hugging Face model of `config` with empty (meta) weights."""
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
+    auto_class = getattr(transformers, family_of(config.model_type).auto_class)
     with init_empty_weights(include_buffers=True):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = auto_class.from_config(config, attn_implementation="sdpa")
     model.tie_weights()
     return model
 
@@ -29,25 +32,45 @@ def initialise(model: nn.Module, paths: Iterable[str], seed: int) -> None:
     """Gives the submodules at `paths` real weights, drawn as Hugging Face draws them.
 
     Every module's draw is addressed by (seed, its path), so that a pipe stage that builds three
-    layers gets the weights that a process building the whole model has there.
+    layers gets the weights that a process building the whole model has there. A tied parameter
+    is drawn at the address of the one that it is tied to, which need not be among `paths`.
 
     Args:
         model: a model with empty weights.
         paths: paths of submodules; "" is the whole model.
     """
     for path in paths:
-        root = model.get_submodule(path)
-        found = [(f"{path}.{name}".strip("."), m) for name, m in root.named_modules()]
-        for _, module in found:
-            if any(t.is_meta for t in [*module.parameters(False), *module.buffers(False)]):
-                module.to_empty(device="cpu", recurse=False)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for name, module in reversed(found):  # children before parents, as the library does
-                digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-                torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-                model._init_weights(module)
-    if "" in paths:
-        model.tie_weights()
+        _draw(model, path, seed)
+        tied = {
+            target: source
+            for target, source in model.all_tied_weights_keys.items()
+            if not path or target.startswith(f"{path}.")
+        }
+        # After the draw above, which wrote into a parameter that was tied already.
+        for owner in {source.rpartition(".")[0] for source in tied.values()}:
+            _draw(model, owner, seed)
+        for target, source in tied.items():
+            owner, _, leaf = target.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+
+
+def _draw(model: nn.Module, path: str, seed: int) -> None:
+    from transformers import PreTrainedModel
+
+    root = model.get_submodule(path)
+    found = [(f"{path}.{name}".strip("."), m) for name, m in root.named_modules()]
+    for _, module in found:
+        if any(t.is_meta for t in [*module.parameters(False), *module.buffers(False)]):
+            module.to_empty(device="cpu", recurse=False)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, module in reversed(found):  # children before parents, as the library does
+            if isinstance(module, PreTrainedModel):
+                # A whole model at most draws its embedding again, as T5 does at the same scale;
+                # a stage that holds a part of the model could not repeat that.
+                continue
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+            model._init_weights(module)
 
 
 def build_model(config: Any, seed: int) -> nn.Module:

@@ -59,6 +59,10 @@ CASES = {
         },
         LLAMA,
     ),
+    "mistral": Case({"model_type": "mistral", **SMALL, **GQA}, LLAMA),
+    "mistral_window": Case({"model_type": "mistral", **SMALL, **GQA, "sliding_window": 4}, LLAMA),
+    "qwen2": Case({"model_type": "qwen2", **SMALL, **GQA}, LLAMA),
+    "qwen3": Case({"model_type": "qwen3", **SMALL, **GQA, "tie_word_embeddings": True}, LLAMA),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

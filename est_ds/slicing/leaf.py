@@ -3,7 +3,7 @@
 A module's class is swapped in place for a subclass of its own class: parameters, names and
 state dict stay as they are, and with nothing set the original forward runs.
 
-Shapes: weight [out, in]; a unit is `size` neighbouring rows or columns (a head, or one column).
+Shapes: a unit is `size` neighbouring rows or columns of a weight (a head, or one column).
 """
 
 from __future__ import annotations
@@ -33,42 +33,55 @@ class Slice:
     output_scale: float = 1.0
 
 
-class SlicedRows:
+class Leaf:
+    """A linear layer of which a plan keeps some units.
+
+    `nn.Linear` holds its weight as [out, in], the library's `Conv1D` (GPT-2) as [in, out].
+    """
+
+    est_slice: Slice | None = None
+
+    @property
+    def est_out_dim(self) -> int:
+        return 0 if isinstance(self, nn.Linear) else 1
+
+
+class SlicedRows(Leaf):
     """A projection into heads or MLP columns: multiplies by the kept rows of its weight."""
 
-    est_slice: Slice | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         kept = self.est_slice
         if kept is None:
             return super().forward(x)
-        weight = self.weight.view(-1, kept.size * self.in_features)
-        weight = weight.index_select(0, kept.units).view(-1, self.in_features)
-        bias = self.bias
-        if bias is not None:
-            bias = bias.view(-1, kept.size).index_select(0, kept.units).view(-1)
-        return linear(x, weight, bias)
+        weight = _keep(self.weight, self.est_out_dim, kept)
+        bias = None if self.bias is None else _keep(self.bias, 0, kept)
+        return linear(x, weight if self.est_out_dim == 0 else weight.t(), bias)
 
 
-class SlicedColumns:
+class SlicedColumns(Leaf):
     """A projection out of heads or MLP columns: multiplies by the kept columns, and rescales."""
 
-    est_slice: Slice | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         kept = self.est_slice
         if kept is None:
             return super().forward(x)
-        weight, bias = self.weight, self.bias
-        if kept.units is not None:
-            weight = weight.view(self.out_features, -1, kept.size)
-            weight = weight.index_select(1, kept.units).view(self.out_features, -1)
+        weight, bias = _keep(self.weight, 1 - self.est_out_dim, kept), self.bias
         if (factor := kept.scale * kept.output_scale) != 1.0:
             # On the weight rather than on the tokens' outputs: it is the smaller of the two.
             weight = weight * factor
         if bias is not None and kept.output_scale != 1.0:
             bias = bias * kept.output_scale
-        return linear(x, weight, bias)
+        return linear(x, weight if self.est_out_dim == 0 else weight.t(), bias)
+
+
+def _keep(tensor: Tensor, dim: int, kept: Slice) -> Tensor:
+    """The kept units of `dim`, each `kept.size` long."""
+    if kept.units is None:
+        return tensor
+    if kept.size == 1:  # a dimension of one would double the time of the backward
+        return tensor.index_select(dim, kept.units)
+    units = tensor.unflatten(dim, (-1, kept.size)).index_select(dim, kept.units)
+    return units.flatten(dim, dim + 1)
 
 
 class SkippableLayer:
@@ -78,8 +91,12 @@ class SkippableLayer:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if self.est_skipped:
-            return hidden_states
+            return self.est_skip(hidden_states, *args, **kwargs)
         return super().forward(hidden_states, *args, **kwargs)
+
+    def est_skip(self, hidden_states: Tensor, *args, **kwargs):
+        """What the layer returns when it is skipped, in the form of its own forward."""
+        return hidden_states
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:
@@ -89,7 +106,7 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undoes `swap_class`, and drops what a plan set."""
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
     for name in ("est_slice", "est_skipped"):
         module.__dict__.pop(name, None)
 
@@ -103,3 +120,14 @@ def _mixed(mixin: type, original: type) -> type:
 def indices(units, device: torch.device) -> Tensor | None:
     """A plan's kept units as an index tensor on `device`."""
     return None if units is None else torch.from_numpy(units).to(device, non_blocking=True)
+
+
+def fused(units: Tensor, groups: Tensor | None, num_units: int, num_groups: int) -> Tensor:
+    """Kept units of a weight that holds query heads, then key heads, then value heads.
+
+    Args:
+        groups: kept key/value heads; None keeps all.
+    """
+    if groups is None:
+        groups = torch.arange(num_groups, device=units.device)
+    return torch.cat([units, num_units + groups, num_units + num_groups + groups])

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from est_ds.plans.plan import Kept, LayerPlan, Plan
-from est_ds.plans.shape import ModelShape
+from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.families.base import Family, Slot
 from est_ds.slicing.leaf import (
-    SkippableLayer,
     Slice,
     SlicedColumns,
     SlicedRows,
+    fused,
     indices,
     restore_class,
     swap_class,
@@ -34,12 +34,14 @@ class Subnetwork:
         self._layers = dict(layers)
         self._slots = {i: family.slots(layer) for i, layer in self._layers.items()}
         for module in self._layers.values():
-            swap_class(module, SkippableLayer)
+            swap_class(module, family.skippable)
         for slot in self._all_slots():
-            for module, _ in slot.rows + slot.group_rows:
+            for module, _ in slot.rows + slot.group_rows + slot.qkv_rows:
                 swap_class(module, SlicedRows)
             for module, _ in slot.columns:
                 swap_class(module, SlicedColumns)
+            for module, mixin in slot.informed:
+                swap_class(module, mixin)
 
     @contextmanager
     def active(self, plan: Plan) -> Iterator[None]:
@@ -61,7 +63,7 @@ class Subnetwork:
     def uninstall(self) -> None:
         """Gives every module its own class back."""
         for slot in self._all_slots():
-            for module, _ in slot.rows + slot.group_rows + slot.columns:
+            for module in slot.modules:
                 restore_class(module)
         for module in self._layers.values():
             restore_class(module)
@@ -76,31 +78,47 @@ class Subnetwork:
             layer.est_skipped = True
             return
         for slot, kept, part in zip(self._slots[i], plan.parts, self.shape.layers[i]):
-            self._set_slot(slot, kept, plan.scale, getattr(part, "groups", 0))
+            self._set_slot(slot, kept, plan.scale, part)
 
     @staticmethod
-    def _set_slot(slot: Slot, kept: Kept, layer_scale: float, all_groups: int) -> None:
+    def _set_slot(slot: Slot, kept: Kept, layer_scale: float, part: Part) -> None:
         if kept.units is None and layer_scale == 1.0:
             return
         device = slot.columns[0][0].weight.device
-        units, groups = indices(kept.units, device), indices(kept.groups, device)
-        if units is not None:
-            for module, size in slot.rows:
-                module.est_slice = Slice(units, size)
-        if groups is not None:
-            for module, size in slot.group_rows:
-                module.est_slice = Slice(groups, size)
+        units = indices(kept.units, device)
         for module, size in slot.columns:
             module.est_slice = Slice(units, size, kept.scale, layer_scale)
-        num_groups = all_groups if kept.groups is None else len(kept.groups)
-        for follower in slot.followers:
-            follower.set(kept.count, num_groups)
+        if units is None:
+            return
+        for module, size in slot.rows:
+            module.est_slice = Slice(units, size)
+        for module, _ in slot.informed:
+            module.est_slice = Slice(units, 1)
+        if isinstance(part, Attention):
+            _set_groups(slot, kept, part, units)
 
     def _clear(self) -> None:
         for layer in self._layers.values():
             layer.__dict__.pop("est_skipped", None)
         for slot in self._all_slots():
-            for module, _ in slot.rows + slot.group_rows + slot.columns:
+            for module in slot.modules:
                 module.__dict__.pop("est_slice", None)
             for follower in slot.followers:
                 follower.restore()
+
+
+def _set_groups(slot: Slot, kept: Kept, part: Attention, units: Tensor) -> None:
+    """What an attention's key/value heads are, and whatever follows the counts."""
+    groups = indices(kept.groups, units.device)
+    num_groups = part.groups if groups is None else len(groups)
+    assert len(units) % num_groups == 0, (
+        f"{len(units)} kept heads share {num_groups} key/value heads unevenly; without "
+        f"grouped-query attention a head is dropped with its key and value (Kept.groups)"
+    )
+    if groups is not None:
+        for module, size in slot.group_rows:
+            module.est_slice = Slice(groups, size)
+    for module, size in slot.qkv_rows:
+        module.est_slice = Slice(fused(units, groups, part.heads, part.groups), size)
+    for follower in slot.followers:
+        follower.set(len(units), num_groups)

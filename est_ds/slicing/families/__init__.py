@@ -42,9 +42,9 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
 
     section = dict(section)
     model_type = section.pop("model_type", None)
-    family_of(model_type)
+    family = family_of(model_type)
     plain = AutoConfig.for_model(model_type)
-    known = set(plain.to_dict()) | {"head_dim"}
+    known = set(plain.to_dict()) | set(plain.attribute_map) | family.extra_keys
     for key in section:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -53,7 +53,9 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     try:
         config = AutoConfig.for_model(model_type, **section)
         config._attn_implementation = "sdpa"
-        shape = family_of(model_type).shape(config)
+        shape = family.shape(config)
+    except UserError:
+        raise
     except Exception as e:  # whatever the library raises for values that do not fit
         raise UserError(f"model: {' '.join(str(e).split())}") from None
     _check_divides(shape, config)

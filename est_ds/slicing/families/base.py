@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
 
 from est_ds.plans.shape import ModelShape
+from est_ds.slicing.leaf import SkippableLayer
 
 Sized = tuple[nn.Module, int]  # a leaf, and how many of its rows or columns one unit has
 
@@ -30,43 +31,76 @@ class Follower:
 
 @dataclass(frozen=True)
 class Slot:
-    """The leaves of one part of a layer, in the order of the layer's parts.
+    """The leaves of one part of a layer.
 
     Attributes:
         rows: leaves whose output rows are heads or columns (q; gate, up).
-        group_rows: leaves whose output rows are key/value heads (k, v).
         columns: leaves whose input columns are heads or columns (o; down).
+        group_rows: leaves whose output rows are key/value heads (k, v).
+        qkv_rows: leaves whose output rows are query, then key, then value heads.
+        informed: other modules that must know the kept heads, with the class that is put before
+            their own; it finds them in `est_slice.units`.
+        followers: attributes that follow the number of kept heads.
     """
 
-    rows: tuple[Sized, ...]
-    columns: tuple[Sized, ...]
+    rows: tuple[Sized, ...] = ()
+    columns: tuple[Sized, ...] = ()
     group_rows: tuple[Sized, ...] = ()
+    qkv_rows: tuple[Sized, ...] = ()
+    informed: tuple[tuple[nn.Module, type], ...] = ()
     followers: tuple[Follower, ...] = ()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules whose class is swapped."""
+        sized = self.rows + self.columns + self.group_rows + self.qkv_rows
+        return [module for module, _ in sized + self.informed]
 
 
 @dataclass(frozen=True)
 class Piece:
     """A run of the model that a pipe stage may own alone.
 
+    The output of a piece is the input of the next: a tensor, or a tuple of tensors. The first
+    takes token ids, the last returns logits.
+
     Attributes:
         modules: the modules it holds, by their path in the model.
-        layer: its index among the plan's layers, if it is one.
         forward: called with the modules (in order) and the input of the piece.
+        layer: its index among the plan's layers, if it is one.
+        tied: parameters of the piece that other pieces hold too: own name -> common name.
+            Pieces with the same common name hold copies of one parameter, whose gradient is
+            the sum of theirs.
     """
 
     modules: tuple[str, ...]
     forward: Callable[..., Any]
     layer: int | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
 
 
 class Family(ABC):
-    """One family of Hugging Face models."""
+    """One family of Hugging Face models.
+
+    Attributes:
+        model_types: the library's names for it.
+        auto_class: the class of the library that builds the model with its training head.
+        extra_keys: keys of the model section that the library takes but does not list.
+        skippable: what is put before a layer's class; says what a skipped layer returns.
+    """
 
     model_types: ClassVar[tuple[str, ...]]
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    extra_keys: ClassVar[frozenset[str]] = frozenset()
+    skippable: ClassVar[type[SkippableLayer]] = SkippableLayer
 
     @abstractmethod
     def shape(self, config: Any) -> ModelShape:
-        """The shape of the model of a Hugging Face config."""
+        """The shape of the model of a Hugging Face config.
+
+        Raises:
+            UserError: the config asks for what the family does not support.
+        """
 
     @abstractmethod
     def layers(self, model: nn.Module) -> list[nn.Module]:

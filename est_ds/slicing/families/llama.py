@@ -12,6 +12,7 @@ from est_ds.slicing.families.base import Family, Follower, Piece, Slot
 
 class Llama(Family):
     model_types = ("llama", "mistral", "qwen2", "qwen3")
+    extra_keys = frozenset({"head_dim"})
 
     def shape(self, config: Any) -> ModelShape:
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -48,10 +49,14 @@ class Llama(Family):
             Piece((f"model.layers.{i}", "model.rotary_emb"), _layer, layer=i)
             for i in range(config.num_hidden_layers)
         ]
+        embedding = "model.embed_tokens.weight"
+        tied = config.tie_word_embeddings
         return [
-            Piece(("model.embed_tokens",), _embed),
+            Piece(("model.embed_tokens",), _embed, tied={embedding: embedding} if tied else {}),
             *layers,
-            Piece(("model.norm", "lm_head"), _head),
+            Piece(
+                ("model.norm", "lm_head"), _head, tied={"lm_head.weight": embedding} if tied else {}
+            ),
         ]
 
 
@@ -61,8 +66,32 @@ def _embed(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
 
 def _layer(layer: nn.Module, rotary: nn.Module, x_BTH: Tensor) -> Tensor:
     positions = arange(x_BTH.shape[1], device=x_BTH.device)[None]
-    # No mask: attention is causal by the module's own flag, as in the whole model.
-    return layer(x_BTH, position_embeddings=rotary(x_BTH, positions))
+    return layer(
+        x_BTH,
+        attention_mask=_window_mask(layer.self_attn, x_BTH, positions),
+        position_embeddings=rotary(x_BTH, positions),
+    )
+
+
+def _window_mask(attention: nn.Module, x_BTH: Tensor, positions: Tensor) -> Tensor | None:
+    """The mask of a layer that looks back over a window.
+
+    None where there is no window, or it reaches over the whole sequence: attention is causal by
+    the module's own flag then, as in the whole model.
+    """
+    config = attention.config
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    if window is None:
+        return None
+    from transformers.masking_utils import create_sliding_window_causal_mask
+
+    return create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=x_BTH,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
 
 
 def _head(norm: nn.Module, head: nn.Module, x_BTH: Tensor) -> Tensor:

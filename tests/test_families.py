@@ -1,0 +1,177 @@
+"""Families: initialisation by address, pieces for pipelines, and configs, for every family.
+
+The table of families is in `test_slicing_reference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from test_slicing_reference import (
+    CASES,
+    config_of,
+    draw_plan,
+    every_case,
+    inputs_of,
+    installed,
+    our_model,
+    run_step,
+    shape_of,
+)
+
+from est_ds.errors import UserError
+from est_ds.model import build_model, count_parameters, empty_model, initialise
+from est_ds.slicing.families import FAMILIES, family_of, hf_config
+
+
+def pieces_of(case):
+    return family_of(case.section["model_type"]).pieces(config_of(case))
+
+
+def everything(model):
+    """Weights and buffers by name, also those that a state dict leaves out."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def through(model, pieces, x):
+    for piece in pieces:
+        x = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
+    return x
+
+
+def first_input(case):
+    ids = inputs_of(case)
+    return tuple(ids.values()) if len(ids) > 1 else ids["input_ids"]
+
+
+def test_the_table_of_cases_holds_every_supported_family():
+    supported = {model_type for family in FAMILIES for model_type in family.model_types}
+    assert {case.section["model_type"] for case in CASES.values()} == supported
+
+
+@every_case
+def test_empty_model_has_the_parameters_and_no_memory(case):
+    model = empty_model(config_of(case))
+    assert all(tensor.is_meta for tensor in everything(model).values())
+    assert count_parameters(model) == count_parameters(build_model(config_of(case), 0))
+
+
+@every_case
+def test_pieces_drawn_one_by_one_are_the_whole_model(case):
+    """In any order, each by a process of its own or all in one."""
+    whole = build_model(config_of(case), seed=5)
+    together = empty_model(config_of(case))
+    for piece in reversed(pieces_of(case)):
+        initialise(together, piece.modules, seed=5)
+        alone = empty_model(config_of(case))
+        initialise(alone, piece.modules, seed=5)
+        for path in piece.modules:
+            drawn = everything(alone.get_submodule(path))
+            for name, tensor in everything(whole.get_submodule(path)).items():
+                assert torch.equal(drawn[name], tensor), f"{path}.{name}"
+    drawn = everything(together)
+    for name, tensor in everything(whole).items():
+        assert torch.equal(drawn[name], tensor), name
+    assert count_parameters(together) == count_parameters(whole), "a tie was lost"
+
+
+@every_case
+def test_weights_are_distributed_as_the_library_draws_them(case):
+    wide = config_of(replace(case, section={**case.section, "vocab_size": 997}))
+    ours = everything(build_model(wide, seed=5))
+    torch.manual_seed(0)
+    auto = getattr(transformers, case.auto_class)
+    theirs = everything(auto.from_config(wide, attn_implementation="sdpa"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if tensor.dtype == torch.int64 or tensor.unique().numel() <= 2 or "freq" in name:
+            assert torch.equal(ours[name], tensor), name
+            continue
+        # Five standard errors of the ratio of two deviations and of the mean.
+        n = tensor.numel()
+        assert abs((ours[name].std() / tensor.std()).item() - 1) < 5 / n**0.5, name
+        assert abs(ours[name].mean().item()) < 5 * tensor.std().item() / n**0.5, name
+
+
+@every_case
+def test_draws_differ_between_layers_and_seeds_and_leave_the_global_generator_alone(case):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    model, other = (build_model(config_of(case), seed) for seed in (5, 6))
+    assert torch.equal(torch.get_rng_state(), state)
+    drawn = [
+        (name, tensor)
+        for name, tensor in model.state_dict().items()
+        if tensor.dim() > 1 and tensor.unique().numel() > 2
+    ]
+    for name, tensor in drawn:
+        assert not torch.equal(other.state_dict()[name], tensor), name
+    unique = {tensor.data_ptr(): tensor for _, tensor in drawn}.values()
+    assert len({tensor.flatten()[:8].sum().item() for tensor in unique}) == len(unique)
+
+
+@every_case
+@pytest.mark.parametrize("counts", [None, dict(heads=2, columns=13, skipped=(0, 2))])
+def test_pieces_in_a_row_are_the_model_bit_for_bit(case, counts):
+    """Logits and gradients, of the full model and under a plan."""
+    model, shape = our_model(case), shape_of(case)
+    plan = draw_plan(shape, **(counts or {}))
+    with installed(case, model).active(plan):
+        whole = run_step(model, case)
+        model.zero_grad()
+        logits = through(model, pieces_of(case), first_input(case))
+        assert torch.equal(logits, whole.logits)
+        labels = torch.arange(logits[..., 0].numel()) * 7 % logits.shape[-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels).backward()
+    for name, p in model.named_parameters():
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        assert torch.equal(grad, whole.grads[name]), name
+
+
+@every_case
+def test_pieces_hold_every_parameter_once_and_every_layer_in_order(case):
+    model = build_model(config_of(case), seed=5)
+    pieces, shape = pieces_of(case), shape_of(case)
+    assert [p.layer for p in pieces if p.layer is not None] == list(range(shape.num_layers))
+    layers = family_of(case.section["model_type"]).layers(model)
+    for piece in pieces:
+        if piece.layer is not None:
+            assert model.get_submodule(piece.modules[0]) is layers[piece.layer]
+    common, holders = [], {}
+    for piece in pieces:
+        for path in piece.modules:
+            for name, p in model.get_submodule(path).named_parameters():
+                common.append(piece.tied.get(f"{path}.{name}", f"{path}.{name}"))
+                holders.setdefault(id(p), set()).add(common[-1])
+        for name, source in piece.tied.items():
+            assert model.get_parameter(name) is model.get_parameter(source)
+            assert name.startswith(piece.modules)
+    assert set(holders) == {id(p) for p in model.parameters()}
+    assert all(len(names) == 1 for names in holders.values()), "a tie is not told"
+    tied = {source for piece in pieces for source in piece.tied.values()}
+    assert all(common.count(name) > 1 for name in tied), "tied to nothing"
+    assert len(common) - sum(common.count(s) - 1 for s in tied) == len(set(common))
+
+
+def test_unknown_family_names_the_known_ones():
+    with pytest.raises(UserError, match="'gtp2' is not supported; supported are llama"):
+        family_of("gtp2")
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(UserError, match="'model.hiden_size'.*did you mean 'hidden_size'"):
+        hf_config({**CASES["llama"].section, "hiden_size": 3})
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused():
+    with pytest.raises(UserError, match="num_key_value_heads=5 does not divide"):
+        hf_config({**CASES["llama"].section, "num_key_value_heads": 5})
+
+
+def test_sequence_beyond_the_model_is_refused():
+    with pytest.raises(UserError, match="data.sequence=33 is longer"):
+        hf_config(CASES["llama"].section, sequence=33)

@@ -54,9 +54,8 @@ def dense_flops(shape: ModelShape, *, tokens: int, sequence: int) -> Flops:
 
 def phase_ratios(method: Method, phase: int, *, sequence: int) -> Flops:
     """Mean FLOPs of a phase's steps as ratios of the dense step."""
-    span = method.phases[phase]
     dense = dense_flops(method.shape, tokens=1, sequence=sequence)
-    loads = method.loads(span.from_step)
+    loads = method.mean_loads(phase)
     active = step_flops(method.shape, loads, tokens=1, sequence=sequence)
     return Flops(active.blocks / dense.blocks, active.model / dense.model)
 

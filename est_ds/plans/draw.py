@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-LAYERS, UNITS = 1, 16  # kinds of draws; part p of a layer draws with kind UNITS + p
+# Kinds of draws: whole layers; part p of the layers (skipped apart); units of part p of a layer.
+LAYERS, SUBLAYERS, UNITS = 1, 2, 16
+KEY_RANGE = 2.0**32
 
 
 def keys(seed: int, kind: int, layer: int, step: int, n: int) -> np.ndarray:
-    """`n` uniform 64-bit keys, uint64 [n].
+    """`n` uniform 32-bit keys, uint32 [n].
 
     The address fills the high words of Philox's counter, so that streams of neighbouring
-    steps never overlap, and `random_raw` is a stream that NumPy keeps fixed.
+    steps never overlap, and `random_raw` is a stream that NumPy keeps fixed. A 64-bit word of it
+    gives two keys, low half first.
     """
-    return np.random.Philox(key=seed, counter=[0, kind, layer, step]).random_raw(n)
+    words = np.random.Philox(key=seed, counter=[0, kind, layer, step]).random_raw((n + 1) // 2)
+    return words.astype("<u8", copy=False).view("<u4")[:n]
 
 
 def smallest(values: np.ndarray, k: int) -> np.ndarray:
     """Sorted positions of the `k` smallest values; ties go to the lower position."""
     if k >= len(values):
         return np.arange(len(values))
+    if k == 0:
+        return np.arange(0)
     bound = np.partition(values, k - 1)[k - 1]
     kept = np.flatnonzero(values <= bound)
     if len(kept) != k:
@@ -32,10 +38,14 @@ def subset(seed: int, kind: int, layer: int, step: int, n: int, k: int) -> np.nd
     return smallest(keys(seed, kind, layer, step, n), k)
 
 
-def subset_per_group(
-    seed: int, kind: int, layer: int, step: int, groups: int, n: int, k: int
-) -> np.ndarray:
-    """`k` of each of `groups` consecutive runs of `n` units, sorted int64 [groups * k]."""
-    drawn = keys(seed, kind, layer, step, groups * n).reshape(groups, n)
-    rows = [smallest(row, k) + g * n for g, row in enumerate(drawn)]
-    return np.concatenate(rows)
+def smallest_per_group(values: np.ndarray, k: int) -> np.ndarray:
+    """The `k` smallest of every row of `values` [groups, n], as sorted flat positions."""
+    groups, n = values.shape
+    kept = np.argsort(values, axis=1, kind="stable")[:, :k]
+    kept.sort(axis=1)
+    return (kept + np.arange(0, groups * n, n)[:, None]).reshape(-1)
+
+
+def below(values: np.ndarray, probability: float | np.ndarray) -> np.ndarray:
+    """Independent Bernoulli outcomes of the keys, bool [n]; certain at probability 0 and 1."""
+    return values < np.asarray(probability) * KEY_RANGE

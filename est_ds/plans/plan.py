@@ -14,7 +14,8 @@ class Kept:
     """What is kept of one part (an attention or an MLP) of a layer.
 
     Attributes:
-        units: kept query heads or MLP columns, sorted int64 [k]; None keeps all.
+        units: kept query heads or MLP columns, sorted int64 [k]; None keeps all. With none of
+            them (k = 0) the part is skipped: it contributes nothing to the residual stream.
         total: number of units that the part has, n.
         groups: kept key/value heads, sorted int64; None keeps all.
     """
@@ -29,8 +30,11 @@ class Kept:
 
     @property
     def scale(self) -> float:
-        """Realised n / k, by which the part's output is multiplied (EST, section 3)."""
-        return self.total / self.count
+        """Realised n / k, by which the part's output is multiplied (EST, section 3).
+
+        0 for a skipped part, whose output is nothing.
+        """
+        return self.total / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +81,13 @@ class Plan:
             h.update(f"|{layer.scale!r}".encode())
             for kept in layer.parts:
                 for indices in (kept.units, kept.groups):
-                    h.update(b";all" if indices is None else b";" + indices.astype("<i8").tobytes())
+                    h.update(b";all" if indices is None else _packed(indices, kept.total))
         return h.hexdigest()
+
+
+def _packed(indices: np.ndarray, total: int) -> bytes:
+    """Indices below `total` in the fewest bytes, as hashing them is a fair part of a plan's cost."""
+    return b";%d:" % len(indices) + indices.astype("<u2" if total <= 2**16 else "<u4").tobytes()
 
 
 def full_plan(step: int, phase: int, parts_per_layer: list[tuple[int, ...]]) -> Plan:

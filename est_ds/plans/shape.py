@@ -59,14 +59,20 @@ class ModelShape:
         layers: the parts of every layer, in the order of the plan's layers.
         hidden: width of the residual stream.
         vocabulary: rows of the output head.
-        sequence: the longest sequence the model takes, tokens.
+        sequence: the longest sequence the model takes, tokens; None if there is no bound.
+        encoder_layers: how many of the first layers read the source sequence of an
+            encoder-decoder; the rest, and the head, read the target sequence. The keys and
+            values of a `cross` attention are of the source.
+        head_inner: weights of the products between the last layer and the output head.
     """
 
     family: str
     layers: tuple[tuple[Part, ...], ...]
     hidden: int
     vocabulary: int
-    sequence: int
+    sequence: int | None
+    encoder_layers: int = 0
+    head_inner: int = 0
 
     @property
     def num_layers(self) -> int:

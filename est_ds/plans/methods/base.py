@@ -18,13 +18,13 @@ class Load:
 
     Attributes:
         probability: chance that the layer is kept.
-        units: kept heads or columns of every part.
-        groups: kept key/value heads of every part (0 for an MLP).
+        units: kept heads or columns of every part, on average.
+        groups: kept key/value heads of every part (0 for an MLP), on average.
     """
 
     probability: float
-    units: tuple[int, ...]
-    groups: tuple[int, ...]
+    units: tuple[float, ...]
+    groups: tuple[float, ...]
 
 
 class Method(ABC):
@@ -54,6 +54,10 @@ class Method(ABC):
     @abstractmethod
     def loads(self, step: int) -> tuple[Load, ...]:
         """The expected load of every layer at `step`; exact where counts are exact."""
+
+    def mean_loads(self, phase: int) -> tuple[Load, ...]:
+        """Loads averaged over the steps of a phase; they are constant unless a method says so."""
+        return self.loads(self.phases[phase].from_step)
 
 
 def full_loads(shape: ModelShape) -> tuple[Load, ...]:

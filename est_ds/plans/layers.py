@@ -1,0 +1,107 @@
+"""Which layers are kept: exact counts or Bernoulli draws, over runs of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from est_ds.errors import UserError
+from est_ds.plans import balance, draw
+
+
+class LayerDraw:
+    """Draws kept layers, spread over runs when they are balanced.
+
+    A kind of draw other than `draw.LAYERS` draws the layers whose part p is kept, when attention
+    and MLP are skipped apart; all that is said of layers then holds of each kind of part.
+
+    Attributes:
+        lengths: layers of every run; one run of all layers without `balance_groups`.
+        always: layers that are always kept.
+        floors: the least that an exact count keeps in every run.
+    """
+
+    def __init__(
+        self, num_layers: int, balance_groups: int | list[int] | None, always_keep: Iterable[int]
+    ) -> None:
+        self.num_layers = num_layers
+        self.balanced = balance_groups is not None
+        self.lengths = (num_layers,)
+        if balance_groups is not None:
+            self.lengths = balance.run_lengths(balance_groups, num_layers)
+        self.always = frozenset(always_keep)
+        ends = np.cumsum(self.lengths).tolist()
+        self._runs = [range(end - n, end) for end, n in zip(ends, self.lengths)]
+        self._free = [[i for i in run if i not in self.always] for run in self._runs]
+        self._fixed = [[i for i in run if i in self.always] for run in self._runs]
+        self.floors = tuple(max(1, len(fixed)) for fixed in self._fixed)
+
+    def exact(self, seed: int, kind: int, step: int, count: int) -> list[int]:
+        """`count` layers: in every run its always-kept ones and a uniform subset of the others."""
+        if count == self.num_layers:
+            return list(range(count))
+        kept: list[int] = []
+        for r, n in enumerate(balance.spread(count, self.lengths, self.floors, step)):
+            fixed, free = self._fixed[r], self._free[r]
+            drawn = draw.subset(seed, kind, r, step, len(free), n - len(fixed))
+            kept += fixed + [free[i] for i in drawn]
+        return sorted(kept)
+
+    def exact_probabilities(self, count: int) -> np.ndarray:
+        """Chance of every layer to be among `count` kept ones, float64 [num_layers].
+
+        Exact over the steps in which the remainder of the spread rotates once.
+        """
+        means = np.mean(
+            [balance.spread(count, self.lengths, self.floors, s) for s in range(self.num_layers)],
+            axis=0,
+        )
+        chances = np.ones(self.num_layers)
+        for mean, fixed, free in zip(means, self._fixed, self._free):
+            if free:
+                chances[free] = (mean - len(fixed)) / len(free)
+        return chances
+
+    def bernoulli(self, seed: int, kind: int, step: int, keep: np.ndarray) -> list[int]:
+        """Every layer on its own with its chance in `keep` [num_layers].
+
+        A draw may keep no layer at all: the step then trains embeddings and head only, as the
+        papers' draws do. With balanced runs, a run of which nothing is kept keeps one of its
+        layers, drawn uniformly.
+        """
+        n = self.num_layers
+        keys = draw.keys(seed, kind, 0, step, n + len(self._runs))
+        kept = draw.below(keys[:n], keep)
+        if self.balanced:
+            for key, run in zip(keys[n:].tolist(), self._runs):
+                if not kept[run.start : run.stop].any():
+                    kept[run.start + key * len(run) // 2**32] = True
+        return np.flatnonzero(kept).tolist()
+
+    def bernoulli_probabilities(self, keep: np.ndarray) -> np.ndarray:
+        """Chance of every layer to be kept by `bernoulli`; any leading axes, layers last."""
+        if not self.balanced:
+            return keep
+        chances = keep.copy()
+        for run in self._runs:
+            part = keep[..., run.start : run.stop]
+            none_kept = np.prod(1 - part, axis=-1, keepdims=True)
+            chances[..., run.start : run.stop] += none_kept / len(run)
+        return chances
+
+
+def resolve_layers(listed: Iterable[int], num_layers: int, field: str) -> frozenset[int]:
+    """Layer numbers, of which negative ones count from the end.
+
+    Raises:
+        UserError: a number that no layer has.
+    """
+    listed = list(listed)
+    for i in listed:
+        if not -num_layers <= i < num_layers:
+            raise UserError(
+                f"{field} holds {i}: the model has {num_layers} layers; use "
+                f"{-num_layers} to {num_layers - 1}."
+            )
+    return frozenset(i % num_layers for i in listed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import est_ds
 from est_ds import runtime
@@ -54,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start on this machine (default: every GPU; on CPU what RUN says)",
     )
+
+    export = verb("export", _export, "write the latest checkpoint as a Hugging Face folder")
+    overrides(export)
+    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export")
+    export.add_argument("--prompt", default="def ", help="start of the sample (default: 'def ')")
+
+    verb("report", _report, "draw the page of a run directory: tables and plots")
     return parser
 
 
@@ -92,6 +100,25 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         _summary(config.run_dir)
         return
     launch(arguments, processes)
+
+
+def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.config import load_run
+    from est_ds.export import export
+
+    done = export(load_run(parsed.run, parsed.overrides), parsed.out, parsed.prompt)
+    print(f"exported step {done.step} to {done.folder}")
+    print(
+        f"largest difference of logits, reloaded folder against the engine's weights: "
+        f"{done.largest_difference:.3g}"
+    )
+    print(f"sample: {done.sample!r}")
+
+
+def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.report.page import write_report
+
+    print(f"the report is {write_report(parsed.run)}")
 
 
 def _summary(run_dir: str) -> None:

@@ -1,0 +1,104 @@
+"""Writes the trained model as a Hugging Face folder, and proves that it is the trained model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from est_ds.config import RunConfig
+from est_ds.data.indexed import Corpus
+from est_ds.engine.checkpoint import latest_step
+from est_ds.engine.weights import read_weights
+from est_ds.errors import UserError
+from est_ds.model import build_model
+from est_ds.run import Planned, plan_run
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` did.
+
+    Attributes:
+        folder: the Hugging Face folder.
+        step: steps that the weights were trained.
+        largest_difference: between logits of the reloaded folder and of the weights that the
+            engine saved, run piece by piece as the pipeline runs them.
+        sample: text that the reloaded model continues.
+    """
+
+    folder: Path
+    step: int
+    largest_difference: float
+    sample: str
+
+
+def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
+    """Exports the latest checkpoint of a run directory.
+
+    Args:
+        out: folder to write; default `run_dir/export`. A former export there is replaced.
+
+    Raises:
+        UserError: no checkpoint, an incomplete one, or `out` holds something else.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    planned = plan_run(config)
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    step = latest_step(checkpoints)
+    if step is None:
+        raise UserError(
+            f"run_dir={config.run_dir!r} holds no checkpoint to export; train it first: "
+            f"est-ds train {config.run_dir}"
+        )
+    folder = out or Path(config.run_dir) / "export"
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise UserError(f"--out={str(folder)!r} exists and is no export; choose another folder.")
+    if not Path(config.data.tokenizer, "tokenizer.model").is_file():
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer!r} holds no tokenizer.model; point it to the "
+            f"tokenizer that the corpus was packed with."
+        )
+    weights = read_weights(
+        checkpoints / f"step_{step:08d}", planned.family.pieces(planned.hf_config)
+    )
+    model = build_model(planned.hf_config, config.seed)
+    model.load_state_dict(weights, strict=True, assign=True)
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        if (source := Path(config.data.tokenizer, name)).is_file():
+            shutil.copyfile(source, partial / name)
+    dtype = next(iter(weights.values())).dtype
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(partial)
+    difference = _largest_difference(planned, model.eval(), reloaded)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return Exported(folder, step, difference, _continue(reloaded, tokenizer, prompt))
+
+
+@torch.no_grad()
+def _largest_difference(planned: Planned, model, reloaded) -> float:
+    """Between the pieces in a row, as a pipeline runs them, and the reloaded folder."""
+    data = planned.config.data
+    ids_BT = torch.from_numpy(Corpus.open(data.valid).window(0, data.sequence))[None]
+    x: Tensor = ids_BT
+    for piece in planned.family.pieces(planned.hf_config):
+        x = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
+    return (reloaded(input_ids=ids_BT).logits.float() - x.float()).abs().max().item()
+
+
+def _continue(model, tokenizer, prompt: str) -> str:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)

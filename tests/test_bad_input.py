@@ -1,0 +1,151 @@
+"""Bad input: one clear error, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import est_ds
+
+from est_ds import cli
+
+# Overrides of the tiny run, and what the error must name.
+REFUSED = {
+    "unknown key": (["batch.macro=4"], ["'batch.macro'", "'micro'"]),
+    "unknown section": (["optimiser.lr=1"], ["'optimiser'", "'optimizer'"]),
+    "unknown method": (["method.name=etc"], ["method.name='etc'", "est"]),
+    "unknown method key": (["method.balance_group=2"], ["method.balance_group", "balance_groups"]),
+    "unknown phase key": (["method.phases.0.layer=1.0"], ["layer", "layers"]),
+    "unknown model key": (["model.hidden_sise=4"], ["model.hidden_sise", "hidden_size"]),
+    "unknown family": (["model.model_type=gptj"], ["gptj", "llama"]),
+    "phases that do not end at the last step": (["steps=21"], ["step 20", "steps=21"]),
+    "phases that do not increase": (["method.phases.1.until=8"], ["phases[1].until=8", "increase"]),
+    "fraction 0": (["method.phases.0.heads=0"], ["heads=0", "greater than 0"]),
+    "fraction above 1": (["method.phases.0.layers=1.5"], ["layers=1.5", "less than or equal to 1"]),
+    "batch that does not divide": (["batch.micro=3"], ["batch.global=8", "batch.micro=3", "12"]),
+    "pipe that does not divide the runs": (
+        ["method.balance_groups=3", "method.phases.0.layers=1.0"],
+        ["parallel.pipe=2", "balance_groups"],
+    ),
+    "pipe that does not divide the processes": (
+        ["parallel.processes=3"],
+        ["parallel.pipe=2", "3 processes"],
+    ),
+    "vocabulary larger than the model's": (["model.vocab_size=256"], ["512", "256"]),
+    "corpus missing": (["data.train=nowhere/train"], ["nowhere/train"]),
+    "tokenizer missing": (["data.tokenizer=nowhere"], ["nowhere"]),
+    "sequence longer than the model's": (["data.sequence=65"], ["data.sequence=65", "64"]),
+    "more held-out sequences than there are": (
+        ["evaluate.sequences=100000"],
+        ["evaluate.sequences=100000"],
+    ),
+    "warm-up longer than the run": (["schedule.warmup=21"], ["schedule.warmup", "steps=20"]),
+    "decay of a cosine": (["schedule.decay=3"], ["schedule.decay"]),
+    "learning rate 0": (["optimizer.lr=0"], ["optimizer.lr=0"]),
+    "steps that are no number": (["steps=many"], ["steps='many'"]),
+    "ZeRO 2 with a pipeline": (["parallel.zero=2"], ["parallel.zero=1"]),
+    "owned DeepSpeed key": (
+        ["deepspeed.train_batch_size=4"],
+        ["deepspeed.train_batch_size", "batch.global"],
+    ),
+    "owned DeepSpeed sub-key": (
+        ["deepspeed.zero_optimization.stage=1"],
+        ["zero_optimization.stage", "parallel.zero"],
+    ),
+    "refused DeepSpeed key": (
+        ["deepspeed.zero_optimization.round_robin_gradients=true"],
+        ["round_robin_gradients", "wrong weights"],
+    ),
+    "override without a value": (["steps"], ["'steps'", "section.field=value"]),
+    "override into a list that is too short": (["method.phases.7.until=3"], ["'7'", "0 to 2"]),
+    "groups of heads that do not divide": (["model.num_key_value_heads=3"], ["num_key_value_heads=3"]),
+}
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([str(a) for a in arguments])
+    output = capsys.readouterr()
+    assert exit.value.code == 2, output
+    assert "Traceback" not in output.err and output.out == ""
+    assert output.err.startswith("est-ds: error: ") and output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_clear_error_and_nothing_is_written(case, tiny_run, tmp_path, capsys):
+    overrides, named = REFUSED[case]
+    run_dir = tmp_path / "run"
+    error = refused(capsys, "train", tiny_run, f"run_dir={run_dir}", *overrides)
+    for text in named:
+        assert text in error
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_truncated_corpus_is_refused(suffix, tiny_run, corpus, tmp_path, capsys):
+    for file in corpus.glob("train.*"):
+        shutil.copy(file, tmp_path)
+    with (tmp_path / f"train{suffix}").open("r+b") as f:
+        f.truncate(100)
+    error = refused(
+        capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'train'}"
+    )
+    assert f"train{suffix}" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_corpus_of_another_tokenizer_is_refused(tiny_run, corpus, tmp_path, capsys):
+    other = shutil.copytree(corpus / "tokenizer", tmp_path / "other")
+    with (other / "tokenizer.model").open("ab") as f:
+        f.write(b"\0")
+    error = refused(
+        capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", f"data.tokenizer={other}"
+    )
+    assert "tokenizer" in error
+
+
+def test_run_directory_of_another_config_is_refused_and_stays(tiny_run, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    tree = yaml.safe_load(tiny_run.read_text())
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({**tree, "run_dir": str(run_dir)}))
+    before = (run_dir / "config.yaml").read_bytes()
+    error = refused(capsys, "train", tiny_run, f"run_dir={run_dir}", "optimizer.lr=0.1", "seed=9")
+    assert "optimizer.lr is 0.003 there and 0.1 here" in error and "seed" in error
+    assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_folder_that_is_no_run_directory_is_refused(tiny_run, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path}")
+    assert "no config.yaml" in error
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "export", "report"])
+def test_run_that_does_not_exist_is_refused(verb, tmp_path, capsys):
+    assert "nowhere.yaml" in refused(capsys, verb, tmp_path / "nowhere.yaml")
+
+
+def test_run_file_that_is_no_yaml_is_refused(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("steps: [1, 2")
+    assert "not YAML" in refused(capsys, "train", tmp_path / "bad.yaml")
+
+
+def test_export_without_a_checkpoint_is_refused(tiny_run, tmp_path, capsys):
+    assert "no checkpoint" in refused(capsys, "export", tiny_run, f"run_dir={tmp_path / 'run'}")
+
+
+def test_error_inside_the_launcher_is_said_once(tiny_run, tmp_path):
+    # RANK is set as by a launcher of the user's own; the process is the second of two.
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'r'}", "batch.micro=3", **launched)
+    assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
+    done = est_ds("train", tiny_run, "batch.micro=3", **{**launched, "RANK": "0"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_nothing_of_the_refused_runs_is_left(tiny_run):
+    assert sorted(p.name for p in Path(tiny_run).parent.iterdir()) == ["tiny.yaml"]

@@ -1,0 +1,189 @@
+"""Training through the real launcher: every layout equals one process with plain AdamW."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import est_ds
+
+from est_ds.config import load_run
+from est_ds.engine.base import token_loss
+from est_ds.lr import learning_rate
+from est_ds.metrics import read_metrics
+from est_ds.model import build_model
+from est_ds.run import prepare
+from est_ds.slicing.subnetwork import Subnetwork
+
+LAYOUTS = {
+    "pipe 2 x data 2, ZeRO 1": ("parallel.pipe=2", "parallel.zero=1", 4),
+    "pipe 2 x data 1, ZeRO 0": ("parallel.pipe=2", "parallel.zero=0", 2),
+    "data 2, ZeRO 2": ("parallel.pipe=1", "parallel.zero=2", 2),
+    "data 2, ZeRO 1": ("parallel.pipe=1", "parallel.zero=1", 2),
+    "data 1, ZeRO 0": ("parallel.pipe=1", "parallel.zero=0", 1),
+}
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_run, tmp_path_factory):
+    """Losses and held-out losses of one process: plain torch, AdamW, zero-filled gradients."""
+    torch.set_num_threads(1)
+    config = load_run(tiny_run, ["parallel.pipe=1", f"run_dir={tmp_path_factory.mktemp('r')}/r"])
+    run = prepare(config, 1)
+    model = build_model(run.hf_config, config.seed)
+    subnetwork = Subnetwork(
+        run.family, run.method.shape, dict(enumerate(run.family.layers(model)))
+    )
+    norms = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    losses, held_out = [], {}
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        with subnetwork.active(run.method.plan(step)):
+            [(ids, labels)] = run.train.micro_batches(step, rank=0, world=1, micro=8)
+            loss = torch.nn.functional.cross_entropy(
+                model(input_ids=ids).logits.flatten(0, 1), labels.flatten()
+            )
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % config.evaluate.every == 0:
+            [(ids, labels)] = run.valid.held_out(10, rank=0, world=1, micro=10)
+            with torch.no_grad():
+                held_out[step] = token_loss(model(input_ids=ids).logits, labels).item()
+    return losses, held_out, model
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run, tmp_path_factory) -> Path:
+    """A finished run in the default layout."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    done = est_ds("train", tiny_run, f"run_dir={run_dir}", "--processes", "4")
+    assert done.returncode == 0, done.stderr
+    (run_dir / "stdout.txt").write_text(done.stdout)
+    (run_dir / "stderr.txt").write_text(done.stderr)
+    return run_dir
+
+
+def assert_close(found: list[float], expected: list[float]) -> None:
+    assert len(found) == len(expected)
+    for step, (a, b) in enumerate(zip(found, expected)):
+        assert abs(a - b) <= 1e-5 * abs(b), f"step {step}: {a} against {b}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process_with_plain_adamw(layout, tiny_run, reference, tmp_path, request):
+    pipe, zero, processes = LAYOUTS[layout]
+    if processes == 4:
+        run_dir = request.getfixturevalue("trained")
+    else:
+        run_dir = tmp_path / "run"
+        done = est_ds(
+            "train", tiny_run, f"run_dir={run_dir}", pipe, zero, "--processes", str(processes)
+        )
+        assert done.returncode == 0, done.stderr
+    losses, held_out, _ = reference
+    steps, evaluations = read_metrics(run_dir)
+    assert_close([e["loss"] for e in steps], losses)
+    assert_close([e["eval_loss"] for e in evaluations], list(held_out.values()))
+
+
+def test_stopped_and_resumed_run_equals_the_run_that_never_stopped(tiny_run, trained, tmp_path):
+    run_dir = tmp_path / "run"
+    first = est_ds("train", tiny_run, f"run_dir={run_dir}")
+    assert first.returncode == 0, first.stderr
+    # Back to the checkpoint inside phase 1, as if the node had been lost after step 5.
+    (run_dir / "checkpoints" / "latest").write_text("step_00000005\n")
+    again = est_ds("train", run_dir)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 5 of 20" in again.stdout
+    kept = ("step", "loss", "grad_norm", "lr", "tokens", "plan_digest", "data_digest")
+    steps, evaluations = read_metrics(run_dir)
+    expected_steps, expected_evaluations = read_metrics(trained)
+    assert [[e[k] for k in kept] for e in steps] == [[e[k] for k in kept] for e in expected_steps]
+    assert evaluations == expected_evaluations
+
+
+def test_run_directory_holds_what_the_contract_says(trained):
+    assert (trained / "config.yaml").is_file()
+    assert (trained / "checkpoints" / "latest").read_text() == "step_00000020\n"
+    assert list((trained / "tensorboard").glob("events.out.tfevents.*"))
+    steps, _ = read_metrics(trained)
+    assert [e["step"] for e in steps] == list(range(20))
+    assert set(steps[0]) >= {
+        *("step", "phase", "loss", "lr", "grad_norm", "tokens", "step_s", "tokens_per_s"),
+        *("flops_active", "flops_dense", "kept_layers", "plan_digest", "data_digest"),
+    }
+    assert steps[-1]["tokens"] == 20 * 8 * 64
+    assert [e["kept_layers"] for e in steps] == [2] * 8 + [4] * 12
+    tags = sorted(p.name for p in (trained / "checkpoints").glob("step_*"))
+    assert tags == [f"step_{n:08d}" for n in (5, 8, 10, 14, 15, 20)]
+    index = json.loads((trained / "checkpoints" / tags[0] / "checkpoint.json").read_text())
+    assert index["layout"] == {"pipe": 2, "zero": 1, "replicas": 2}
+    assert not list(trained.rglob("*.partial"))
+
+
+def test_only_rank_0_speaks_and_only_to_the_point(trained):
+    assert (trained / "stderr.txt").read_text() == ""
+    lines = (trained / "stdout.txt").read_text().splitlines()
+    assert "4 processes = 2 pipe stages x 2 replicas" in lines[0]
+    assert "global_batch 8 = micro_batch 2 x accumulation 2 x data_parallel 2" in lines[1]
+    assert len([line for line in lines if line.startswith("step 1/20")]) == 1
+
+
+def test_finished_run_is_not_trained_over(trained):
+    before = (trained / "metrics.jsonl").read_bytes()
+    again = est_ds("train", trained)
+    assert again.returncode == 0
+    assert "all 20 steps are trained" in again.stdout
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_truncated_checkpoint_is_refused(trained, tmp_path):
+    import shutil
+
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    (run_dir / "checkpoints" / "latest").write_text("step_00000015\n")
+    with (run_dir / "checkpoints" / "step_00000015" / "layer_01-model_states.pt").open("r+b") as f:
+        f.truncate(100)
+    done = est_ds("train", run_dir)
+    assert done.returncode == 2
+    assert "layer_01-model_states.pt has 100 bytes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_export_is_the_trained_model(trained, reference, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = est_ds("export", trained, "--out", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of logits, reloaded folder against the engine's weights: 0\n" in (
+        done.stdout
+    )
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    for name, weight in reference[2].state_dict().items():
+        torch.testing.assert_close(exported[name], weight, rtol=1e-3, atol=1e-4)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("def f():\n    return 1\n")["input_ids"]
+    assert len(ids) > 4
+
+
+def test_bf16_trains_in_both_engines(tiny_run, tmp_path):
+    for pipe in (1, 2):
+        run_dir = tmp_path / f"run{pipe}"
+        done = est_ds(
+            "train", tiny_run, f"run_dir={run_dir}", f"parallel.pipe={pipe}", "precision=bf16",
+            "schedule={name: wsd, warmup: 2, decay: 0.3}", "--processes", "2",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        losses = [e["loss"] for e in read_metrics(run_dir)[0]]
+        assert losses[-1] < losses[0] - 0.3

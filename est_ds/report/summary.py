@@ -1,0 +1,264 @@
+"""The summary of a run: tokens, loss, FLOPs and time saved. Reads files only, trains nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from est_ds.config import RunConfig, load_run
+from est_ds.data.manifest import read_manifest
+from est_ds.errors import UserError
+from est_ds.flops import phase_ratios
+from est_ds.metrics import FILE, read_metrics
+from est_ds.plans.methods.base import Method
+from est_ds.run import plan_run
+
+FIELDS = (
+    "step",
+    "phase",
+    "loss",
+    "tokens",
+    "step_s",
+    "flops_active",
+    "flops_dense",
+    "blocks_active",
+    "blocks_dense",
+)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory read: its config, its method and the lines of its metrics, in order."""
+
+    directory: Path
+    config: RunConfig
+    method: Method
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    def lines_of(self, phase: int) -> list[dict[str, Any]]:
+        """The training lines of a phase, told by step since names may repeat."""
+        within = self.method.phases[phase]
+        return [e for e in self.steps if within.from_step <= e["step"] < within.until_step]
+
+    def keeps_everything(self, phase: int) -> bool:
+        """Whether every step of a phase is a step of the full model."""
+        ratios = phase_ratios(self.method, phase, sequence=self.config.data.sequence)
+        return math.isclose(ratios.blocks, 1.0, rel_tol=1e-12)
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase that has begun.
+
+    Attributes:
+        from_step: its first step.
+        until_step: the step after the last one trained so far.
+        median_step_s: over the logged steps; step 0, which warms up, left out.
+        tokens_per_s: at the median step time.
+        time_ratio: median step time over that of the full model; None if that is not measured.
+        blocks_ratio: FLOPs of its steps over the dense ones, `blocks`.
+        model_ratio: the same, `model`.
+        keeps_everything: its steps train the full model.
+    """
+
+    name: str
+    from_step: int
+    until_step: int
+    median_step_s: float
+    tokens_per_s: float
+    time_ratio: float | None
+    blocks_ratio: float
+    model_ratio: float
+    keeps_everything: bool
+
+    @property
+    def num_steps(self) -> int:
+        return self.until_step - self.from_step
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run so far.
+
+    Attributes:
+        tokens: trained by all replicas together.
+        eval_loss: held-out loss of the full model at `eval_step`, nats per token; None before
+            the first evaluation.
+        valid_entropy: unigram entropy of the held-out corpus, nats per token: the loss of a model
+            that knows how frequent every token is and nothing else. None without a manifest.
+        train_entropy: that of the training corpus.
+        saved_blocks: fraction of the dense `blocks` FLOPs of the steps done that was saved.
+        saved_model: the same of the `model` FLOPs.
+        full_step_s: median step time over the phases that keep everything; None if no such
+            phase has begun.
+        full_from: first step of the first phase that keeps everything; None if there is none.
+        saved_time: fraction of the time saved against the same steps at `full_step_s` each,
+            every phase at its median step time; evaluations and checkpoints do not count.
+        efficiency: `saved_time / saved_model`; None if nothing was to be saved.
+    """
+
+    run_dir: str
+    method: str
+    num_steps: int
+    total_steps: int
+    tokens: int
+    train_loss: float
+    eval_loss: float | None
+    eval_step: int | None
+    valid_entropy: float | None
+    train_entropy: float | None
+    saved_blocks: float
+    saved_model: float
+    phases: tuple[PhaseSummary, ...]
+    full_step_s: float | None
+    full_from: int | None
+    saved_time: float | None
+    efficiency: float | None
+
+    @property
+    def time_s(self) -> float:
+        """Training time, every phase at its median step time."""
+        return sum(p.num_steps * p.median_step_s for p in self.phases)
+
+
+def read_run(run_dir: str | os.PathLike) -> RunFiles:
+    """Reads config and metrics of a run directory.
+
+    Raises:
+        UserError: it is no run directory, or its metrics are missing or incomplete.
+    """
+    directory = Path(run_dir)
+    if not (directory / "config.yaml").is_file():
+        raise UserError(
+            f"run directory {str(run_dir)!r} has no config.yaml; give the directory of a run that "
+            f"`est-ds train` has started (run_dir in its run file)."
+        )
+    config = load_run(directory)
+    method = plan_run(config).method
+    steps, evaluations = read_metrics(directory)
+    if not steps:
+        raise UserError(
+            f"{directory / FILE} has no line of a training step; a line is written every "
+            f"log.every={config.log.every} steps: train on with `est-ds train {run_dir}`."
+        )
+    for entry in steps:
+        missing = [field for field in FIELDS if field not in entry]
+        if missing:
+            raise UserError(
+                f"{directory / FILE}: the line of step {entry.get('step', 'unknown')} has no "
+                f"{', '.join(missing)}; every line needs {', '.join(FIELDS)}: restore the file, or "
+                f"train again in another run_dir."
+            )
+    files = RunFiles(directory, config, method, steps, evaluations)
+    if not 0 <= steps[-1]["step"] < config.steps:
+        raise UserError(
+            f"{directory / FILE}: step {steps[-1]['step']} is beyond steps={config.steps} of "
+            f"config.yaml; the two are of different runs: restore the one that belongs here."
+        )
+    for i, phase in enumerate(method.phases[: method.phase_at(steps[-1]["step"]) + 1]):
+        if not files.lines_of(i):
+            raise UserError(
+                f"{directory / FILE} has no line of phase {phase.name!r} (steps {phase.from_step} "
+                f"to {phase.until_step - 1}) though it has later ones; restore the whole file, or "
+                f"train again in another run_dir."
+            )
+    return files
+
+
+def summarise(run_dir: str | os.PathLike) -> Summary:
+    """The summary of a run directory, finished or not.
+
+    Raises:
+        UserError: it is no run directory, or its metrics are missing or incomplete.
+    """
+    return summary_of(read_run(run_dir))
+
+
+def summary_of(run: RunFiles) -> Summary:
+    """The summary of a run that is read already."""
+    full = [i for i in range(len(run.method.phases)) if run.keeps_everything(i)]
+    full_lines = [entry for i in full for entry in run.lines_of(i)]
+    full_step_s = _median_step_s(full_lines) if full_lines else None
+    done = run.steps[-1]["step"] + 1
+    phases = tuple(
+        _phase(run, i, done, full_step_s, i in full)
+        for i, phase in enumerate(run.method.phases)
+        if phase.from_step < done
+    )
+    saved_blocks = 1.0 - sum(p.num_steps * p.blocks_ratio for p in phases) / done
+    saved_model = 1.0 - sum(p.num_steps * p.model_ratio for p in phases) / done
+    saved_time = None
+    if full_step_s:
+        saved_time = 1.0 - sum(p.num_steps * p.median_step_s for p in phases) / done / full_step_s
+    saves = saved_time is not None and not math.isclose(saved_model, 0.0, abs_tol=1e-12)
+    last_evaluation = run.evaluations[-1] if run.evaluations else {}
+    return Summary(
+        run_dir=str(run.directory),
+        method=run.config.method["name"],
+        num_steps=done,
+        total_steps=run.config.steps,
+        tokens=run.steps[-1]["tokens"],
+        train_loss=run.steps[-1]["loss"],
+        eval_loss=last_evaluation.get("eval_loss"),
+        eval_step=last_evaluation.get("step"),
+        valid_entropy=_unigram_entropy(run.config.data.valid),
+        train_entropy=_unigram_entropy(run.config.data.train),
+        saved_blocks=saved_blocks,
+        saved_model=saved_model,
+        phases=phases,
+        full_step_s=full_step_s,
+        full_from=run.method.phases[full[0]].from_step if full else None,
+        saved_time=saved_time,
+        efficiency=saved_time / saved_model if saves else None,
+    )
+
+
+def _phase(
+    run: RunFiles, i: int, done: int, full_step_s: float | None, keeps_everything: bool
+) -> PhaseSummary:
+    phase, lines = run.method.phases[i], run.lines_of(i)
+    step_s = _median_step_s(lines)
+    tokens_per_step = run.config.batch.global_ * run.config.data.sequence
+
+    def ratio(figure: str) -> float:
+        return sum(e[f"{figure}_active"] for e in lines) / sum(e[f"{figure}_dense"] for e in lines)
+
+    return PhaseSummary(
+        name=phase.name,
+        from_step=phase.from_step,
+        until_step=min(done, phase.until_step),
+        median_step_s=step_s,
+        tokens_per_s=tokens_per_step / step_s,
+        time_ratio=step_s / full_step_s if full_step_s else None,
+        blocks_ratio=ratio("blocks"),
+        model_ratio=ratio("flops"),
+        keeps_everything=keeps_everything,
+    )
+
+
+def _median_step_s(lines: list[dict[str, Any]]) -> float:
+    """Without step 0, which warms up; resumed steps do too, but only the median can tell."""
+    warm = [e["step_s"] for e in lines if e["step"] > 0]
+    return median(warm or [e["step_s"] for e in lines])
+
+
+def _unigram_entropy(prefix: str) -> float | None:
+    """Of a corpus by its manifest; None if it has none or stands elsewhere."""
+    manifest = read_manifest(prefix)
+    return manifest.unigram_entropy if manifest else None
+
+
+def print_summary(run_dir: str | os.PathLike) -> None:
+    """Prints the summary of a run directory: fits 80 columns, needs no colour.
+
+    Raises:
+        UserError: it is no run directory, or its metrics are missing or incomplete.
+    """
+    from est_ds.report.text import print_tables
+
+    print_tables(summarise(run_dir))

@@ -58,30 +58,39 @@ def count(model, case, subnetwork, plan, backend) -> FlopCounterMode:
     return counter
 
 
+def head_flops(model, case) -> int:
+    """Forward and backward of the output head's products."""
+    linears = [m for m in model.get_submodule(case.head).modules() if isinstance(m, nn.Linear)]
+    tokens = inputs_of(case)["input_ids"].numel()
+    return 3 * 2 * tokens * sum(m.weight.numel() for m in linears)
+
+
 @every_case
 def test_matrix_products_of_the_layers_are_those_of_the_closed_form(case):
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
     batch, sequence = inputs_of(case)["input_ids"].shape
-    linears = [m for m in model.get_submodule(case.head).modules() if isinstance(m, nn.Linear)]
-    head = 3 * 2 * batch * sequence * sum(m.weight.numel() for m in linears)
+    size = dict(tokens=batch * sequence, sequence=sequence)
+    nothing = draw_plan(shape, skipped=tuple(range(shape.num_layers)))
+    head = expected(shape, nothing, **size).model
     for counts in PLANS:
         plan = draw_plan(shape, **counts)
-        counter = count(model, case, subnetwork, plan, SDPBackend.FLASH_ATTENTION)
-        flops = expected(shape, plan, tokens=batch * sequence, sequence=sequence)
-        assert counter.get_total_flops() - head == flops.blocks
+        flops = expected(shape, plan, **size)
+        fused = count(model, case, subnetwork, plan, SDPBackend.FLASH_ATTENTION)
+        assert fused.get_total_flops() - head_flops(model, case) == flops.blocks
+        plain = count(model, case, subnetwork, plan, SDPBackend.MATH)
+        assert plain.get_total_flops() - head_flops(model, case) == flops.model - head
 
 
 @every_case
-def test_all_matrix_products_of_the_step_are_those_of_the_closed_form(case):
+def test_matrix_products_of_the_head_are_those_of_the_closed_form(case):
     model, shape = our_model(case), shape_of(case)
-    subnetwork = installed(case, model)
-    batch, sequence = inputs_of(case)["input_ids"].shape
-    for counts in PLANS:
-        plan = draw_plan(shape, **counts)
-        counter = count(model, case, subnetwork, plan, SDPBackend.MATH)
-        flops = expected(shape, plan, tokens=batch * sequence, sequence=sequence)
-        assert counter.get_total_flops() == flops.model
+    tokens = inputs_of(case)["input_ids"].numel()
+    weights = shape.hidden * shape.vocabulary + shape.head_inner
+    assert head_flops(model, case) == 3 * 2 * tokens * weights
+    nothing = draw_plan(shape, skipped=tuple(range(shape.num_layers)))
+    step = count(model, case, installed(case, model), nothing, SDPBackend.MATH)
+    assert step.get_total_flops() == head_flops(model, case)
 
 
 @every_case

@@ -48,6 +48,14 @@ LLAMA = (("model.layers", ("self_attn.o_proj", "mlp.down_proj")),)
 SMALL = dict(hidden_size=24, num_hidden_layers=4, intermediate_size=37, vocab_size=61)
 GQA = dict(num_attention_heads=12, num_key_value_heads=4, head_dim=4, max_position_embeddings=32)
 MHA = {**GQA, "num_key_value_heads": 12}
+GPT2 = dict(
+    n_embd=24, n_layer=4, n_head=12, n_inner=37, n_positions=32, vocab_size=61,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)
+BERT = dict(
+    num_attention_heads=12, max_position_embeddings=32,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)
 
 CASES = {
     "llama": Case({"model_type": "llama", **SMALL, **GQA}, LLAMA),
@@ -63,6 +71,17 @@ CASES = {
     "mistral_window": Case({"model_type": "mistral", **SMALL, **GQA, "sliding_window": 4}, LLAMA),
     "qwen2": Case({"model_type": "qwen2", **SMALL, **GQA}, LLAMA),
     "qwen3": Case({"model_type": "qwen3", **SMALL, **GQA, "tie_word_embeddings": True}, LLAMA),
+    "gpt2": Case({"model_type": "gpt2", **GPT2}, (("transformer.h", ("attn.c_proj", "mlp.c_proj")),)),
+    "gpt2_untied": Case(
+        {"model_type": "gpt2", **GPT2, "tie_word_embeddings": False},
+        (("transformer.h", ("attn.c_proj", "mlp.c_proj")),),
+    ),
+    "bert": Case(
+        {"model_type": "bert", **SMALL, **BERT},
+        (("bert.encoder.layer", ("attention.output.dense", "output.dense")),),
+        "AutoModelForMaskedLM",
+        head="cls",
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from est_ds.errors import UserError
 from est_ds.slicing.families.base import Family
+from est_ds.slicing.families.bert import Bert
+from est_ds.slicing.families.gpt2 import Gpt2
 from est_ds.slicing.families.llama import Llama
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (Llama(), Gpt2(), Bert())
 
 
 def family_of(model_type: str) -> Family:
@@ -59,7 +61,7 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     except Exception as e:  # whatever the library raises for values that do not fit
         raise UserError(f"model: {' '.join(str(e).split())}") from None
     _check_divides(shape, config)
-    if sequence is not None and sequence > shape.sequence:
+    if sequence is not None and shape.sequence is not None and sequence > shape.sequence:
         raise UserError(
             f"data.sequence={sequence} is longer than the model's longest sequence "
             f"(model.max_position_embeddings={shape.sequence}); shorten it, or raise the model's."

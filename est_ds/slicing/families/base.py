@@ -79,6 +79,11 @@ class Piece:
     tied: Mapping[str, str] = field(default_factory=dict)
 
 
+def tied_to(source: str | None, own: str) -> dict[str, str]:
+    """The `tied` of a piece whose parameter `own` is `source`; nothing where source is None."""
+    return {} if source is None else {own: source}
+
+
 class Family(ABC):
     """One family of Hugging Face models.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, arange, nn
 
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Follower, Piece, Slot
+from est_ds.slicing.families.base import Family, Follower, Piece, Slot, tied_to
 
 
 class Llama(Family):
@@ -49,14 +49,12 @@ class Llama(Family):
             Piece((f"model.layers.{i}", "model.rotary_emb"), _layer, layer=i)
             for i in range(config.num_hidden_layers)
         ]
-        embedding = "model.embed_tokens.weight"
-        tied = config.tie_word_embeddings
+        words = "model.embed_tokens.weight"
+        source = words if config.tie_word_embeddings else None
         return [
-            Piece(("model.embed_tokens",), _embed, tied={embedding: embedding} if tied else {}),
+            Piece(("model.embed_tokens",), _embed, tied=tied_to(source, words)),
             *layers,
-            Piece(
-                ("model.norm", "lm_head"), _head, tied={"lm_head.weight": embedding} if tied else {}
-            ),
+            Piece(("model.norm", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
 
 

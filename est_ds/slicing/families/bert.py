@@ -1,0 +1,69 @@
+"""BERT with its masked-language-model head: attention both ways, norms after the residuals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from est_ds.errors import UserError
+from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
+
+
+class Bert(Family):
+    model_types = ("bert",)
+    auto_class = "AutoModelForMaskedLM"
+
+    def shape(self, config: Any) -> ModelShape:
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        if hidden % heads:
+            raise UserError(
+                f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
+                f"use a divisor."
+            )
+        if config.is_decoder:
+            raise UserError("model.is_decoder=True is not supported for bert; set it to false.")
+        attention = Attention(heads, heads, hidden // heads, hidden)
+        mlp = Mlp(config.intermediate_size, hidden, matrices=2)
+        return ModelShape(
+            family=config.model_type,
+            layers=((attention, mlp),) * config.num_hidden_layers,
+            hidden=hidden,
+            vocabulary=config.vocab_size,
+            sequence=config.max_position_embeddings,
+            head_inner=hidden * hidden,
+        )
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.bert.encoder.layer)
+
+    def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
+        heads, out = layer.attention.self, layer.attention.output.dense
+        size = heads.attention_head_size
+        return (
+            Slot(
+                rows=((heads.query, size),),
+                group_rows=((heads.key, size), (heads.value, size)),
+                columns=((out, size),),
+            ),
+            Slot(rows=((layer.intermediate.dense, 1),), columns=((layer.output.dense, 1),)),
+        )
+
+    def pieces(self, config: Any) -> list[Piece]:
+        layers = [
+            Piece((f"bert.encoder.layer.{i}",), _apply, layer=i)
+            for i in range(config.num_hidden_layers)
+        ]
+        words, head = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+        source = words if config.tie_word_embeddings else None
+        return [
+            Piece(("bert.embeddings",), _apply, tied=tied_to(source, words)),
+            *layers,
+            Piece(("cls",), _apply, tied=tied_to(source, head)),
+        ]
+
+
+def _apply(module: nn.Module, x: Tensor) -> Tensor:
+    # No mask: every position sees every other, as in the whole model without padding.
+    return module(x)

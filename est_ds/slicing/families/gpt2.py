@@ -1,0 +1,79 @@
+"""GPT-2: one fused projection to q, k and v, weights stored as [in, out], learned positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, arange, nn
+
+from est_ds.errors import UserError
+from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.slicing.families.base import Family, Follower, Piece, Slot, tied_to
+
+
+class Gpt2(Family):
+    model_types = ("gpt2",)
+
+    def shape(self, config: Any) -> ModelShape:
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        if hidden % heads:
+            raise UserError(
+                f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
+                f"use a divisor."
+            )
+        if config.add_cross_attention:
+            raise UserError("model.add_cross_attention=True is not supported; set it to false.")
+        attention = Attention(heads, heads, hidden // heads, hidden)
+        mlp = Mlp(config.n_inner or 4 * hidden, hidden, matrices=2)
+        return ModelShape(
+            family=config.model_type,
+            layers=((attention, mlp),) * config.num_hidden_layers,
+            hidden=hidden,
+            vocabulary=config.vocab_size,
+            sequence=config.max_position_embeddings,
+        )
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.transformer.h)
+
+    def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
+        attention, mlp = layer.attn, layer.mlp
+        size = attention.head_dim
+        width = Follower(attention, "split_size", lambda heads, groups: heads * size)
+        return (
+            Slot(
+                qkv_rows=((attention.c_attn, size),),
+                columns=((attention.c_proj, size),),
+                followers=(width,),
+            ),
+            Slot(rows=((mlp.c_fc, 1),), columns=((mlp.c_proj, 1),)),
+        )
+
+    def pieces(self, config: Any) -> list[Piece]:
+        layers = [
+            Piece((f"transformer.h.{i}",), _layer, layer=i) for i in range(config.num_hidden_layers)
+        ]
+        source = "transformer.wte.weight" if config.tie_word_embeddings else None
+        return [
+            Piece(
+                ("transformer.wte", "transformer.wpe", "transformer.drop"),
+                _embed,
+                tied=tied_to(source, "transformer.wte.weight"),
+            ),
+            *layers,
+            Piece(("transformer.ln_f", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
+        ]
+
+
+def _embed(words: nn.Module, places: nn.Module, drop: nn.Module, ids_BT: Tensor) -> Tensor:
+    positions = arange(ids_BT.shape[1], device=ids_BT.device)[None]
+    return drop(words(ids_BT) + places(positions))
+
+
+def _layer(layer: nn.Module, x_BTH: Tensor) -> Tensor:
+    # No mask: attention is causal by the module's own flag, as in the whole model.
+    return layer(x_BTH)
+
+
+def _head(norm: nn.Module, head: nn.Module, x_BTH: Tensor) -> Tensor:
+    return head(norm(x_BTH))

@@ -10,6 +10,7 @@ Shapes: H heads, D head size; a projection reads [B, T, H * D] or [B, T, columns
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,17 @@ BERT = dict(
     num_attention_heads=12, max_position_embeddings=32,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
 )
+T5_SIZES = dict(
+    d_model=24, d_kv=4, num_heads=12, d_ff=37, num_layers=4, num_decoder_layers=4, vocab_size=61,
+    relative_attention_num_buckets=8, relative_attention_max_distance=6, dropout_rate=0.0,
+)
+T5_LAYERS = (
+    ("encoder.block", ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo")),
+    (
+        "decoder.block",
+        ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo"),
+    ),
+)
 
 CASES = {
     "llama": Case({"model_type": "llama", **SMALL, **GQA}, LLAMA),
@@ -82,6 +94,15 @@ CASES = {
         "AutoModelForMaskedLM",
         head="cls",
     ),
+    "t5": Case({"model_type": "t5", **T5_SIZES}, T5_LAYERS, "AutoModelForSeq2SeqLM"),
+    "t5_gated": Case(
+        {
+            "model_type": "t5", **T5_SIZES, "num_decoder_layers": 3,
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        },
+        T5_LAYERS,
+        "AutoModelForSeq2SeqLM",
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -103,24 +124,36 @@ def shape_of(case: Case) -> ModelShape:
     return family_of(case.section["model_type"]).shape(config_of(case))
 
 
+_built: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+
+def _models(case: Case) -> tuple[nn.Module, nn.Module]:
+    """Ours and the library's, with the same large weights; built once."""
+    if id(case) not in _built:
+        ours = build_model(config_of(case), seed=1)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for p in ours.parameters():
+                p.copy_(
+                    0.15 * torch.randn_like(p) if p.ndim > 1 else p + 0.2 * torch.randn_like(p)
+                )
+            # A residual stream larger than what layers add keeps comparisons well conditioned.
+            ours.get_input_embeddings().weight.mul_(8)
+        auto = getattr(transformers, case.auto_class)
+        theirs = auto.from_config(config_of(case), attn_implementation="sdpa")
+        theirs.load_state_dict(ours.state_dict())
+        _built[id(case)] = ours, theirs
+    return _built[id(case)]
+
+
 def our_model(case: Case) -> nn.Module:
     """The model that est_ds builds, with large weights."""
-    model = build_model(config_of(case), seed=1)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.15 * torch.randn_like(p) if p.ndim > 1 else p + 0.2 * torch.randn_like(p))
-        # A residual stream larger than what the layers add keeps the comparison well conditioned.
-        model.get_input_embeddings().weight.mul_(8)
-    return model
+    return copy.deepcopy(_models(case)[0])
 
 
-def library_model(case: Case, weights: nn.Module) -> nn.Module:
-    """The unmodified library model with the weights of another."""
-    auto = getattr(transformers, case.auto_class)
-    model = auto.from_config(config_of(case), attn_implementation="sdpa")
-    model.load_state_dict(weights.state_dict())
-    return model
+def library_model(case: Case) -> nn.Module:
+    """The unmodified library model with the same weights."""
+    return copy.deepcopy(_models(case)[1])
 
 
 def installed(case: Case, model: nn.Module) -> Subnetwork:
@@ -155,9 +188,9 @@ def run_step(model: nn.Module, case: Case, same_lengths: bool = False) -> Step:
     return Step(logits.detach(), loss.detach(), grads)
 
 
-def masked_step(case: Case, weights: nn.Module, plan: Plan) -> Step:
+def masked_step(case: Case, plan: Plan) -> Step:
     """The plan's step by masks in plain torch, on the unmodified library model."""
-    model = library_model(case, weights)
+    model = library_model(case)
     layers = [
         (layer, [layer.get_submodule(path) for path in projections])
         for path, projections in case.layers
@@ -250,11 +283,11 @@ def assert_equal(ours: Step, theirs: Step) -> None:
 @every_case
 def test_masks_change_the_step(case):
     """The reference is no empty shell: dropping a head, a column or a layer shows."""
-    model, shape = our_model(case), shape_of(case)
-    full = masked_step(case, model, draw_plan(shape))
-    assert_equal(full, run_step(library_model(case, model), case))
+    shape = shape_of(case)
+    full = masked_step(case, draw_plan(shape))
+    assert_equal(full, run_step(library_model(case), case))
     for plan in (
         draw_plan(shape, heads=1), draw_plan(shape, columns=36), draw_plan(shape, skipped=(0,))
     ):
-        masked = masked_step(case, model, plan)
+        masked = masked_step(case, plan)
         assert (masked.logits - full.logits).abs().max() > 1e-2

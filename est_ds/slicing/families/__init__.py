@@ -10,8 +10,9 @@ from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.bert import Bert
 from est_ds.slicing.families.gpt2 import Gpt2
 from est_ds.slicing.families.llama import Llama
+from est_ds.slicing.families.t5 import T5
 
-FAMILIES: tuple[Family, ...] = (Llama(), Gpt2(), Bert())
+FAMILIES: tuple[Family, ...] = (Llama(), Gpt2(), Bert(), T5())
 
 
 def family_of(model_type: str) -> Family:

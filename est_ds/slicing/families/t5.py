@@ -1,0 +1,172 @@
+"""T5: encoder and decoder, whose relative position bias every layer takes for its own heads.
+
+The plan's layers are the encoder's, then the decoder's. The first self-attention of each stack
+computes the bias of all heads, [1, heads, T, T]; the layers behind share it, each keeping heads
+of its own, and it must be there also when the first layer is skipped.
+
+Shapes: B batch, S source and T target tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
+from est_ds.slicing.leaf import SkippableLayer, Slice
+
+
+class BiasOfKeptHeads:
+    """An attention that takes and returns the bias of all heads, and uses that of its own."""
+
+    est_slice: Slice | None = None
+
+    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, **other):
+        kept = self.est_slice
+        if kept is None:
+            return super().forward(hidden_states, mask, key_value_states, position_bias, **other)
+        if position_bias is None:
+            position_bias = self._est_whole_bias(hidden_states, key_value_states)
+        of_kept = position_bias.index_select(1, kept.units)
+        out, _, weights = super().forward(hidden_states, mask, key_value_states, of_kept, **other)
+        return out, position_bias, weights
+
+    def _est_whole_bias(self, queries: Tensor, keys: Tensor | None) -> Tensor:
+        num_queries = queries.shape[1]
+        num_keys = num_queries if keys is None else keys.shape[1]
+        if self.has_relative_attention_bias:
+            return self.compute_bias(num_queries, num_keys, device=queries.device)
+        return queries.new_zeros(1, 1, 1, 1).expand(1, self.n_heads, num_queries, num_keys)
+
+
+class SkippableBlock(SkippableLayer):
+    """A block returns its states, and the biases of its attentions for the blocks behind it."""
+
+    def est_skip(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_bias=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        encoder_decoder_position_bias=None,
+        **other,
+    ):
+        attention = self.layer[0].SelfAttention
+        if position_bias is None and attention.has_relative_attention_bias:
+            length = hidden_states.shape[1]
+            position_bias = attention.compute_bias(length, length, device=hidden_states.device)
+        return hidden_states, position_bias, encoder_decoder_position_bias
+
+
+class T5(Family):
+    model_types = ("t5",)
+    auto_class = "AutoModelForSeq2SeqLM"
+    skippable = SkippableBlock
+
+    def shape(self, config: Any) -> ModelShape:
+        heads, hidden = config.num_heads, config.d_model
+        own = Attention(heads, heads, config.d_kv, hidden)
+        cross = Attention(heads, heads, config.d_kv, hidden, cross=True)
+        mlp = Mlp(config.d_ff, hidden, matrices=3 if config.is_gated_act else 2)
+        encoder = ((own, mlp),) * config.num_layers
+        return ModelShape(
+            family=config.model_type,
+            layers=encoder + ((own, cross, mlp),) * config.num_decoder_layers,
+            hidden=hidden,
+            vocabulary=config.vocab_size,
+            sequence=None,
+            encoder_layers=config.num_layers,
+        )
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        return [*model.encoder.block, *model.decoder.block]
+
+    def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
+        attentions = [layer.layer[0].SelfAttention]
+        if layer.is_decoder:
+            attentions.append(layer.layer[1].EncDecAttention)
+        mlp = layer.layer[-1].DenseReluDense
+        inner = (mlp.wi_0, mlp.wi_1) if hasattr(mlp, "wi_0") else (mlp.wi,)
+        return (
+            *(_attention_slot(attention) for attention in attentions),
+            Slot(rows=tuple((module, 1) for module in inner), columns=((mlp.wo, 1),)),
+        )
+
+    def pieces(self, config: Any) -> list[Piece]:
+        shared = "shared.weight"  # the library ties it with both embeddings and the head, always
+        encoder = [
+            Piece((f"encoder.block.{i}",), _encoder_layer, layer=i)
+            for i in range(config.num_layers)
+        ]
+        decoder = [
+            Piece((f"decoder.block.{i}",), _decoder_layer, layer=config.num_layers + i)
+            for i in range(config.num_decoder_layers)
+        ]
+        scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        return [
+            Piece(
+                ("encoder.embed_tokens", "encoder.dropout"),
+                _embed_source,
+                tied=tied_to(shared, "encoder.embed_tokens.weight"),
+            ),
+            *encoder,
+            Piece(
+                (
+                    "encoder.final_layer_norm", "encoder.dropout",
+                    "decoder.embed_tokens", "decoder.dropout",
+                ),
+                _embed_target,
+                tied=tied_to(shared, "decoder.embed_tokens.weight"),
+            ),
+            *decoder,
+            Piece(
+                ("decoder.final_layer_norm", "decoder.dropout", "lm_head"),
+                partial(_head, scale),
+                tied=tied_to(shared, "lm_head.weight"),
+            ),
+        ]
+
+
+def _attention_slot(attention: nn.Module) -> Slot:
+    size = attention.key_value_proj_dim
+    return Slot(
+        rows=((attention.q, size),),
+        group_rows=((attention.k, size), (attention.v, size)),
+        columns=((attention.o, size),),
+        informed=((attention, BiasOfKeptHeads),),
+    )
+
+
+# What passes between pieces: (states, target ids[, bias]) in the encoder, (states, encoder's
+# states[, bias]) in the decoder. Neither stack needs a mask: the encoder sees everything, the
+# decoder is causal by its modules' own flag, as in the whole model without padding.
+
+
+def _embed_source(embedding, dropout, ids: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    source_BS, target_BT = ids
+    return dropout(embedding(source_BS)), target_BT
+
+
+def _encoder_layer(layer: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states_BSH, target_BT, *bias = x
+    states_BSH, bias, _ = layer(states_BSH, None, bias[0] if bias else None)
+    return states_BSH, target_BT, bias
+
+
+def _embed_target(norm, dropout, embedding, drop, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states_BSH, target_BT = x[:2]
+    return drop(embedding(target_BT)), dropout(norm(states_BSH))
+
+
+def _decoder_layer(layer: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    states_BTH, encoded_BSH, *bias = x
+    states_BTH, bias, _ = layer(states_BTH, None, bias[0] if bias else None, encoded_BSH)
+    return states_BTH, encoded_BSH, bias
+
+
+def _head(scale: float, norm, dropout, head, x: tuple[Tensor, ...]) -> Tensor:
+    return head(dropout(norm(x[0])) * scale)

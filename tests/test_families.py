@@ -175,3 +175,23 @@ def test_groups_that_do_not_divide_the_heads_are_refused():
 def test_sequence_beyond_the_model_is_refused():
     with pytest.raises(UserError, match="data.sequence=33 is longer"):
         hf_config(CASES["llama"].section, sequence=33)
+
+
+@pytest.mark.parametrize(
+    "case, change, message",
+    [
+        ("gpt2", dict(n_head=5), "num_attention_heads=5 does not divide model.hidden_size=24"),
+        ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True is not supported"),
+        ("gpt2", dict(head_dim=4), "unknown key 'model.head_dim'"),
+        ("bert", dict(num_attention_heads=5), "5 does not divide model.hidden_size=24"),
+        ("bert", dict(is_decoder=True), "is_decoder=True is not supported"),
+        ("t5", dict(feed_forward_proj="gated-gelu-x"), "feed_forward_proj"),
+    ],
+)
+def test_what_a_family_does_not_support_is_refused(case, change, message):
+    with pytest.raises(UserError, match=message):
+        hf_config({**CASES[case].section, **change})
+
+
+def test_t5_takes_any_sequence_length():
+    hf_config(CASES["t5"].section, sequence=100_000)

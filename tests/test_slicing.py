@@ -5,6 +5,8 @@ The table of families and the reference are in `test_slicing_reference.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_slicing_reference import (
@@ -111,6 +113,24 @@ def test_any_layer_may_be_skipped(case):
 
 
 @every_case
+def test_layers_may_keep_different_counts(case):
+    """Some layers whole, some sliced, one skipped, in each stack of layers."""
+    model, shape = our_model(case), shape_of(case)
+    subnetwork = installed(case, model)
+    kinds = [
+        draw_plan(shape, heads=2, columns=5),
+        draw_plan(shape),
+        draw_plan(shape, heads=1, scale=2.0),
+        draw_plan(shape, skipped=tuple(range(shape.num_layers))),
+        draw_plan(shape, columns=31),
+    ]
+    for turn in range(len(kinds)):
+        layers = [kinds[(i + turn) % len(kinds)].layers[i] for i in range(shape.num_layers)]
+        plan = replace(kinds[0], layers=tuple(layers))
+        assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
+
+
+@every_case
 def test_every_count_of_heads(case):
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
@@ -170,7 +190,7 @@ def test_plan_of_another_depth_is_refused(case):
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
     plan = draw_plan(shape)
-    short = type(plan)(0, 0, plan.layers[:-1])
+    short = replace(plan, layers=plan.layers[:-1])
     with pytest.raises(ValueError, match=f"{shape.num_layers - 1} layers"):
         with subnetwork.active(short):
             pass

@@ -12,7 +12,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
@@ -158,7 +160,8 @@ def _encoder_layer(layer: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 
 def _embed_target(norm, dropout, embedding, drop, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    states_BSH, target_BT = x[:2]
+    states_BSH, target_BT, *bias = x
+    states_BSH = Spent.apply(states_BSH, *bias)
     return drop(embedding(target_BT)), dropout(norm(states_BSH))
 
 
@@ -169,4 +172,21 @@ def _decoder_layer(layer: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 
 def _head(scale: float, norm, dropout, head, x: tuple[Tensor, ...]) -> Tensor:
-    return head(dropout(norm(x[0])) * scale)
+    return head(dropout(norm(Spent.apply(*x))) * scale)
+
+
+class Spent(Function):
+    """Its first argument; the others, used up, get a zero gradient rather than none.
+
+    A pipeline sends a gradient back for every tensor that it sent forward, also where all layers
+    of a stage that would have used it are skipped.
+    """
+
+    @staticmethod
+    def forward(ctx, states: Tensor, *spent: Tensor) -> Tensor:
+        ctx.save_for_backward(*spent)
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)

@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start on this machine (default: every GPU; on CPU what RUN says)",
     )
+    # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)
 
     export = verb("export", _export, "write the latest checkpoint as a Hugging Face folder")
     overrides(export)

@@ -16,6 +16,7 @@ from est_ds.engine.layout import pipe_cuts
 from est_ds.engine.settings import check_deepspeed_section
 from est_ds.errors import UserError
 from est_ds.lr import check_schedule
+from est_ds.metrics import FILE
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.slicing.families import family_of, hf_config
@@ -107,8 +108,10 @@ def prepare(config: RunConfig, processes: int) -> Run:
 def check_run_dir(config: RunConfig) -> None:
     """Refuses a run directory that belongs to another run.
 
+    A run that never trained a step may still change.
+
     Raises:
-        UserError: it holds another run's config, or files but no config.
+        UserError: it holds another run, or files that are no run's.
     """
     directory = Path(config.run_dir)
     file = directory / "config.yaml"
@@ -120,8 +123,9 @@ def check_run_dir(config: RunConfig) -> None:
             )
         return
     former = checked(RunConfig, yaml.safe_load(file.read_text()))
-    differing = _differences(_flat(former.model_dump(by_alias=True)), _flat(config.model_dump(by_alias=True)))
-    if differing:
+    differing = _differences(former, config)
+    begun = (directory / "checkpoints" / "latest").exists() or (directory / FILE).exists()
+    if differing and begun:
         shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
         raise UserError(
             f"run_dir={config.run_dir!r} holds a run of another config: {shown}. Choose another "
@@ -148,7 +152,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
-def _differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differences(there: RunConfig, here: RunConfig) -> list[str]:
+    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
     found = []
     for key in sorted(former.keys() | now.keys()):
         if any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE):

@@ -36,14 +36,13 @@ def train(run: Run, world: World) -> None:
     checkpoints = directory / "checkpoints"
     start = latest_step(checkpoints) or 0
     start_processes(world)
+    if world.is_first:
+        write_config(config)
     engine = build_engine(
         config, run.hf_config, run.family, method, world, str(directory / "tensorboard")
     )
     if start:
         _check_state(run, load_checkpoint(engine, checkpoints, start))
-    if world.is_first:
-        write_config(config)
-    dist.barrier()
     metrics = MetricsFile(directory, start) if world.is_first else None
     _say_start(run, engine, start)
     _check_agreement(run, start)

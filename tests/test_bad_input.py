@@ -112,6 +112,7 @@ def test_run_directory_of_another_config_is_refused_and_stays(tiny_run, tmp_path
     run_dir.mkdir()
     tree = yaml.safe_load(tiny_run.read_text())
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**tree, "run_dir": str(run_dir)}))
+    (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
     before = (run_dir / "config.yaml").read_bytes()
     error = refused(capsys, "train", tiny_run, f"run_dir={run_dir}", "optimizer.lr=0.1", "seed=9")
     assert "optimizer.lr is 0.003 there and 0.1 here" in error and "seed" in error

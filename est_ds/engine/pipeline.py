@@ -106,6 +106,12 @@ class PipelineEngine(base.Engine):
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
+        if self.config.parallel.zero == 0:
+            # Without ZeRO and with one replica DeepSpeed leaves the gradients of what a plan leaves
+            # out unset, and AdamW then skips them: no decay of their moments.
+            for parameter in self.pipeline.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         return self.deepspeed.train_batch(batches).item()
 
     def mean_loss(self, batches: list[base.MicroBatch]) -> float:

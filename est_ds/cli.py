@@ -82,7 +82,7 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config import load_run
-    from est_ds.engine.checkpoint import latest_step
+    from est_ds.engine.checkpoint import check_resumable, latest_step
     from est_ds.launching import check_processes, default_processes, launch
     from est_ds.run import prepare
     from est_ds.train import train
@@ -97,10 +97,14 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     processes = parsed.processes or default_processes(config)
     check_processes(processes)
     run = prepare(config, processes)
-    if latest_step(run.directory / "checkpoints") == config.steps:
+    checkpoints = run.directory / "checkpoints"
+    step = latest_step(checkpoints)
+    if step == config.steps:
         print(f"{config.run_dir} is done: all {config.steps} steps are trained.")
         _summary(config.run_dir)
         return
+    if step is not None:
+        check_resumable(checkpoints, step, config.layout(processes))
     launch(arguments, processes)
 
 

@@ -156,6 +156,11 @@ class RunConfig(Strict):
             )
         return processes // self.parallel.pipe
 
+    def layout(self, processes: int) -> dict[str, int]:
+        """What the files of a checkpoint depend on."""
+        replicas = self.data_parallel(processes)
+        return {"pipe": self.parallel.pipe, "zero": self.parallel.zero, "replicas": replicas}
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 

@@ -183,7 +183,7 @@ def _remaining(run: Run, start: int, work: list[float]):
 
 def _to_monitor(engine: Engine, entry: dict[str, Any], samples: int) -> None:
     shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers")
-    events = {f"train/{name}": float(entry[name]) for name in shown}
+    events = {f"train/{n}": float(entry[n]) for n in shown if entry[n] is not None}
     events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
     engine.write_events(events, samples)
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -77,15 +79,22 @@ class Engine(ABC):
 
     @property
     def layout(self) -> dict[str, int]:
-        """What the files of a checkpoint depend on."""
-        parallel = self.config.parallel
-        return {"pipe": parallel.pipe, "zero": parallel.zero, "replicas": self.num_replicas}
+        return self.config.layout(self.num_replicas * self.config.parallel.pipe)
 
     @property
-    def grad_norm(self) -> float:
-        """The global norm of the last step's gradients, before clipping."""
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradients before clipping; None if none was computed."""
         norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return None if norm is None else float(norm)
+
+    def clip_over(self, group: Any | None) -> None:
+        """Replaces DeepSpeed's clipping without ZeRO, which clips every pipe stage by its own norm
+        and does not say the norm.
+
+        Args:
+            group: the processes that hold the pipe stages of this replica; None: this one alone.
+        """
+        self.deepspeed.clip_fp32_gradients = partial(_clip, self.deepspeed, group)
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
@@ -108,6 +117,17 @@ class Engine(ABC):
         """Sends figures to DeepSpeed's monitor (TensorBoard and whatever else is configured)."""
         if self.deepspeed.monitor.enabled:
             self.deepspeed.monitor.write_events([(k, v, samples) for k, v in events.items()])
+
+
+def _clip(engine: Any, group: Any | None) -> None:
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    squares = torch.nn.utils.get_total_norm(gradients) ** 2
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    norm = engine._global_grad_norm = squares.sqrt()
+    torch.nn.utils.clip_grads_with_norm_(
+        engine.module.parameters(), engine.gradient_clipping(), norm
+    )
 
 
 def keep_float32_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -71,18 +71,26 @@ def load_checkpoint(engine: Engine, folder: Path, step: int) -> dict[str, Any]:
     Raises:
         UserError: a file is missing or truncated, or another layout wrote it.
     """
-    tag = f"step_{step:08d}"
-    check_files(folder / tag)
-    written = json.loads((folder / tag / INDEX).read_text())["layout"]
-    if written != engine.layout:
-        raise UserError(
-            f"{folder / tag} was written with {_words(written)}, and this run has "
-            f"{_words(engine.layout)}; start it with --processes "
-            f"{written['pipe'] * written['replicas']} parallel.pipe={written['pipe']} "
-            f"parallel.zero={written['zero']}."
-        )
+    check_resumable(folder, step, engine.layout)
     with quiet():
-        return engine.load(folder, tag)
+        return engine.load(folder, f"step_{step:08d}")
+
+
+def check_resumable(folder: Path, step: int, layout: dict[str, int]) -> None:
+    """Checks a checkpoint before anything is started.
+
+    Raises:
+        UserError: a file is missing or truncated, or another layout wrote it.
+    """
+    checkpoint = folder / f"step_{step:08d}"
+    check_files(checkpoint)
+    written = json.loads((checkpoint / INDEX).read_text())["layout"]
+    if written != layout:
+        raise UserError(
+            f"{checkpoint} was written with {_words(written)}, and this start has "
+            f"{_words(layout)}; start it with --processes {written['pipe'] * written['replicas']} "
+            f"parallel.pipe={written['pipe']} parallel.zero={written['zero']}."
+        )
 
 
 def check_files(checkpoint: Path) -> None:

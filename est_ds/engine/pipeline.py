@@ -103,6 +103,7 @@ class PipelineEngine(base.Engine):
                 dist_init_required=False,
             )
             base.restore_float32_buffers(self.pipeline, buffers)
+        self.clip_over(self.deepspeed.grid.get_pipe_parallel_group())
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:

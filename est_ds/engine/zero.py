@@ -51,6 +51,7 @@ class ZeroEngine(base.Engine):
                 dist_init_required=False,
             )
         base.restore_float32_buffers(model, buffers)
+        self.clip_over(None)
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         self.deepspeed.train()

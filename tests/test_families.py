@@ -133,6 +133,34 @@ def test_pieces_in_a_row_are_the_model_bit_for_bit(case, counts):
 
 
 @every_case
+def test_what_pieces_pass_on_can_be_sent_and_gets_a_gradient(case):
+    """A pipeline sends contiguous tensors, and a gradient back for each; any stage may be idle."""
+    model, shape = our_model(case), shape_of(case)
+    subnetwork, pieces = installed(case, model), pieces_of(case)
+    for skipped in ((0,), tuple(range(1, shape.num_layers)), tuple(range(shape.num_layers))):
+        with subnetwork.active(draw_plan(shape, heads=2, columns=13, skipped=skipped)):
+            whole = run_step(model, case)
+            model.zero_grad()
+            sent, x = [], first_input(case)
+            for piece in pieces:
+                y = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
+                outputs = y if isinstance(y, tuple) else (y,)
+                assert all(t.is_contiguous() for t in outputs)
+                received = [t.detach().requires_grad_(t.is_floating_point()) for t in outputs]
+                sent.append((outputs, received))
+                x = tuple(received) if isinstance(y, tuple) else received[0]
+            labels = torch.arange(x[..., 0].numel()) * 7 % x.shape[-1]
+            torch.nn.functional.cross_entropy(x.flatten(0, 1), labels).backward()
+            for outputs, received in reversed(sent):
+                pairs = [(t, r.grad) for t, r in zip(outputs, received) if t.is_floating_point()]
+                assert all(grad is not None and grad.is_contiguous() for _, grad in pairs)
+                torch.autograd.backward([t for t, _ in pairs], [grad for _, grad in pairs])
+        for name, p in model.named_parameters():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            assert torch.allclose(grad, whole.grads[name], rtol=1e-4, atol=1e-6), name
+
+
+@every_case
 def test_pieces_hold_every_parameter_once_and_every_layer_in_order(case):
     model = build_model(config_of(case), seed=5)
     pieces, shape = pieces_of(case), shape_of(case)

@@ -156,7 +156,7 @@ def _embed_source(embedding, dropout, ids: tuple[Tensor, Tensor]) -> tuple[Tenso
 def _encoder_layer(layer: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     states_BSH, target_BT, *bias = x
     states_BSH, bias, _ = layer(states_BSH, None, bias[0] if bias else None)
-    return states_BSH, target_BT, bias
+    return states_BSH, target_BT, bias.contiguous()  # it may have to be sent
 
 
 def _embed_target(norm, dropout, embedding, drop, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -168,7 +168,7 @@ def _embed_target(norm, dropout, embedding, drop, x: tuple[Tensor, ...]) -> tupl
 def _decoder_layer(layer: nn.Module, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     states_BTH, encoded_BSH, *bias = x
     states_BTH, bias, _ = layer(states_BTH, None, bias[0] if bias else None, encoded_BSH)
-    return states_BTH, encoded_BSH, bias
+    return states_BTH, encoded_BSH, bias.contiguous()
 
 
 def _head(scale: float, norm, dropout, head, x: tuple[Tensor, ...]) -> Tensor:

@@ -24,6 +24,7 @@ from test_slicing_reference import (
 )
 from torch import nn
 
+from est_ds.plans.methods import build_method
 from est_ds.plans.shape import Attention
 
 # Counts that a table of plans tries: all odd ones, and the least and the most.
@@ -140,6 +141,25 @@ def test_every_count_of_heads(case):
         for heads in range(1, most + 1):
             plan = draw_plan(shape, heads=heads, rule=rule, seed=heads)
             assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
+
+
+@every_case
+@pytest.mark.parametrize("rule", ["within_groups", "groups"])
+def test_drawn_plans_slice_heads_of_every_family(case, rule):
+    """Plans as the method draws them; without grouped-query attention, heads with keys, values."""
+    model, shape = our_model(case), shape_of(case)
+    subnetwork = installed(case, model)
+    section = {
+        "name": "est",
+        "head_rule": rule,
+        "phases": [{"until": 1.0, "layers": 0.6, "heads": 0.4, "columns": 0.5}],
+    }
+    method = build_method(section, seed=7, steps=10, shape=shape)
+    for step in (0, 9):
+        plan = method.plan(step)
+        for layer in filter(None, plan.layers):
+            assert all(kept.count < kept.total for kept in layer.parts)
+        assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
 
 
 @every_case

@@ -53,6 +53,7 @@ GPT2 = dict(
     n_embd=24, n_layer=4, n_head=12, n_inner=37, n_positions=32, vocab_size=61,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
 )
+GPT2_LAYERS = (("transformer.h", ("attn.c_proj", "mlp.c_proj")),)
 BERT = dict(
     num_attention_heads=12, max_position_embeddings=32,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -83,11 +84,8 @@ CASES = {
     "mistral_window": Case({"model_type": "mistral", **SMALL, **GQA, "sliding_window": 4}, LLAMA),
     "qwen2": Case({"model_type": "qwen2", **SMALL, **GQA}, LLAMA),
     "qwen3": Case({"model_type": "qwen3", **SMALL, **GQA, "tie_word_embeddings": True}, LLAMA),
-    "gpt2": Case({"model_type": "gpt2", **GPT2}, (("transformer.h", ("attn.c_proj", "mlp.c_proj")),)),
-    "gpt2_untied": Case(
-        {"model_type": "gpt2", **GPT2, "tie_word_embeddings": False},
-        (("transformer.h", ("attn.c_proj", "mlp.c_proj")),),
-    ),
+    "gpt2": Case({"model_type": "gpt2", **GPT2}, GPT2_LAYERS),
+    "gpt2_untied": Case({"model_type": "gpt2", **GPT2, "tie_word_embeddings": False}, GPT2_LAYERS),
     "bert": Case(
         {"model_type": "bert", **SMALL, **BERT},
         (("bert.encoder.layer", ("attention.output.dense", "output.dense")),),

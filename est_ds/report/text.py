@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -22,21 +24,44 @@ PHASE_COLUMNS = (
 def print_tables(summary: Summary) -> None:
     """Prints a summary: fits 80 columns, needs no colour."""
     console = Console(highlight=False, markup=False, emoji=False)
+    note = "Ratios are to a step of the full model."
+    _show(console, title(summary), facts_table(fact_rows(summary)), phase_table(summary), note)
+
+
+def rendered(title: str, *parts: Table | str) -> str:
+    """What `_show` prints, as plain text of at most 80 columns, without trailing blanks."""
+    console = Console(file=io.StringIO(), highlight=False, markup=False, emoji=False, width=80)
+    with console.capture() as capture:
+        _show(console, title, *parts)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _show(console: Console, title: str, *parts: Table | str) -> None:
     console.print()
-    console.print(title(summary), style="bold", soft_wrap=True)
-    facts = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, text in fact_rows(summary):
-        facts.add_row(name, text)
-    console.print(facts)
-    phases = Table(box=SIMPLE, pad_edge=False, padding=(0, 1))
+    console.print(title, style="bold", soft_wrap=True)
+    for part in parts:
+        console.print(part, **({"style": "dim", "soft_wrap": True} if isinstance(part, str) else {}))
+
+
+def facts_table(rows: list[tuple[str, str]]) -> Table:
+    """Names and texts side by side."""
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def phase_table(summary: Summary) -> Table:
+    """One row a phase."""
+    table = Table(box=SIMPLE, pad_edge=False)
     for i, name in enumerate(PHASE_COLUMNS):
-        phases.add_column(name, justify="right" if i else "left", vertical="bottom", overflow="fold")
+        justify = "right" if i else "left"
+        table.add_column(name, justify=justify, vertical="bottom", overflow="fold")
     for phase in summary.phases:
-        phases.add_row(*phase_row(phase))
-    console.print(phases)
-    console.print("Ratios are to a step of the full model.", style="dim")
+        table.add_row(*phase_row(phase))
+    return table
 
 
 def title(summary: Summary) -> str:

@@ -1,0 +1,168 @@
+"""The plan of a run in tables."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from est_ds.config import RunConfig
+from est_ds.errors import UserError
+from est_ds.planning import RunPlan, memory_per_process
+from est_ds.report.text import facts_table, rendered
+
+REPLICA_FACTORS = (1, 2, 4, 8)
+
+
+def plan_tables(plan: RunPlan) -> str:
+    """A plan for the eye, at most 80 columns where names are short.
+
+    Raises:
+        UserError: the batch does not fit the processes.
+    """
+    config = plan.planned.config
+    head = f"{config.run_dir}: method {config.method['name']}, {config.steps:,} steps"
+    return rendered(head, facts_table(_facts(plan)), _phases(plan), _layouts(plan), _NOTE)
+
+
+_NOTE = (
+    "Kept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
+    "to a step of the full model; model: all matrix products, blocks: projections\n"
+    "and MLP in the layers. Memory: of the fullest pipe stage, with these and more\n"
+    "processes; activations and communication buffers come on top."
+)
+
+
+def _facts(plan: RunPlan) -> list[tuple[str, str]]:
+    config, shape = plan.planned.config, plan.planned.method.shape
+    tokens = config.batch.global_ * config.data.sequence
+    fractions = plan.json["saved"]
+    dense = config.steps * plan.dense_step_flops
+    cost = dense * (1.0 - fractions["model"])
+    processes, accumulation = layouts(config)[0]
+    pipe, replicas = config.parallel.pipe, config.data_parallel(processes)
+    assumed = "" if config.parallel.processes else "; one replica is assumed"
+    return [
+        ("model", f"{shape.family}, {plan.json['parameters']:,} parameters"),
+        (
+            "tokens",
+            f"{config.steps * tokens:,} = {config.steps:,} steps x {config.batch.global_:,} "
+            f"sequences x {config.data.sequence:,}",
+        ),
+        ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
+        ("FLOPs saved", f"{fractions['blocks']:.2%} blocks, {fractions['model']:.2%} model"),
+        (
+            "batch",
+            f"global_batch {config.batch.global_} = micro_batch {config.batch.micro} x "
+            f"accumulation {accumulation} x data_parallel {replicas}",
+        ),
+        (
+            "processes",
+            f"{processes} = {pipe} pipe stage{'s' * (pipe > 1)} x {replicas} "
+            f"replica{'s' * (replicas > 1)}, ZeRO {config.parallel.zero}, "
+            f"{config.precision}{assumed}",
+        ),
+    ]
+
+
+def _phases(plan: RunPlan) -> Table:
+    config, dense = plan.planned.config, plan.dense
+    tokens = config.batch.global_ * config.data.sequence
+    table = Table(box=SIMPLE, pad_edge=False)
+    table.add_column("phase", vertical="bottom", overflow="fold")
+    for name in (
+        "steps",
+        "tokens",
+        f"layers\nof {short(dense.layers)}",
+        f"heads\nof {short(dense.heads)}",
+        f"columns\nof {short(dense.columns)}",
+        "model\nFLOPs",
+        "blocks\nFLOPs",
+    ):
+        table.add_column(name, justify="right", overflow="fold")
+    for phase in plan.json["phases"]:
+        first, end = phase["from_step"], phase["until_step"]
+        table.add_row(
+            phase["name"],
+            f"{first:,}-{end - 1:,}",
+            amount((end - first) * tokens),
+            short(phase["kept_layers"]),
+            short(phase["kept_heads"]),
+            short(phase["kept_columns"]),
+            f"{phase['model_ratio']:.3f}",
+            f"{phase['blocks_ratio']:.3f}",
+        )
+    return table
+
+
+def _layouts(plan: RunPlan) -> Table:
+    """Memory of a process with the processes of the run file, and with more replicas."""
+    config = plan.planned.config
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in (
+        "processes",
+        "data_\nparallel",
+        "accumu-\nlation",
+        "weights",
+        "gradients",
+        "optimizer",
+        "memory of\na process",
+    ):
+        table.add_column(name, justify="right", vertical="bottom")
+    for processes, accumulation in layouts(config):
+        memory = memory_per_process(
+            max(plan.stage_parameters),
+            precision=config.precision,
+            zero=config.parallel.zero,
+            data_parallel=config.data_parallel(processes),
+        )
+        table.add_row(
+            f"{processes}",
+            f"{config.data_parallel(processes)}",
+            f"{accumulation}",
+            gibibytes(memory.weights_bytes),
+            gibibytes(memory.gradients_bytes),
+            gibibytes(memory.optimizer_bytes),
+            gibibytes(memory.total_bytes),
+        )
+    return table
+
+
+def layouts(config: RunConfig) -> list[tuple[int, int]]:
+    """(processes, accumulation): as the run file says, then with 2, 4 and 8 times the replicas.
+
+    Without `parallel.processes` one replica is assumed. Numbers of replicas by which the batch
+    does not divide are left out, but for the first.
+
+    Raises:
+        UserError: the batch does not fit the processes of the run file.
+    """
+    first = config.parallel.processes or config.parallel.pipe
+    found = []
+    for factor in REPLICA_FACTORS:
+        processes = factor * first
+        try:
+            found.append((processes, config.batch.accumulation(config.data_parallel(processes))))
+        except UserError:
+            if factor == 1:
+                raise
+    return found
+
+
+def short(count: float) -> str:
+    """A mean count: whole where it is whole, else with one or two decimals."""
+    return f"{count:,.0f}" if count == round(count) else f"{count:,.2f}".rstrip("0")
+
+
+def amount(count: float) -> str:
+    """A large number with a unit: 8.2 k, 369 k, 12.6 G."""
+    for unit in ("", " k", " M", " G", " T"):
+        if count < 999.5:
+            break
+        count /= 1000.0
+    return f"{count:.3g}{unit}"
+
+
+def gibibytes(size_bytes: float) -> str:
+    if size_bytes >= 2**30:
+        return f"{size_bytes / 2**30:.2f} GiB"
+    return f"{size_bytes / 2**20:.1f} MiB"

@@ -92,9 +92,31 @@ def test_wrong_settings_are_refused_by_name(name):
 @pytest.mark.parametrize(
     ("section", "parts"),
     [
-        (dict(name="ets"), ["method.name='ets'", "full, est", "did you mean 'est'"]),
+        (dict(name="ets"), ["method.name='ets'", "full, est, raptr", "did you mean 'est'"]),
         (dict(), ["method.name=None"]),
         (dict(name="full", phases=[]), ["unknown key 'method.phases'"]),
+        (
+            dict(name="raptr", phases=[dict(until=1.0, layers=1)]),
+            ["method.phases[0].layers=1 keeps 1 of 4", "use at least 2."],
+        ),
+        (
+            dict(name="raptr", phases=[dict(until=1.0, layers=5)]),
+            ["method.phases[0].layers=5", "1 to 4"],
+        ),
+        (
+            dict(name="raptr", phases=[dict(until=1.0, layers=1.5)]),
+            ["method.phases.0.layers=1.5", "number of layers", "fraction in (0, 1]"],
+        ),
+        (dict(name="static", layers=0.5), ["method.until is missing"]),
+        (dict(name="static", until=1.0, layers=0.5), ["method.until=1.0", "use 1 to 9"]),
+        (dict(name="static", until=0.5), ["cannot take effect", "fraction below 1"]),
+        (dict(name="layer_drop", drop=0.0), ["method.drop=0.0", "greater than 0"]),
+        (dict(name="layer_drop", drop=1.0), ["method.drop=1.0", "less than 1"]),
+        (dict(name="layer_drop", p=0.2), ["unknown key 'method.p'", "drop"]),
+        (dict(name="layer_drop", always_keep=[0, 1, 2, -1]), ["names all 4 layers"]),
+        (dict(name="pld", theta=0.5), ["unknown key 'method.theta'", "'theta_bar'"]),
+        (dict(name="pld", gamma=0), ["method.gamma=0", "greater than 0"]),
+        (dict(name="decay_drop", p_max=1.5), ["method.p_max=1.5", "less than or equal to 1"]),
     ],
 )
 def test_wrong_method_is_refused(section, parts):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import numpy as np
 
 from est_ds.errors import UserError
 from est_ds.plans import balance, draw
+from est_ds.plans.plan import Kept, LayerPlan
+from est_ds.plans.shape import ModelShape
+from est_ds.plans.units import skipped_part
+
+Skip = Literal["layer", "sublayer"]
 
 
 class LayerDraw:
@@ -105,3 +111,37 @@ def resolve_layers(listed: Iterable[int], num_layers: int, field: str) -> frozen
                 f"{-num_layers} to {num_layers - 1}."
             )
     return frozenset(i % num_layers for i in listed)
+
+
+def draw_kinds(skip: Skip, shape: ModelShape) -> list[int]:
+    """Kinds of draws of layers: one for whole layers, or one for every part of them."""
+    if skip == "layer":
+        return [draw.LAYERS]
+    return [draw.SUBLAYERS + p for p in range(max(map(len, shape.layers)))]
+
+
+def assemble(
+    shape: ModelShape,
+    kept: list[set[int]],
+    factors: list[float],
+    draw_part: Callable[[int, int], Kept],
+) -> tuple[LayerPlan | None, ...]:
+    """The plan's layers from the drawn sets of layers.
+
+    Args:
+        kept: kept layers, one set for whole layers or one for every part.
+        factors: the scale of every layer.
+        draw_part: what is kept of part p of layer i, called with (i, p).
+    """
+    layers: list[LayerPlan | None] = [None] * shape.num_layers
+    for i, parts in enumerate(shape.layers):
+        in_layer = [i in kept[p if len(kept) > 1 else 0] for p in range(len(parts))]
+        if any(in_layer):
+            layers[i] = LayerPlan(
+                tuple(
+                    draw_part(i, p) if in_layer[p] else skipped_part(part)
+                    for p, part in enumerate(parts)
+                ),
+                factors[i],
+            )
+    return tuple(layers)

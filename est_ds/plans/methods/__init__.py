@@ -8,13 +8,23 @@ from typing import Any
 from est_ds.config import checked
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
+from est_ds.plans.methods.decay_drop import DecayDrop
 from est_ds.plans.methods.est import Est
 from est_ds.plans.methods.full import Full
+from est_ds.plans.methods.layer_drop import LayerDrop
+from est_ds.plans.methods.pld import Pld
+from est_ds.plans.methods.raptr import Raptr
+from est_ds.plans.methods.static import Static
 from est_ds.plans.shape import ModelShape
 
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "est": Est,
+    "raptr": Raptr,
+    "layer_drop": LayerDrop,
+    "pld": Pld,
+    "decay_drop": DecayDrop,
+    "static": Static,
 }
 
 

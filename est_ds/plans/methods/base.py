@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
 
 from est_ds.config import Strict
 from est_ds.plans.phases import Phase, phase_at
@@ -17,7 +21,7 @@ class Load:
     """How much of one layer is computed.
 
     Attributes:
-        probability: chance that the layer is kept.
+        probability: chance that the layer is kept, or each of its parts if they are skipped apart.
         units: kept heads or columns of every part, on average.
         groups: kept key/value heads of every part (0 for an MLP), on average.
     """
@@ -25,6 +29,25 @@ class Load:
     probability: float
     units: tuple[float, ...]
     groups: tuple[float, ...]
+
+
+Groups = Annotated[int, Field(ge=1)] | list[int]
+
+
+class Scale(Strict):
+    """Factor on the outputs of a layer that may be skipped: 1, 1 / chance, or its root."""
+
+    layers: Literal["none", "inverse", "sqrt"] = "none"
+
+    def factors(self, chances: np.ndarray) -> list[float]:
+        """A factor for every layer from its chance to be kept (1.0 where that is 0).
+
+        Rounded, so that processors that differ in the last bit of a chance agree on the plan.
+        """
+        if self.layers == "none":
+            return [1.0] * len(chances)
+        inverse = [1.0 / c if c > 0 else 1.0 for c in chances.tolist()]
+        return [round(x if self.layers == "inverse" else math.sqrt(x), 12) for x in inverse]
 
 
 class Method(ABC):

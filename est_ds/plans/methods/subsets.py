@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -11,15 +11,14 @@ from pydantic import AfterValidator, Field
 from est_ds.config import Strict
 from est_ds.errors import UserError
 from est_ds.plans import draw
-from est_ds.plans.layers import LayerDraw, resolve_layers
-from est_ds.plans.methods.base import Load, Method
+from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
+from est_ds.plans.methods.base import Groups, Load, Method, Scale
 from est_ds.plans.phases import Phase, phases_until
-from est_ds.plans.plan import LayerPlan, Plan
+from est_ds.plans.plan import Kept, Plan
 from est_ds.plans.shape import ModelShape
-from est_ds.plans.units import Counts, HeadRule, UnitDraw, exact_count, skipped_part, unit_draw
+from est_ds.plans.units import Counts, HeadRule, UnitDraw, exact_count, unit_draw
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
-Groups = Annotated[int, Field(ge=1)] | list[int]
 
 
 def _check_amount(value: int | float) -> int | float:
@@ -29,19 +28,6 @@ def _check_amount(value: int | float) -> int | float:
 
 
 Amount = Annotated[int | float, AfterValidator(_check_amount)]
-
-
-class Scale(Strict):
-    """Factor on the outputs of a layer that may be skipped: 1, 1 / chance, or its root."""
-
-    layers: Literal["none", "inverse", "sqrt"] = "none"
-
-    def factors(self, chances: np.ndarray) -> list[float]:
-        """A factor for every layer from its chance to be kept (1.0 where that is 0)."""
-        if self.layers == "none":
-            return [1.0] * len(chances)
-        power = 1.0 if self.layers == "inverse" else 0.5
-        return [(1.0 / c) ** power if c > 0 else 1.0 for c in chances.tolist()]
 
 
 class SubsetSettings(Strict):
@@ -58,7 +44,7 @@ class SubsetSettings(Strict):
 
     head_rule: HeadRule = "within_groups"
     counts: Counts = "exact"
-    skip: Literal["layer", "sublayer"] = "layer"
+    skip: Skip = "layer"
     always_keep: list[int] = []
     balance_groups: Groups | None = None
     scale: Scale = Scale()
@@ -83,7 +69,8 @@ class _PhaseDraw:
     """One phase, with all that does not change from step to step."""
 
     def __init__(self, size: Size, settings: SubsetSettings, shape: ModelShape) -> None:
-        self.settings, self.size, n = settings, size, shape.num_layers
+        self.settings, self.size, self.shape = settings, size, shape
+        n = shape.num_layers
         listed, field = settings.always_keep, "method.always_keep"
         if size.always_keep is not None:
             listed, field = size.always_keep, f"{size.field}always_keep"
@@ -110,7 +97,7 @@ class _PhaseDraw:
             for parts in shape.layers
         )
         self._check_units()
-        self.loads = tuple(_load(c, u, settings.skip) for c, u in zip(chances.tolist(), self.units))
+        self.loads = tuple(_load(c, u) for c, u in zip(chances.tolist(), self.units))
 
     def _amounts(self, n: int) -> tuple[int, np.ndarray]:
         """The exact count of layers, and the chances that give it on average."""
@@ -159,22 +146,13 @@ class _PhaseDraw:
 
     def draw(self, seed: int, step: int, at: int, phase: int) -> Plan:
         """The plan of `step`, drawn at the address `at`."""
-        settings, num_layers = self.settings, len(self.units)
-        kinds = [draw.LAYERS]
-        if settings.skip == "sublayer":
-            kinds = [draw.SUBLAYERS + p for p in range(max(map(len, self.units)))]
+        kinds = draw_kinds(self.settings.skip, self.shape)
         kept = [self._draw_layers(seed, kind, at) for kind in kinds]
-        layers: list[LayerPlan | None] = [None] * num_layers
-        for i in sorted(set().union(*kept)):
-            parts = tuple(
-                units.kept(seed, draw.UNITS + p, i, at)
-                if len(kept) == 1 or i in kept[p]
-                else skipped_part(units.part)
-                for p, units in enumerate(self.units[i])
-            )
-            if any(part.count for part in parts):
-                layers[i] = LayerPlan(parts, self.factors[i])
-        return Plan(step, phase, tuple(layers))
+
+        def draw_part(i: int, p: int) -> Kept:
+            return self.units[i][p].kept(seed, draw.UNITS + p, i, at)
+
+        return Plan(step, phase, assemble(self.shape, kept, self.factors, draw_part))
 
     def _draw_layers(self, seed: int, kind: int, at: int) -> set[int]:
         if self.settings.counts == "exact":
@@ -182,12 +160,9 @@ class _PhaseDraw:
         return set(self.layer_draw.bernoulli(seed, kind, at, self.keep))
 
 
-def _load(chance: float, layer: tuple[UnitDraw, ...], skip: str) -> Load:
-    """The load of a layer; parts that are skipped apart count with their chance."""
+def _load(chance: float, layer: tuple[UnitDraw, ...]) -> Load:
     means = [units.expected for units in layer]
-    if skip == "layer":
-        return Load(chance, tuple(u for u, _ in means), tuple(g for _, g in means))
-    return Load(1.0, tuple(chance * u for u, _ in means), tuple(chance * g for _, g in means))
+    return Load(chance, tuple(u for u, _ in means), tuple(g for _, g in means))
 
 
 class PhasedSubsets(Method):

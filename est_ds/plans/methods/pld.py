@@ -1,0 +1,46 @@
+"""`pld`: Progressive Layer Dropping (arXiv 2010.13369).
+
+theta(t) = (1 - theta_bar) exp(-gamma t) + theta_bar falls from 1 to theta_bar over the run, and
+layer i of L is kept with chance 1 - (i / L) (1 - theta(t)), so that deeper layers are dropped more
+often (section 4.2). The output of a kept layer is divided by its chance.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from est_ds.plans.methods.base import Scale
+from est_ds.plans.methods.rates import KeepRates, RateSettings
+
+
+class PldSettings(RateSettings):
+    """The paper's settings for BERT are the defaults.
+
+    Attributes:
+        gamma: per step; with 100 / steps theta is near theta_bar after a twentieth of the run.
+        count_from: the number i of the first layer. 1: the last layer is kept with chance theta.
+            0: the first layer is never dropped, and fewer are on average.
+    """
+
+    name: Literal["pld"]
+    theta_bar: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    gamma: Annotated[float, Field(gt=0.0)] = 0.001
+    count_from: Literal[0, 1] = 1
+    scale: Scale = Scale(layers="inverse")
+
+
+class Pld(KeepRates):
+    Settings = PldSettings
+
+    def theta(self, steps: np.ndarray) -> np.ndarray:
+        """theta(t), rounded, so that processors whose exp differs in the last bit agree."""
+        bar = self.settings.theta_bar
+        return np.round((1 - bar) * np.exp(-self.settings.gamma * steps) + bar, 12)
+
+    def rates(self, steps: np.ndarray) -> np.ndarray:
+        num_layers = self.shape.num_layers
+        depth = (np.arange(num_layers) + self.settings.count_from) / num_layers
+        return 1.0 - depth * (1.0 - self.theta(steps)[:, None])

@@ -222,7 +222,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     """Reads a run file, or the `config.yaml` of a run directory, and applies the overrides.
 
     Args:
-        overrides: `section.field=value`, the value in YAML. A new `method.name` replaces the
+        overrides: `section.field=value`, the value in YAML; `model=PATH` is relative to the
+            working directory. A new `method.name` replaces the
             whole method section, since the other method's settings cannot take effect.
 
     Raises:
@@ -233,12 +234,13 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     tree = _read_mapping(file, "run file")
     if path.is_dir():
         tree["run_dir"] = str(path)
-    for override in overrides or []:
-        _override(tree, override)
-    model = tree.get("model")
-    if isinstance(model, str):
+    if isinstance(model := tree.get("model"), str):
         # A model file is part of the run file: its path is relative to the file naming it.
         tree["model"] = _read_mapping(file.parent / model, "model file (model)")
+    for override in overrides or []:
+        _override(tree, override)
+    if isinstance(model := tree.get("model"), str):
+        tree["model"] = _read_mapping(Path(model), "model file (model)")
     return checked(RunConfig, tree)
 
 

@@ -1,0 +1,123 @@
+"""The presets give the published savings, worked out here from the papers' own numbers."""
+
+from __future__ import annotations
+
+from math import exp
+from pathlib import Path
+
+import pytest
+import yaml
+from test_plans import GPT2, TINYLLAMA
+
+from est_ds import flops
+from est_ds.plans.methods import METHODS, build_method
+from est_ds.plans.methods.base import Method
+from est_ds.plans.shape import Attention, Mlp, ModelShape
+
+PRESETS = Path(__file__).parents[1] / "configs" / "method"
+
+
+def encoder(layers: int, hidden: int) -> ModelShape:
+    heads = hidden // 64
+    parts = (Attention(heads, heads, 64, hidden), Mlp(4 * hidden, hidden, 2))
+    return ModelShape("bert", (parts,) * layers, hidden, 30522, 512)
+
+
+BERT, UL2 = encoder(12, 768), encoder(24, 2048)
+
+# Name of the file: shape, steps, fraction of block FLOPs saved.
+SAVED = {
+    "full": (GPT2, 1000, 0.0),
+    "est_gpt2": (GPT2, 150_000, 0.2667),
+    "est_tinyllama": (TINYLLAMA, 24_000, 0.2500),
+    "raptr_bert": (BERT, 100_000, 1 - 1 / 1.3333),
+    "raptr_ul2": (UL2, 400_000, 1 - 1 / 1.2),
+    "layer_drop": (GPT2, 100_000, 0.2),
+    "pld": (BERT, 200_000, 1 - 0.7305),
+    "decay_drop": (GPT2, 100_000, 0.125),
+    "static": (GPT2, 150_000, 0.2667),
+}
+
+
+def preset(name: str, steps: int | None = None, shape: ModelShape | None = None, **changes):
+    section = {**yaml.safe_load((PRESETS / f"{name}.yaml").read_text()), **changes}
+    default_shape, default_steps, _ = SAVED[name]
+    return build_method(section, seed=0, steps=steps or default_steps, shape=shape or default_shape)
+
+
+def test_every_preset_is_in_the_table_and_every_method_has_one():
+    assert {path.stem for path in PRESETS.iterdir()} == set(SAVED)
+    named = {yaml.safe_load(path.read_text())["name"] for path in PRESETS.iterdir()}
+    assert named == set(METHODS)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_preset_saves_what_its_file_says(name):
+    method = preset(name)
+    assert flops.saved(method, sequence=512).blocks == pytest.approx(SAVED[name][2], abs=5e-5)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_preset_is_a_valid_short_run(name):
+    method = preset(name, steps=24)
+    assert [method.plan(step).step for step in range(24)] == list(range(24))
+
+
+def ends(method: Method) -> list[int]:
+    return [phase.until_step for phase in method.phases]
+
+
+def test_est_gpt2_has_the_boundaries_of_the_paper():
+    assert ends(preset("est_gpt2")) == [20_000, 70_000, 150_000]
+
+
+def test_est_tinyllama_saves_a_quarter_of_the_blocks_by_hand():
+    # Weights of a layer in 2048s: q and o 2 * 2048, k and v 2 * 256, the MLP 3 * 5632. With half
+    # of the heads and columns, k and v stay.
+    whole, narrow = 4096 + 512 + 16896, 2048 + 512 + 8448
+    assert whole == 21504 and narrow / whole == pytest.approx(86 / 168)
+    method = preset("est_tinyllama")
+    first, second, last = ends(method)
+    small = narrow / whole / 2  # 11 of 22 layers
+    saved = (first * (1 - small) + (second - first) * (1 - narrow / whole)) / last
+    assert round(saved, 4) == 0.2500
+    assert flops.saved(method, sequence=2048).blocks == pytest.approx(saved, abs=1e-12)
+    assert {len(method.plan(s).kept_layers) for s in range(0, first, 100)} == {11}
+
+
+@pytest.mark.parametrize(
+    ("name", "depths", "lengths", "speedup"),
+    [
+        ("raptr_bert", (6, 8, 10, 12), (1, 1, 1, 1), 4 / 3),
+        ("raptr_ul2", (12, 16, 20, 24), (1, 2, 3, 4), 1.2),
+    ],
+)
+def test_raptr_presets_have_the_stages_and_the_speedup_of_the_paper(name, depths, lengths, speedup):
+    method = preset(name)
+    steps = [phase.until_step - phase.from_step for phase in method.phases]
+    assert steps == [n * method.steps // sum(lengths) for n in lengths]
+    for phase, depth in zip(method.phases, depths):
+        kept = method.plan(phase.from_step).kept_layers
+        assert len(kept) == depth and {0, method.shape.num_layers - 1} <= set(kept)
+    mean = sum(d * n for d, n in zip(depths, lengths)) / sum(lengths) / depths[-1]
+    assert 1 / mean == pytest.approx(speedup)
+    assert 1 / (1 - flops.saved(method, sequence=512).blocks) == pytest.approx(speedup)
+
+
+@pytest.mark.parametrize(("count_from", "mean_keep"), [(1, 0.7305), (0, 0.7720)])
+def test_pld_keeps_0772_of_the_layers_only_when_they_count_from_zero(count_from, mean_keep):
+    """With theta_bar 0.5 and gamma 0.001, 12 layers and 200k steps.
+
+    The mean over layers of i / L is 13/24 for i = 1 .. 12, and 11/24 for i = 0 .. 11. Only the
+    second gives 0.772.
+    """
+    steps, layers = 200_000, 12
+    theta = sum(0.5 * exp(-0.001 * t) + 0.5 for t in range(steps)) / steps
+    depth = sum(i / layers for i in range(count_from, layers + count_from)) / layers
+    assert depth == pytest.approx((13 if count_from else 11) / 24)
+    assert 1 - depth * (1 - theta) == pytest.approx(mean_keep, abs=5e-5)
+    method = preset("pld", count_from=count_from)
+    kept = flops.phase_ratios(method, 0, sequence=512).blocks
+    assert kept == pytest.approx(1 - depth * (1 - theta), abs=1e-9)
+    drawn = [len(method.plan(s).kept_layers) / layers for s in range(0, steps, 400)]
+    assert sum(drawn) / len(drawn) == pytest.approx(mean_keep, abs=0.02)

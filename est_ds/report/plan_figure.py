@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from est_ds.errors import UserError
 from est_ds.flops import dense_flops, step_flops
 from est_ds.planning import mean_kept
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
-from est_ds.report.style import BLUE, GREEN, GREY, ORANGE, RED, plt
+from est_ds.report.style import BLACK, GREY, ORANGE, RED, SKY
 from est_ds.run import Planned
 
 # Loads of a step cost little, but a run may have millions of steps.
@@ -40,21 +41,17 @@ def write_plan_figure(planned: Planned, file: Path) -> Path:
             f"plot file {str(file)!r} cannot be written: {e.strerror or e}; give a path in a "
             f"folder that you may write to."
         ) from None
-    finally:
-        plt.close(figure)
     return file
 
 
-def plan_figure(planned: Planned) -> Any:
+@style.styled()
+def plan_figure(planned: Planned) -> Figure:
     """Two plots over the steps: fractions kept, and cumulative FLOPs."""
     config, method = planned.config, planned.method
-    with plt.rc_context(style.SETTINGS):
-        figure, (kept, flops) = plt.subplots(
-            2, 1, figsize=(7.6, 6.4), layout="constrained", sharex=True
-        )
+    figure = Figure(figsize=(7.6, 6.4), layout="constrained")
+    kept, flops = figure.subplots(2, 1)
     style.dress(kept, f"Kept on average: {config.method['name']}", "fraction of the full model")
-    style.dress(flops, "FLOPs of the run (model)", "cumulative FLOPs")
-    kept.set_xlabel("")
+    style.dress(flops, "Model FLOPs of the run", "cumulative FLOPs")
     for axes in (kept, flops):
         style.shade_phases(axes, method.phases, config.steps)
     _draw_kept(kept, planned)
@@ -70,27 +67,22 @@ def _samples(planned: Planned) -> np.ndarray:
     return np.unique(np.concatenate([spread, ends]))
 
 
-def _draw_kept(axes: Any, planned: Planned) -> None:
+def _draw_kept(axes: Axes, planned: Planned) -> None:
     method, samples = planned.method, _samples(planned)
     dense = mean_kept(method.shape, full_loads(method.shape))
     kept = [mean_kept(method.shape, method.loads(int(step))) for step in samples]
     # A step's value holds until the next step.
     edges = np.append(samples, planned.config.steps)
-    styles = (
-        ("layers", BLUE, "-", 2.6),
-        ("heads", ORANGE, (0, (5, 2)), 2.0),
-        ("columns", GREEN, (0, (1, 1.5)), 2.0),
-    )
-    for name, colour, dash, width in styles:
+    # Nested widths: lines that coincide stay visible.
+    lines = (("layers", SKY, 7.0), ("heads", ORANGE, 3.5), ("columns", BLACK, 1.2))
+    for name, colour, width in lines:
         share = [getattr(k, name) / getattr(dense, name) for k in kept]
-        axes.step(
-            edges, [*share, share[-1]], where="post", color=colour, ls=dash, lw=width, label=name
-        )
+        axes.step(edges, [*share, share[-1]], where="post", color=colour, lw=width, label=name)
     axes.set_ylim(0, 1.05)
     axes.legend(loc="lower right", ncols=3)
 
 
-def _draw_flops(axes: Any, planned: Planned) -> None:
+def _draw_flops(axes: Axes, planned: Planned) -> None:
     config, method = planned.config, planned.method
     sequence = config.data.sequence
     size = {"tokens": config.batch.global_ * sequence, "sequence": sequence}
@@ -99,9 +91,11 @@ def _draw_flops(axes: Any, planned: Planned) -> None:
     active = [step_flops(method.shape, method.loads(int(s)), **size).model for s in samples]
     edges = np.append(samples, config.steps)
     total = np.concatenate([[0.0], np.cumsum(np.diff(edges) * active)])
-    axes.plot([0, config.steps], [0, config.steps * dense], color=GREY, ls="--", label="dense")
-    axes.plot(edges, total, color=RED, label=config.method["name"])
-    axes.fill_between(edges, total, edges * dense, color=RED, alpha=0.08, lw=0)
+    unit, text = style.power_of_thousand(config.steps * dense)
+    axes.set_ylabel(f"cumulative FLOPs, {text}")
+    axes.plot(edges, edges * dense / unit, color=GREY, ls="--", label="dense")
+    axes.plot(edges, total / unit, color=RED, label=config.method["name"])
+    axes.fill_between(edges, total / unit, edges * dense / unit, color=RED, alpha=0.08, lw=0)
     saving = 1.0 - total[-1] / (config.steps * dense)
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left", title=f"{saving:.1%} saved", alignment="left")

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-matplotlib.use("Agg")
-# `pyplot` comes after the backend is chosen, which then needs no display.
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
-
-from est_ds.plans.phases import Phase  # noqa: E402
+from est_ds.plans.phases import Phase
 
 # Okabe and Ito's palette.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#666666"
-PHASE_SHADES = ("#eef2f6", "#ffffff")
+BLUE, SKY, ORANGE, GREEN, RED = "#0072b2", "#8fc7ee", "#e69f00", "#009e73", "#d55e00"
+BLACK, GREY = "#222222", "#666666"
+PHASE_SHADES = ("#ffffff", "#eef2f6")
 SETTINGS = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -38,23 +38,38 @@ SETTINGS = {
 }
 
 
-def new_figure(title: str, ylabel: str, *, height: float = 3.2) -> tuple[Any, Any]:
-    """A figure of page width with one plot over optimizer steps."""
-    with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(figsize=(7.6, height), layout="constrained")
+def styled() -> AbstractContextManager:
+    """The settings, as a context or as a decorator.
+
+    Figures are made without pyplot: no display, no state shared with the caller.
+    """
+    return matplotlib.rc_context(SETTINGS)
+
+
+def new_figure(title: str, ylabel: str, *, height: float = 3.2) -> tuple[Figure, Axes]:
+    """A figure of page width with one plot over optimizer steps; call it while `styled`."""
+    figure = Figure(figsize=(7.6, height), layout="constrained")
+    axes = figure.subplots()
     dress(axes, title, ylabel)
     return figure, axes
 
 
-def dress(axes: Any, title: str, ylabel: str) -> None:
-    axes.set_title(title, pad=18)
+def dress(axes: Axes, title: str, ylabel: str) -> None:
+    """Title and axes of a plot over optimizer steps."""
+    axes.set_title(title, pad=20, parse_math=False)
     axes.set_ylabel(ylabel)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def shade_phases(axes: Any, phases: Sequence[Phase], until: int) -> None:
+def power_of_thousand(largest: float) -> tuple[float, str]:
+    """A unit for an axis that reaches `largest`: 1e12 and its text, say."""
+    exponent = 3 * (math.floor(math.log10(largest)) // 3) if largest > 0 else 0
+    return 10.0**exponent, f"$10^{{{exponent}}}$"
+
+
+def shade_phases(axes: Axes, phases: Sequence[Phase], until: int) -> None:
     """Shades every other phase up to step `until` and names those wide enough to hold a name."""
     axes.set_xlim(0, until)
     axes.grid(False, axis="x")

@@ -1,0 +1,137 @@
+"""The figures of a run, from the lines of its metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from est_ds.report import style
+from est_ds.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, RED
+from est_ds.report.summary import RunFiles, Summary
+
+# Beyond this many points a line on paper looks the same, and a page grows heavy.
+MAX_POINTS = 2000
+PHASE_COLOURS = (BLUE, ORANGE, GREEN, RED, "#cc79a7", "#56b4e9")
+
+
+@style.styled()
+def loss_figure(run: RunFiles, summary: Summary) -> Figure:
+    """Training loss of the subnetworks, held-out loss of the full model, unigram entropy."""
+    figure, axes = style.new_figure("Loss", "nats per token", height=3.6)
+    steps, losses = _column(run, "step"), _column(run, "loss")
+    shown = _thinned(len(steps))
+    smooth = _running_median(losses)
+    axes.plot(steps[shown], losses[shown], color=BLUE, lw=0.8, alpha=0.35)
+    axes.plot(steps[shown], smooth[shown], color=BLUE, label="training (active subnetwork)")
+    if run.evaluations:
+        held_out = [e["eval_loss"] for e in run.evaluations]
+        at = [e["step"] for e in run.evaluations]
+        axes.plot(at, held_out, color=RED, marker="o", ms=4, label="held-out (full model)")
+    if summary.valid_entropy is not None:
+        axes.axhline(summary.valid_entropy, color=BLACK, ls=(0, (5, 3)), lw=1)
+        axes.annotate(
+            f"unigram entropy of the held-out corpus: {summary.valid_entropy:.2f}",
+            (1.0, summary.valid_entropy),
+            (-4, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=BLACK,
+        )
+    if losses.max() > 10 * losses.min() > 0:
+        axes.set_yscale("log")
+    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    axes.legend(loc="upper right")
+    return figure
+
+
+@style.styled()
+def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
+    """Every logged step's time, and the median of every phase."""
+    figure, axes = style.new_figure("Step time", "seconds per step")
+    for i, phase in enumerate(summary.phases):
+        lines, colour = run.lines_of(i), PHASE_COLOURS[i % len(PHASE_COLOURS)]
+        shown = _thinned(len(lines))
+        steps = np.array([e["step"] for e in lines])[shown]
+        times = np.array([e["step_s"] for e in lines])[shown]
+        # Points stay pixels in the vector file: thousands of them.
+        axes.scatter(steps, times, s=9, color=colour, alpha=0.5, lw=0, rasterized=len(lines) > 500)
+        span = [phase.from_step, phase.until_step]
+        axes.plot(span, [phase.median_step_s] * 2, color=colour, lw=2.2)
+        axes.annotate(
+            f"median {phase.median_step_s:.3g} s",
+            (sum(span) / 2, phase.median_step_s),
+            (0, 5),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=BLACK,
+            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75},
+        )
+    top = 2.0 * max(p.median_step_s for p in summary.phases)
+    times = _column(run, "step_s")
+    axes.set_ylim(0, min(top, 1.15 * max(times.max(), top / 2)))
+    beyond = int((times > axes.get_ylim()[1]).sum())
+    if beyond:
+        noun = "step" if beyond == 1 else "steps"
+        axes.set_xlabel(f"optimizer step ({beyond} slower {noun} beyond the top, not drawn)")
+    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    return figure
+
+
+@style.styled()
+def flops_figure(run: RunFiles, summary: Summary) -> Figure:
+    """Cumulative `model` FLOPs of the steps done, against dense training."""
+    figure, axes = style.new_figure("FLOPs", "cumulative FLOPs")
+    ends = _column(run, "step") + 1
+    # A line stands for the steps since the line before it.
+    since = np.diff(ends, prepend=0)
+    active = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_active"))])
+    dense = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_dense"))])
+    shown = _thinned(len(active))
+    unit, text = style.power_of_thousand(dense[-1])
+    x, active, dense = np.append(0, ends)[shown], active[shown] / unit, dense[shown] / unit
+    axes.set_ylabel(f"cumulative FLOPs, {text}")
+    axes.plot(x, dense, color=GREY, ls="--", label="dense")
+    axes.plot(x, active, color=RED, label=summary.method)
+    axes.fill_between(x, active, dense, color=RED, alpha=0.08, lw=0)
+    axes.set_ylim(bottom=0)
+    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    axes.legend(loc="upper left", title=f"{summary.saved_model:.1%} saved", alignment="left")
+    return figure
+
+
+@style.styled()
+def learning_rate_figure(run: RunFiles, summary: Summary) -> Figure:
+    """The learning rate of every logged step."""
+    figure, axes = style.new_figure("Learning rate", "learning rate", height=2.4)
+    rates = _column(run, "lr")
+    shown = _thinned(len(rates))
+    unit, text = style.power_of_thousand(rates.max())
+    axes.set_ylabel(f"learning rate, {text}")
+    axes.plot(_column(run, "step")[shown], rates[shown] / unit, color=GREEN)
+    axes.set_ylim(bottom=0)
+    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    return figure
+
+
+def _column(run: RunFiles, field: str) -> np.ndarray:
+    """A field of all training lines, float64 [lines]."""
+    return np.array([entry[field] for entry in run.steps], dtype=np.float64)
+
+
+def _thinned(count: int) -> np.ndarray:
+    """Indices of at most MAX_POINTS of `count` points, first and last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).astype(int))
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """Median over a window of a fortieth of the values, narrower at both ends."""
+    half = len(values) // 80
+    windows: list[Any] = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.median(window) for window in windows])

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from est_ds.report import style
 from est_ds.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from est_ds.report.summary import RunFiles, Summary
+from est_ds.report.text import seconds
 
 # Beyond this many points a line on paper looks the same, and a page grows heavy.
 MAX_POINTS = 2000
@@ -30,18 +31,8 @@ def loss_figure(run: RunFiles, summary: Summary) -> Figure:
         at = [e["step"] for e in run.evaluations]
         axes.plot(at, held_out, color=RED, marker="o", ms=4, label="held-out (full model)")
     if summary.valid_entropy is not None:
-        axes.axhline(summary.valid_entropy, color=BLACK, ls=(0, (5, 3)), lw=1)
-        axes.annotate(
-            f"unigram entropy of the held-out corpus: {summary.valid_entropy:.2f}",
-            (1.0, summary.valid_entropy),
-            (-4, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color=BLACK,
-        )
+        label = f"unigram entropy, held-out: {summary.valid_entropy:.2f}"
+        axes.axhline(summary.valid_entropy, color=BLACK, ls=(0, (5, 3)), lw=1, label=label)
     if losses.max() > 10 * losses.min() > 0:
         axes.set_yscale("log")
     style.shade_phases(axes, run.method.phases, summary.num_steps)
@@ -62,17 +53,6 @@ def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
         axes.scatter(steps, times, s=9, color=colour, alpha=0.5, lw=0, rasterized=len(lines) > 500)
         span = [phase.from_step, phase.until_step]
         axes.plot(span, [phase.median_step_s] * 2, color=colour, lw=2.2)
-        axes.annotate(
-            f"median {phase.median_step_s:.3g} s",
-            (sum(span) / 2, phase.median_step_s),
-            (0, 5),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=BLACK,
-            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75},
-        )
     top = 2.0 * max(p.median_step_s for p in summary.phases)
     times = _column(run, "step_s")
     axes.set_ylim(0, min(top, 1.15 * max(times.max(), top / 2)))
@@ -80,7 +60,8 @@ def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
     if beyond:
         noun = "step" if beyond == 1 else "steps"
         axes.set_xlabel(f"optimizer step ({beyond} slower {noun} beyond the top, not drawn)")
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    medians = [f"median {seconds(p.median_step_s)}" for p in summary.phases]
+    style.shade_phases(axes, run.method.phases, summary.num_steps, medians)
     return figure
 
 
@@ -131,7 +112,7 @@ def _thinned(count: int) -> np.ndarray:
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
-    """Median over a window of a fortieth of the values, narrower at both ends."""
-    half = len(values) // 80
+    """Median over a fortieth of the values, at least five, fewer at both ends."""
+    half = max(2, len(values) // 80)
     windows: list[Any] = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return np.array([np.median(window) for window in windows])

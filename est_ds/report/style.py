@@ -16,6 +16,8 @@ from est_ds.plans.phases import Phase
 # Okabe and Ito's palette.
 BLUE, SKY, ORANGE, GREEN, RED = "#0072b2", "#8fc7ee", "#e69f00", "#009e73", "#d55e00"
 BLACK, GREY = "#222222", "#666666"
+# Of a phase's name, as a fraction of a plot's width.
+LETTER_WIDTH = 0.01
 PHASE_SHADES = ("#ffffff", "#eef2f6")
 SETTINGS = {
     "font.size": 9,
@@ -48,8 +50,10 @@ def styled() -> AbstractContextManager:
 
 def new_figure(title: str, ylabel: str, *, height: float = 3.2) -> tuple[Figure, Axes]:
     """A figure of page width with one plot over optimizer steps; call it while `styled`."""
-    figure = Figure(figsize=(7.6, height), layout="constrained")
+    # Fixed margins, so that the steps of all figures of a page stand under each other.
+    figure = Figure(figsize=(7.6, height))
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.46 / height, top=1 - 0.46 / height)
     dress(axes, title, ylabel)
     return figure, axes
 
@@ -59,7 +63,7 @@ def dress(axes: Axes, title: str, ylabel: str) -> None:
     axes.set_title(title, pad=20, parse_math=False)
     axes.set_ylabel(ylabel)
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
@@ -69,8 +73,14 @@ def power_of_thousand(largest: float) -> tuple[float, str]:
     return 10.0**exponent, f"$10^{{{exponent}}}$"
 
 
-def shade_phases(axes: Axes, phases: Sequence[Phase], until: int) -> None:
-    """Shades every other phase up to step `until` and names those wide enough to hold a name."""
+def shade_phases(
+    axes: Axes, phases: Sequence[Phase], until: int, notes: Sequence[str] | None = None
+) -> None:
+    """Shades every other phase up to step `until` and names those wide enough to hold a name.
+
+    Args:
+        notes: what stands behind the name of each phase that has begun, where there is room.
+    """
     axes.set_xlim(0, until)
     axes.grid(False, axis="x")
     for i, phase in enumerate(p for p in phases if p.from_step < until):
@@ -78,10 +88,11 @@ def shade_phases(axes: Axes, phases: Sequence[Phase], until: int) -> None:
         axes.axvspan(phase.from_step, end, color=PHASE_SHADES[i % 2], lw=0, zorder=-2)
         if phase.from_step:
             axes.axvline(phase.from_step, color=GREY, lw=0.7, ls=(0, (2, 2)), zorder=-1)
-        # A letter is about 0.9 % of the plot's width.
-        if (end - phase.from_step) / until > 0.009 * len(phase.name):
+        texts = [phase.name] if notes is None else [f"{phase.name}: {notes[i]}", notes[i]]
+        fitting = [t for t in texts if LETTER_WIDTH * len(t) < (end - phase.from_step) / until]
+        if fitting:
             axes.annotate(
-                phase.name,
+                fitting[0],
                 ((phase.from_step + end) / 2, 1.0),
                 (0, 3),
                 xycoords=("data", "axes fraction"),

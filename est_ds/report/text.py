@@ -110,7 +110,7 @@ def seconds(duration_s: float) -> str:
     if duration_s < 1.0:
         return f"{duration_s * 1000:.3g} ms"
     if duration_s < 120.0:
-        return f"{duration_s:.3g} s"
+        return f"{duration_s:.{2 if duration_s < 10.0 else 1}f} s"
     minutes = duration_s / 60.0
     return f"{minutes:.1f} min" if minutes < 120.0 else f"{minutes / 60.0:.1f} h"
 

@@ -1,0 +1,149 @@
+"""`est-ds plan`: the JSON contract, the memory formula, and models of any size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY_MODEL
+
+from est_ds.config import RunConfig
+from est_ds.errors import UserError
+from est_ds.planning import make_plan, memory_per_process, plan_report, plot_plan
+from est_ds.report.plan_text import layouts
+
+SMALL = {"name": "small", "until": 5, "layers": 0.5, "heads": 0.5, "columns": 0.5}
+EST = {"name": "est", "balance_groups": 2, "phases": [SMALL, {"name": "full", "until": 20}]}
+LLAMA_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+}
+
+
+def make_config(**changes) -> RunConfig:
+    tree = {
+        "run_dir": "unset",
+        "steps": 20,
+        "model": TINY_MODEL,
+        "method": EST,
+        "data": {"train": "absent", "valid": "absent", "tokenizer": "absent", "sequence": 64},
+        "batch": {"global": 8, "micro": 2},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 5},
+        "evaluate": {"every": 5, "sequences": 4},
+    }
+    return RunConfig.model_validate({**tree, **changes})
+
+
+def test_json_is_the_contract():
+    plan = json.loads(plan_report(make_config(), as_json=True))
+    assert set(plan) == {"phases", "saved", "total_steps", "parameters"}
+    small, full = plan["phases"]
+    assert {k: small[k] for k in ("name", "from_step", "until_step")} == {
+        "name": "small",
+        "from_step": 0,
+        "until_step": 5,
+    }
+    assert [small[f"kept_{k}"] for k in ("layers", "heads", "columns")] == [2, 4, 48]
+    assert [full[f"kept_{k}"] for k in ("layers", "heads", "columns")] == [4, 8, 96]
+    assert (full["blocks_ratio"], full["model_ratio"]) == (1.0, 1.0)
+    # Of a layer's weights 64 x 64 x 2 (q, o) + 64 x 32 x 2 (k, v) + 64 x 96 x 3, half of q, o
+    # and of the MLP is kept, k and v whole, in half of the layers.
+    attention, groups, mlp = 64 * 64 * 2, 64 * 32 * 2, 64 * 96 * 3
+    ratio = (attention / 2 + groups + mlp / 2) / (attention + groups + mlp) / 2
+    assert small["blocks_ratio"] == pytest.approx(ratio)
+    assert plan["saved"]["blocks"] == pytest.approx((1 - ratio) * 5 / 20)
+    assert 0 < plan["saved"]["model"] < plan["saved"]["blocks"]
+    assert plan["total_steps"] == 20
+    norms = 4 * 2 * 64 + 64
+    assert plan["parameters"] == 4 * (attention + groups + mlp) + 2 * 512 * 64 + norms
+
+
+def test_table_shows_phases_batch_and_memory_in_80_columns():
+    config = make_config(parallel={"pipe": 2, "zero": 1, "processes": 4})
+    text = plan_report(config, as_json=False)
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert "global_batch 8 = micro_batch 2 x accumulation 2 x data_parallel 2" in text
+    assert "4 = 2 pipe stages x 2 replicas, ZeRO 1, fp32" in text
+    assert "small" in text and "full" in text and "weights" in text
+    assert "assumed" not in text
+    assert "one replica is assumed" in plan_report(make_config(), as_json=False)
+
+
+def test_layouts_show_only_replicas_by_which_the_batch_divides():
+    assert layouts(make_config()) == [(1, 4), (2, 2), (4, 1)]
+    with pytest.raises(UserError, match="batch.global"):
+        plan_report(make_config(batch={"global": 7, "micro": 2}), as_json=False)
+
+
+def test_stages_hold_all_parameters_together():
+    whole = make_plan(make_config())
+    cut = make_plan(make_config(parallel={"pipe": 2, "zero": 1}))
+    assert whole.stage_parameters == (whole.json["parameters"],)
+    assert len(cut.stage_parameters) == 2
+    assert sum(cut.stage_parameters) == cut.json["parameters"]
+    # The last stage has the final norm beside what both ends have alike.
+    assert cut.stage_parameters[1] - cut.stage_parameters[0] == 64
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "expected"),
+    [
+        ("fp32", 0, (400, 400, 800)),
+        ("fp32", 1, (400, 400, 300)),
+        ("bf16", 0, (200, 200, 1200)),
+        ("bf16", 1, (200, 200, 300)),
+        ("bf16", 2, (200, 50, 300)),
+        ("bf16", 3, (50, 50, 300)),
+    ],
+)
+def test_memory_of_100_parameters_on_4_replicas(precision, zero, expected):
+    memory = memory_per_process(100, precision=precision, zero=zero, data_parallel=4)
+    found = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes)
+    assert found == expected
+    assert memory.total_bytes == sum(expected)
+
+
+def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
+    config = make_config(model=LLAMA_7B, precision="bf16")
+    script = (
+        "import resource, sys, time\n"
+        "from est_ds.config import RunConfig\n"
+        "from est_ds.planning import plan_report\n"
+        "config = RunConfig.model_validate_json(sys.argv[1])\n"
+        "start = time.monotonic()\n"
+        "print(plan_report(config, as_json=True))\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(time.monotonic() - start, peak, 'deepspeed' in sys.modules, file=sys.stderr)\n"
+    )
+    arguments = [sys.executable, "-c", script, config.model_dump_json(by_alias=True)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["parameters"] == 6_738_415_616
+    spent_s, peak_kib, imported = done.stderr.split()[-3:]
+    assert float(spent_s) < 30
+    assert int(peak_kib) < 1024**2, "the weights alone are 13 GiB"
+    assert imported == "False", "planning needs no DeepSpeed"
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_plot_is_drawn_without_a_display(tmp_path, ending):
+    file = tmp_path / "new" / f"plan.{ending}"
+    assert plot_plan(make_config(), str(file)) == file
+    assert file.stat().st_size > 5_000
+
+
+def test_plot_into_no_picture_or_no_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"'.docx' is no picture format; use one of .*\.png"):
+        plot_plan(make_config(), tmp_path / "plan.docx")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        plot_plan(make_config(), tmp_path / "file" / "plan.png")

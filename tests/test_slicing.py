@@ -38,6 +38,7 @@ PLANS = {
     "heads_and_columns": dict(heads=2, columns=31),
     "layers": dict(skipped=(1, 2)),
     "all": dict(heads=2, columns=17, skipped=(1,)),
+    "parts": dict(without=((0, 0), (1, 1), (3, 0)), heads=2, columns=13, scale=2.0),
     "inverse_layer_scale": dict(heads=1, columns=7, skipped=(0, 2), scale=2.0),
     "sqrt_layer_scale": dict(skipped=(1, 3), scale=2.0**0.5),
 }
@@ -111,6 +112,28 @@ def test_any_layer_may_be_skipped(case):
     for i in range(shape.num_layers):
         plan = draw_plan(shape, heads=1, columns=5, skipped=(i,), seed=i)
         assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
+
+
+@every_case
+def test_any_part_may_be_skipped(case):
+    model, shape = our_model(case), shape_of(case)
+    subnetwork = installed(case, model)
+    for i, parts in enumerate(shape.layers):
+        for p in range(len(parts)):
+            plan = draw_plan(shape, heads=2, columns=5, without=((i, p),))
+            assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
+
+
+@every_case
+def test_layer_without_its_parts_is_a_skipped_layer(case):
+    model, shape = our_model(case), shape_of(case)
+    subnetwork = installed(case, model)
+    last = shape.num_layers - 1
+    for i in (0, last):
+        parts = tuple((i, p) for p in range(len(shape.layers[i])))
+        without = sliced_step(case, model, subnetwork, draw_plan(shape, without=parts))
+        skipped = sliced_step(case, model, subnetwork, draw_plan(shape, skipped=(i,)))
+        assert_close(without, skipped)
 
 
 @every_case

@@ -33,6 +33,7 @@ PLANS = (
     dict(heads=2, columns=13),
     dict(heads=3, columns=1, rule="groups"),
     dict(heads=1, columns=36, skipped=(0, 2)),
+    dict(heads=2, columns=13, without=((0, 0), (1, 1), (3, 0))),
 )
 
 

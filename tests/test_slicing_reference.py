@@ -37,12 +37,15 @@ class Case:
         auto_class: the library's class that builds the unmodified model.
         layers: for every stack of layers, its path and the output projection of every part.
         head: path of the output head.
+        norm_after: the parent of an output projection adds the residual, its second argument,
+            and norms their sum.
     """
 
     section: dict[str, Any]
     layers: tuple[tuple[str, tuple[str, ...]], ...]
     auto_class: str = "AutoModelForCausalLM"
     head: str = "lm_head"
+    norm_after: bool = False
 
 
 LLAMA = (("model.layers", ("self_attn.o_proj", "mlp.down_proj")),)
@@ -91,6 +94,7 @@ CASES = {
         (("bert.encoder.layer", ("attention.output.dense", "output.dense")),),
         "AutoModelForMaskedLM",
         head="cls",
+        norm_after=True,
     ),
     "t5": Case({"model_type": "t5", **T5_SIZES}, T5_LAYERS, "AutoModelForSeq2SeqLM"),
     "t5_gated": Case(
@@ -190,7 +194,7 @@ def masked_step(case: Case, plan: Plan) -> Step:
     """The plan's step by masks in plain torch, on the unmodified library model."""
     model = library_model(case)
     layers = [
-        (layer, [layer.get_submodule(path) for path in projections])
+        (layer, projections)
         for path, projections in case.layers
         for layer in model.get_submodule(path)
     ]
@@ -198,7 +202,14 @@ def masked_step(case: Case, plan: Plan) -> Step:
         if layer_plan is None:
             layer.register_forward_hook(_hand_on)
             continue
-        for module, kept, part in zip(projections, layer_plan.parts, parts):
+        for path, kept, part in zip(projections, layer_plan.parts, parts):
+            module = layer.get_submodule(path)
+            if kept.count == 0:
+                module.register_forward_hook(lambda _m, _x, out: out * 0)
+                if case.norm_after:
+                    parent = layer.get_submodule(path.rpartition(".")[0])
+                    parent.register_forward_hook(lambda _m, args, _out: args[1])
+                continue
             size = part.head_dim if isinstance(part, Attention) else 1
             module.register_forward_pre_hook(_masks(kept, size))
             module.register_forward_hook(lambda _m, _x, out, scale=layer_plan.scale: out * scale)
@@ -223,6 +234,7 @@ def draw_plan(
     shape: ModelShape,
     *,
     skipped: tuple[int, ...] = (),
+    without: tuple[tuple[int, int], ...] = (),
     heads: int | None = None,
     columns: int | None = None,
     rule: str = "within_groups",
@@ -232,6 +244,7 @@ def draw_plan(
     """A plan with the given counts, at random.
 
     Args:
+        without: skipped parts, as pairs of a layer and a part of it.
         heads: kept heads of every key/value group (`within_groups`), or kept groups (`groups`,
             and always without grouped-query attention).
         columns: kept columns.
@@ -254,8 +267,14 @@ def draw_plan(
         units = [some(per_group, heads) + g * per_group for g in range(part.groups)]
         return Kept(np.concatenate(units), part.heads)
 
+    def keep_or_skip(i: int, p: int, part: Any) -> Kept:
+        kept, nothing = keep(part), np.arange(0)
+        return Kept(nothing, part.units, nothing) if (i, p) in without else kept
+
     layers = [
-        None if i in skipped else LayerPlan(tuple(keep(part) for part in parts), scale)
+        None
+        if i in skipped
+        else LayerPlan(tuple(keep_or_skip(i, p, x) for p, x in enumerate(parts)), scale)
         for i, parts in enumerate(shape.layers)
     ]
     return Plan(0, 0, tuple(layers))

@@ -84,8 +84,8 @@ def _keep(tensor: Tensor, dim: int, kept: Slice) -> Tensor:
     return units.flatten(dim, dim + 1)
 
 
-class SkippableLayer:
-    """A layer whose forward can be the identity on its first argument."""
+class Skippable:
+    """A module that can return at once; `est_skip` says what, in the form of its forward."""
 
     est_skipped: bool = False
 
@@ -95,8 +95,28 @@ class SkippableLayer:
         return super().forward(hidden_states, *args, **kwargs)
 
     def est_skip(self, hidden_states: Tensor, *args, **kwargs):
-        """What the layer returns when it is skipped, in the form of its own forward."""
+        raise NotImplementedError
+
+
+class SkippableLayer(Skippable):
+    """A layer that hands on its first argument."""
+
+    def est_skip(self, hidden_states: Tensor, *args, **kwargs):
         return hidden_states
+
+
+class SkippableAttention(Skippable):
+    """An attention whose output, before the residual, is nothing."""
+
+    def est_skip(self, hidden_states: Tensor, *args, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+
+class SkippableMlp(Skippable):
+    """An MLP whose output, before the residual, is nothing."""
+
+    def est_skip(self, hidden_states: Tensor, *args, **kwargs):
+        return torch.zeros_like(hidden_states)
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:
@@ -107,6 +127,11 @@ def swap_class(module: nn.Module, mixin: type) -> None:
 def restore_class(module: nn.Module) -> None:
     """Undoes `swap_class`, and drops what a plan set."""
     module.__class__ = type(module).__bases__[1]
+    forget(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Drops what a plan set."""
     for name in ("est_slice", "est_skipped"):
         module.__dict__.pop(name, None)
 

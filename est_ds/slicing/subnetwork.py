@@ -14,6 +14,7 @@ from est_ds.slicing.leaf import (
     Slice,
     SlicedColumns,
     SlicedRows,
+    forget,
     fused,
     indices,
     restore_class,
@@ -40,7 +41,7 @@ class Subnetwork:
                 swap_class(module, SlicedRows)
             for module, _ in slot.columns:
                 swap_class(module, SlicedColumns)
-            for module, mixin in slot.informed:
+            for module, mixin in slot.informed + slot.skippable:
                 swap_class(module, mixin)
 
     @contextmanager
@@ -84,6 +85,10 @@ class Subnetwork:
     def _set_slot(slot: Slot, kept: Kept, layer_scale: float, part: Part) -> None:
         if kept.units is None and layer_scale == 1.0:
             return
+        if kept.count == 0:
+            for module, _ in slot.skippable:
+                module.est_skipped = True
+            return
         device = slot.columns[0][0].weight.device
         units = indices(kept.units, device)
         for module, size in slot.columns:
@@ -99,10 +104,10 @@ class Subnetwork:
 
     def _clear(self) -> None:
         for layer in self._layers.values():
-            layer.__dict__.pop("est_skipped", None)
+            forget(layer)
         for slot in self._all_slots():
             for module in slot.modules:
-                module.__dict__.pop("est_slice", None)
+                forget(module)
             for follower in slot.followers:
                 follower.restore()
 

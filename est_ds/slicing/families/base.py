@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from est_ds.plans.shape import ModelShape
-from est_ds.slicing.leaf import SkippableLayer
+from est_ds.slicing.leaf import Skippable, SkippableLayer
 
 Sized = tuple[nn.Module, int]  # a leaf, and how many of its rows or columns one unit has
 
@@ -41,6 +41,9 @@ class Slot:
         informed: other modules that must know the kept heads, with the class that is put before
             their own; it finds them in `est_slice.units`.
         followers: attributes that follow the number of kept heads.
+        skippable: modules that compute the part, with the class that is put before their own,
+            so that they can be skipped. A part that is skipped hands on the residual stream,
+            with the norm behind it where there is one: a layer without its parts is no layer.
     """
 
     rows: tuple[Sized, ...] = ()
@@ -49,12 +52,13 @@ class Slot:
     qkv_rows: tuple[Sized, ...] = ()
     informed: tuple[tuple[nn.Module, type], ...] = ()
     followers: tuple[Follower, ...] = ()
+    skippable: tuple[tuple[nn.Module, type[Skippable]], ...] = ()
 
     @property
     def modules(self) -> list[nn.Module]:
         """All modules whose class is swapped."""
         sized = self.rows + self.columns + self.group_rows + self.qkv_rows
-        return [module for module, _ in sized + self.informed]
+        return [module for module, _ in sized + self.informed + self.skippable]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     extra_keys: ClassVar[frozenset[str]] = frozenset()
-    skippable: ClassVar[type[SkippableLayer]] = SkippableLayer
+    skippable: ClassVar[type[Skippable]] = SkippableLayer
 
     @abstractmethod
     def shape(self, config: Any) -> ModelShape:

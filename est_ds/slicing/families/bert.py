@@ -9,6 +9,21 @@ from torch import Tensor, nn
 from est_ds.errors import UserError
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
+from est_ds.slicing.leaf import Skippable, SkippableLayer
+
+
+class SkippableSelfAttention(Skippable):
+    """Attention, residual and norm, and the weights."""
+
+    def est_skip(self, hidden_states: Tensor, *args, **kwargs):
+        return hidden_states, None
+
+
+class SkippableOutput(Skippable):
+    """The second half of the MLP, with residual and norm; its second argument is the stream."""
+
+    def est_skip(self, hidden_states: Tensor, input_tensor: Tensor):
+        return input_tensor
 
 
 class Bert(Family):
@@ -46,8 +61,15 @@ class Bert(Family):
                 rows=((heads.query, size),),
                 group_rows=((heads.key, size), (heads.value, size)),
                 columns=((out, size),),
+                skippable=((layer.attention, SkippableSelfAttention),),
             ),
-            Slot(rows=((layer.intermediate.dense, 1),), columns=((layer.output.dense, 1),)),
+            Slot(
+                rows=((layer.intermediate.dense, 1),),
+                columns=((layer.output.dense, 1),),
+                skippable=(
+                    (layer.intermediate, SkippableLayer), (layer.output, SkippableOutput)
+                ),
+            ),
         )
 
     def pieces(self, config: Any) -> list[Piece]:

@@ -9,6 +9,7 @@ from torch import Tensor, arange, nn
 from est_ds.errors import UserError
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import Family, Follower, Piece, Slot, tied_to
+from est_ds.slicing.leaf import SkippableAttention, SkippableMlp
 
 
 class Gpt2(Family):
@@ -45,8 +46,13 @@ class Gpt2(Family):
                 qkv_rows=((attention.c_attn, size),),
                 columns=((attention.c_proj, size),),
                 followers=(width,),
+                skippable=((attention, SkippableAttention),),
             ),
-            Slot(rows=((mlp.c_fc, 1),), columns=((mlp.c_proj, 1),)),
+            Slot(
+                rows=((mlp.c_fc, 1),),
+                columns=((mlp.c_proj, 1),),
+                skippable=((mlp, SkippableMlp),),
+            ),
         )
 
     def pieces(self, config: Any) -> list[Piece]:

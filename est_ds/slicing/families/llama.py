@@ -8,6 +8,7 @@ from torch import Tensor, arange, nn
 
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import Family, Follower, Piece, Slot, tied_to
+from est_ds.slicing.leaf import SkippableAttention, SkippableMlp
 
 
 class Llama(Family):
@@ -40,8 +41,13 @@ class Llama(Family):
                 group_rows=((attention.k_proj, size), (attention.v_proj, size)),
                 columns=((attention.o_proj, size),),
                 followers=(repeats,),
+                skippable=((attention, SkippableAttention),),
             ),
-            Slot(rows=((mlp.gate_proj, 1), (mlp.up_proj, 1)), columns=((mlp.down_proj, 1),)),
+            Slot(
+                rows=((mlp.gate_proj, 1), (mlp.up_proj, 1)),
+                columns=((mlp.down_proj, 1),),
+                skippable=((mlp, SkippableMlp),),
+            ),
         )
 
     def pieces(self, config: Any) -> list[Piece]:

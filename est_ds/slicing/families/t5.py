@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
-from est_ds.slicing.leaf import SkippableLayer, Slice
+from est_ds.slicing.leaf import Skippable, SkippableLayer, Slice
 
 
 class BiasOfKeptHeads:
@@ -44,7 +44,7 @@ class BiasOfKeptHeads:
         return queries.new_zeros(1, 1, 1, 1).expand(1, self.n_heads, num_queries, num_keys)
 
 
-class SkippableBlock(SkippableLayer):
+class SkippableBlock(Skippable):
     """A block returns its states, and the biases of its attentions for the blocks behind it."""
 
     def est_skip(
@@ -57,11 +57,29 @@ class SkippableBlock(SkippableLayer):
         encoder_decoder_position_bias=None,
         **other,
     ):
-        attention = self.layer[0].SelfAttention
-        if position_bias is None and attention.has_relative_attention_bias:
-            length = hidden_states.shape[1]
-            position_bias = attention.compute_bias(length, length, device=hidden_states.device)
-        return hidden_states, position_bias, encoder_decoder_position_bias
+        bias = _bias_to_share(self.layer[0].SelfAttention, hidden_states, position_bias)
+        return hidden_states, bias, encoder_decoder_position_bias
+
+
+class SkippableSelfAttention(Skippable):
+    """Norm, attention and residual."""
+
+    def est_skip(self, hidden_states, attention_mask=None, position_bias=None, **other):
+        bias = _bias_to_share(self.SelfAttention, hidden_states, position_bias)
+        return hidden_states, bias, None
+
+
+class SkippableCrossAttention(Skippable):
+    """Norm, attention and residual."""
+
+    def est_skip(self, hidden_states, key_value_states, mask=None, position_bias=None, **other):
+        return hidden_states, position_bias, None
+
+
+def _bias_to_share(attention: nn.Module, states: Tensor, bias: Tensor | None) -> Tensor | None:
+    if bias is None and attention.has_relative_attention_bias:
+        return attention.compute_bias(states.shape[1], states.shape[1], device=states.device)
+    return bias
 
 
 class T5(Family):
@@ -88,14 +106,17 @@ class T5(Family):
         return [*model.encoder.block, *model.decoder.block]
 
     def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
-        attentions = [layer.layer[0].SelfAttention]
-        if layer.is_decoder:
-            attentions.append(layer.layer[1].EncDecAttention)
-        mlp = layer.layer[-1].DenseReluDense
+        own, *cross, last = layer.layer
+        mlp = last.DenseReluDense
         inner = (mlp.wi_0, mlp.wi_1) if hasattr(mlp, "wi_0") else (mlp.wi,)
         return (
-            *(_attention_slot(attention) for attention in attentions),
-            Slot(rows=tuple((module, 1) for module in inner), columns=((mlp.wo, 1),)),
+            _attention_slot(own, own.SelfAttention, SkippableSelfAttention),
+            *(_attention_slot(c, c.EncDecAttention, SkippableCrossAttention) for c in cross),
+            Slot(
+                rows=tuple((module, 1) for module in inner),
+                columns=((mlp.wo, 1),),
+                skippable=((last, SkippableLayer),),
+            ),
         )
 
     def pieces(self, config: Any) -> list[Piece]:
@@ -133,13 +154,14 @@ class T5(Family):
         ]
 
 
-def _attention_slot(attention: nn.Module) -> Slot:
+def _attention_slot(part: nn.Module, attention: nn.Module, skippable: type[Skippable]) -> Slot:
     size = attention.key_value_proj_dim
     return Slot(
         rows=((attention.q, size),),
         group_rows=((attention.k, size), (attention.v, size)),
         columns=((attention.o, size),),
         informed=((attention, BiasOfKeptHeads),),
+        skippable=((part, skippable),),
     )
 
 

@@ -70,7 +70,8 @@ def test_json_is_the_contract():
 def test_table_shows_phases_batch_and_memory_in_80_columns():
     config = make_config(parallel={"pipe": 2, "zero": 1, "processes": 4})
     text = plan_report(config, as_json=False)
-    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 80 and text.isascii()
+    assert "\x1b" not in text
     assert "global_batch 8 = micro_batch 2 x accumulation 2 x data_parallel 2" in text
     assert "4 = 2 pipe stages x 2 replicas, ZeRO 1, fp32" in text
     assert "small" in text and "full" in text and "weights" in text

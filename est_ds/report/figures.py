@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from est_ds.report import style
+from est_ds.report.files import RunFiles
 from est_ds.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, RED
-from est_ds.report.summary import RunFiles, Summary
+from est_ds.report.summary import Summary
 from est_ds.report.text import seconds
 
 # Beyond this many points a line on paper looks the same, and a page grows heavy.

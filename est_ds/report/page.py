@@ -17,8 +17,9 @@ import est_ds
 from est_ds.engine.checkpoint import replace_text
 from est_ds.errors import UserError
 from est_ds.report import figures
+from est_ds.report.files import RunFiles, read_run
 from est_ds.report.style import styled
-from est_ds.report.summary import RunFiles, Summary, read_run, summary_of
+from est_ds.report.summary import Summary, summary_of
 from est_ds.report.text import PHASE_COLUMNS, fact_rows, phase_row, title
 
 FILE = "report.html"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from est_ds.config import RunConfig
 from est_ds.errors import UserError
 from est_ds.planning import RunPlan, memory_per_process
-from est_ds.report.text import facts_table, rendered
+from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
 
@@ -67,7 +66,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
 def _phases(plan: RunPlan) -> Table:
     config, dense = plan.planned.config, plan.dense
     tokens = config.batch.global_ * config.data.sequence
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=PLAIN, pad_edge=False)
     table.add_column("phase", vertical="bottom", overflow="fold")
     for name in (
         "steps",
@@ -97,7 +96,7 @@ def _phases(plan: RunPlan) -> Table:
 def _layouts(plan: RunPlan) -> Table:
     """Memory of a process with the processes of the run file, and with more replicas."""
     config = plan.planned.config
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=PLAIN, pad_edge=False)
     for name in (
         "processes",
         "data_\nparallel",

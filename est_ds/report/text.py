@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
-from rich.box import SIMPLE
+from rich.box import Box
 from rich.console import Console
 from rich.table import Table
 
 from est_ds.report.summary import PhaseSummary, Summary
+
+# Names of runs and phases are shown as they are.
+QUIET: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+# A rule under the heads and nothing else; ASCII, for terminals and files of any encoding.
+PLAIN = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 
 PHASE_COLUMNS = (
     "phase",
@@ -23,14 +29,18 @@ PHASE_COLUMNS = (
 
 def print_tables(summary: Summary) -> None:
     """Prints a summary: fits 80 columns, needs no colour."""
-    console = Console(highlight=False, markup=False, emoji=False)
     note = "Ratios are to a step of the full model."
-    _show(console, title(summary), facts_table(fact_rows(summary)), phase_table(summary), note)
+    parts = (facts_table(fact_rows(summary)), phase_table(summary), note)
+    console = Console(**QUIET)
+    if console.is_terminal:
+        _show(console, title(summary), *parts)
+    else:
+        print(rendered(title(summary), *parts))
 
 
 def rendered(title: str, *parts: Table | str) -> str:
-    """What `_show` prints, as plain text of at most 80 columns, without trailing blanks."""
-    console = Console(file=io.StringIO(), highlight=False, markup=False, emoji=False, width=80)
+    """Title, tables and notes as plain text of at most 80 columns (a long title aside)."""
+    console = Console(file=io.StringIO(), width=80, **QUIET)
     with console.capture() as capture:
         _show(console, title, *parts)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -40,7 +50,10 @@ def _show(console: Console, title: str, *parts: Table | str) -> None:
     console.print()
     console.print(title, style="bold", soft_wrap=True)
     for part in parts:
-        console.print(part, **({"style": "dim", "soft_wrap": True} if isinstance(part, str) else {}))
+        if isinstance(part, str):
+            console.print(part, style="dim", soft_wrap=True)
+        else:
+            console.print(part)
 
 
 def facts_table(rows: list[tuple[str, str]]) -> Table:
@@ -55,7 +68,7 @@ def facts_table(rows: list[tuple[str, str]]) -> Table:
 
 def phase_table(summary: Summary) -> Table:
     """One row a phase."""
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=PLAIN, pad_edge=False)
     for i, name in enumerate(PHASE_COLUMNS):
         justify = "right" if i else "left"
         table.add_column(name, justify=justify, vertical="bottom", overflow="fold")

@@ -1,0 +1,93 @@
+"""A run directory read: config, method, metrics."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from est_ds.config import RunConfig, load_run
+from est_ds.errors import UserError
+from est_ds.flops import phase_ratios
+from est_ds.metrics import FILE, read_metrics
+from est_ds.plans.methods.base import Method
+from est_ds.run import plan_run
+
+FIELDS = (
+    "step",
+    "phase",
+    "loss",
+    "tokens",
+    "step_s",
+    "flops_active",
+    "flops_dense",
+    "blocks_active",
+    "blocks_dense",
+)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run directory read: its config, its method and the lines of its metrics, in order."""
+
+    directory: Path
+    config: RunConfig
+    method: Method
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+    def lines_of(self, phase: int) -> list[dict[str, Any]]:
+        """The training lines of a phase, told by step since names may repeat."""
+        within = self.method.phases[phase]
+        return [e for e in self.steps if within.from_step <= e["step"] < within.until_step]
+
+    def keeps_everything(self, phase: int) -> bool:
+        """Whether every step of a phase is a step of the full model."""
+        ratios = phase_ratios(self.method, phase, sequence=self.config.data.sequence)
+        return math.isclose(ratios.blocks, 1.0, rel_tol=1e-12)
+
+
+def read_run(run_dir: str | os.PathLike) -> RunFiles:
+    """Reads config and metrics of a run directory.
+
+    Raises:
+        UserError: it is no run directory, or its metrics are missing or incomplete.
+    """
+    directory = Path(run_dir)
+    if not (directory / "config.yaml").is_file():
+        raise UserError(
+            f"run directory {str(run_dir)!r} has no config.yaml; give the directory of a run that "
+            f"`est-ds train` has started (run_dir in its run file)."
+        )
+    config = load_run(directory)
+    method = plan_run(config).method
+    steps, evaluations = read_metrics(directory)
+    if not steps:
+        raise UserError(
+            f"{directory / FILE} has no line of a training step; a line is written every "
+            f"log.every={config.log.every} steps: train on with `est-ds train {run_dir}`."
+        )
+    for entry in steps:
+        missing = [field for field in FIELDS if field not in entry]
+        if missing:
+            raise UserError(
+                f"{directory / FILE}: the line of step {entry.get('step', 'unknown')} has no "
+                f"{', '.join(missing)}; every line needs {', '.join(FIELDS)}: restore the file, or "
+                f"train again in another run_dir."
+            )
+    files = RunFiles(directory, config, method, steps, evaluations)
+    if not 0 <= steps[-1]["step"] < config.steps:
+        raise UserError(
+            f"{directory / FILE}: step {steps[-1]['step']} is beyond steps={config.steps} of "
+            f"config.yaml; the two are of different runs: restore the one that belongs here."
+        )
+    for i, phase in enumerate(method.phases[: method.phase_at(steps[-1]["step"]) + 1]):
+        if not files.lines_of(i):
+            raise UserError(
+                f"{directory / FILE} has no line of phase {phase.name!r} (steps {phase.from_step} "
+                f"to {phase.until_step - 1}) though it has later ones; restore the whole file, or "
+                f"train again in another run_dir."
+            )
+    return files

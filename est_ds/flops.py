@@ -1,14 +1,17 @@
-"""FLOPs of a plan in closed form. No torch.
+"""FLOPs, weights and bytes of a plan in closed form. No torch.
 
 Two figures, always named. `blocks`: matrix products of attention projections and MLP in the
 layers, the papers' accounting. `model`: all matrix products of the step, attention scores and
 output head included. A product of [m, k] and [k, n] is 2 m k n; forward plus backward is three
 products for one, since the gradient of each operand is a product of the same size.
+
+An encoder-decoder reads two streams: its first layers the source, the rest and the head the
+target; the keys and values of a cross attention are of the source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from est_ds.plans.methods.base import Load, Method, full_loads
@@ -25,47 +28,183 @@ class Flops:
     model: float
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Weights of matrices that take part in products. Norms, biases and look-ups are not in it."""
+
+    blocks: float
+    model: float
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of the layers, and of the whole model with its head."""
+
+    blocks: float
+    model: float
+
+
 def step_flops(
-    shape: ModelShape, loads: Sequence[Load], *, tokens: int, sequence: int
+    shape: ModelShape,
+    loads: Sequence[Load],
+    *,
+    tokens: float,
+    sequence: int,
+    target_tokens: float | None = None,
+    target_sequence: int | None = None,
 ) -> Flops:
-    """FLOPs of forward and backward over `tokens` tokens in sequences of `sequence`."""
+    """FLOPs of forward and backward over `tokens` tokens in sequences of `sequence`.
+
+    Args:
+        target_tokens: tokens of an encoder-decoder's target stream (default: as many).
+        target_sequence: their sequence length (default: the same).
+    """
+    source = tokens, sequence
+    target = source
+    if shape.encoder_layers:
+        target = (
+            tokens if target_tokens is None else target_tokens,
+            sequence if target_sequence is None else target_sequence,
+        )
     projections = scores = 0.0
-    for layer, load in zip(shape.layers, loads):
-        for part, units, groups in zip(layer, load.units, load.groups):
-            projections += load.probability * _projections_per_token(part, units, groups)
-            if isinstance(part, Attention):
-                # Queries against keys, and weights against values, over the whole sequence.
-                scores += load.probability * 4.0 * sequence * units * part.head_dim
-    head = 2.0 * shape.hidden * shape.vocabulary
-    blocks = FORWARD_AND_BACKWARD * tokens * projections
-    return Flops(blocks, blocks + FORWARD_AND_BACKWARD * tokens * (scores + head))
+    for i, part, chance, units, groups in _parts(shape, loads):
+        stream = source if i < shape.encoder_layers else target
+        per_unit = 2.0 * chance * part.hidden
+        if not isinstance(part, Attention):
+            projections += stream[0] * per_unit * part.matrices * units
+            continue
+        keys = source if part.cross else stream
+        projections += per_unit * part.head_dim * 2 * (stream[0] * units + keys[0] * groups)
+        # Queries against keys, and weights against values, over the whole sequence.
+        scores += stream[0] * chance * 4.0 * keys[1] * units * part.head_dim
+    head = 2.0 * target[0] * (shape.hidden * shape.vocabulary + shape.head_inner)
+    blocks = FORWARD_AND_BACKWARD * projections
+    return Flops(blocks, blocks + FORWARD_AND_BACKWARD * (scores + head))
 
 
-def _projections_per_token(part: Part, units: int, groups: int) -> float:
-    if isinstance(part, Attention):
-        return 2.0 * part.hidden * part.head_dim * (2 * units + 2 * groups)
-    return 2.0 * part.hidden * part.matrices * units
+def dense_flops(shape: ModelShape, **size) -> Flops:
+    """FLOPs of a step of the full model; the sizes are those of `step_flops`."""
+    return step_flops(shape, full_loads(shape), **size)
 
 
-def dense_flops(shape: ModelShape, *, tokens: int, sequence: int) -> Flops:
-    """FLOPs of a step of the full model."""
-    return step_flops(shape, full_loads(shape), tokens=tokens, sequence=sequence)
-
-
-def phase_ratios(method: Method, phase: int, *, sequence: int) -> Flops:
+def phase_ratios(
+    method: Method, phase: int, *, sequence: int, target_sequence: int | None = None
+) -> Flops:
     """Mean FLOPs of a phase's steps as ratios of the dense step."""
-    dense = dense_flops(method.shape, tokens=1, sequence=sequence)
-    loads = method.mean_loads(phase)
-    active = step_flops(method.shape, loads, tokens=1, sequence=sequence)
+    size = {"tokens": sequence, "sequence": sequence, "target_sequence": target_sequence}
+    size["target_tokens"] = target_sequence
+    dense = dense_flops(method.shape, **size)
+    active = step_flops(method.shape, method.mean_loads(phase), **size)
     return Flops(active.blocks / dense.blocks, active.model / dense.model)
 
 
-def saved(method: Method, *, sequence: int) -> Flops:
+def saved(method: Method, *, sequence: int, target_sequence: int | None = None) -> Flops:
     """Fractions of the run's FLOPs that the method saves against dense training."""
     blocks = model = 0.0
     for i, phase in enumerate(method.phases):
-        ratios = phase_ratios(method, i, sequence=sequence)
+        ratios = phase_ratios(method, i, sequence=sequence, target_sequence=target_sequence)
         length = phase.until_step - phase.from_step
         blocks += length * (1 - ratios.blocks)
         model += length * (1 - ratios.model)
     return Flops(blocks / method.steps, model / method.steps)
+
+
+def active_weights(shape: ModelShape, loads: Sequence[Load]) -> Weights:
+    """Weights that a step multiplies by.
+
+    Attention: hidden x head_dim x (2 heads + 2 groups). MLP: hidden x columns x matrices. Head:
+    hidden x vocabulary and what is before it. Of a decoder, `blocks` FLOPs are 6 x tokens x these.
+    """
+    blocks = 0.0
+    for _, part, chance, units, groups in _parts(shape, loads):
+        blocks += chance * sum(kept for kept, _ in _matrices(part, units, groups))
+    return Weights(blocks, blocks + shape.hidden * shape.vocabulary + shape.head_inner)
+
+
+def activation_bytes(
+    shape: ModelShape,
+    loads: Sequence[Load],
+    *,
+    tokens: float,
+    value_bytes: int,
+    checkpointing: bool = False,
+) -> Bytes:
+    """Bytes that the forward of a micro-batch of `tokens` tokens keeps for the backward.
+
+    A token keeps, in values of `value_bytes`: of an attention 2 hidden (into the norm and out of
+    it), q, k, v and the result, head_dim x (2 heads + 2 groups), and 4 bytes a head for the fused
+    kernel's sums; of an MLP 2 hidden and, of every kept column, before and after the activation,
+    and if gated the other factor and the product (2 or 4). The head keeps 2 hidden, and for the
+    loss vocabulary x 4 bytes. A part that drops units also keeps a copy of its kept weights. With
+    checkpointing a layer keeps its input, and the largest one is in whole.
+
+    It is a lower bound: dropout, unfused kernels (an RMSNorm written out keeps one hidden more) and
+    the allocator's slack come on top. Of the toy Llama torch keeps 1.10 to 1.13 times as much.
+    """
+    per_layer = [0.0] * shape.num_layers
+    for i, part, chance, units, groups in _parts(shape, loads):
+        if not units:
+            continue
+        values, sums = 2 * part.hidden, 0.0
+        if isinstance(part, Attention):
+            values += part.head_dim * (2 * units + 2 * groups)
+            sums = 4 * units
+        else:
+            values += units * (4 if part.matrices == 3 else 2)
+        copies = sum(kept for kept, whole in _matrices(part, units, groups) if kept < whole)
+        per_layer[i] += chance * (tokens * (values * value_bytes + sums) + copies * value_bytes)
+    blocks = sum(per_layer)
+    if checkpointing:
+        kept_layers = sum(load.probability for load in loads)
+        blocks = kept_layers * tokens * shape.hidden * value_bytes + max(per_layer)
+    head = tokens * (2 * shape.hidden * value_bytes + 4 * shape.vocabulary)
+    return Bytes(blocks, blocks + head)
+
+
+def weight_traffic_bytes(shape: ModelShape, loads: Sequence[Load], *, value_bytes: int) -> Bytes:
+    """Bytes of weights and their gradients that a micro-batch moves through a device's memory.
+
+    A matrix in whole is read in the forward and in the backward, and its gradient is written: 3
+    times its weights. Of one that keeps a part, the part is gathered (read, written), used (read
+    twice, gradient written) and its gradient added (twice read, written) into a zero gradient of
+    the whole matrix: 8 times the part and once the whole. Slicing therefore saves products, not
+    traffic; skipping layers saves both.
+    """
+    blocks = 0.0
+    for _, part, chance, units, groups in _parts(shape, loads):
+        for kept, whole in _matrices(part, units, groups):
+            moved = 8 * kept + whole if 0 < kept < whole else 3 * kept
+            blocks += chance * moved * value_bytes
+    head = 3 * (shape.hidden * shape.vocabulary + shape.head_inner) * value_bytes
+    return Bytes(blocks, blocks + head)
+
+
+def gathered_bytes(shape: ModelShape, loads: Sequence[Load], *, value_bytes: int) -> Bytes:
+    """Bytes of weights that ZeRO-3 gathers on every device for a micro-batch.
+
+    It gathers a matrix in whole, in the forward and again in the backward, if its part is kept.
+    """
+    blocks = 0.0
+    for _, part, chance, units, groups in _parts(shape, loads):
+        if units:
+            blocks += 2 * chance * sum(w for _, w in _matrices(part, units, groups)) * value_bytes
+    head = 2 * (shape.hidden * shape.vocabulary + shape.head_inner) * value_bytes
+    return Bytes(blocks, blocks + head)
+
+
+def _parts(
+    shape: ModelShape, loads: Sequence[Load]
+) -> Iterator[tuple[int, Part, float, float, float]]:
+    """Every part with its layer, chance, and kept units and key/value heads."""
+    for i, (layer, load) in enumerate(zip(shape.layers, loads, strict=True)):
+        for part, units, groups in zip(layer, load.units, load.groups, strict=True):
+            yield i, part, load.probability, units, groups
+
+
+def _matrices(part: Part, units: float, groups: float) -> list[tuple[float, int]]:
+    """Kept and all weights of the matrices over heads or columns, and over key/value heads."""
+    if not isinstance(part, Attention):
+        per_unit = part.hidden * part.matrices
+        return [(per_unit * units, per_unit * part.columns)]
+    per_head = 2 * part.hidden * part.head_dim
+    return [(per_head * units, per_head * part.heads), (per_head * groups, per_head * part.groups)]

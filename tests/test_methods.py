@@ -78,7 +78,8 @@ def test_plan_is_a_pure_function_of_seed_and_step(section):
     assert [method.plan(s).digest for s in reversed(range(0, 100, 9))] == forwards[::-1]
     assert len(set(forwards)) == len(forwards)
     if section["name"] != "full":
-        assert method_of(section, seed=8).plan(0).digest != forwards[0] or section["name"] == "pld"
+        other = [method_of(section, seed=8).plan(s).digest for s in range(0, 100, 9)]
+        assert other != forwards
 
 
 @every_section
@@ -108,11 +109,11 @@ def test_plans_are_well_formed(section):
 
 @every_section
 def test_mean_cost_of_drawn_plans_is_the_expected_one(section):
-    """Over 4000 steps, within what chance allows; to the last digit where counts are exact."""
+    """Over 800 of 4000 steps, within chance; to the last digit where counts are exact."""
     method = method_of(section, steps=4000)
     dense = flops.dense_flops(method.shape, tokens=1, sequence=16).model
     for i, phase in enumerate(method.phases):
-        steps = range(phase.from_step, phase.until_step, 3)
+        steps = range(phase.from_step, phase.until_step, 5)
         drawn = [
             flops.step_flops(
                 method.shape, plan_loads(method.plan(s), method.shape), tokens=1, sequence=16
@@ -229,12 +230,12 @@ def test_decay_drop_follows_its_equation():
 def test_inverse_scale_leaves_the_expected_output_of_a_layer_unchanged():
     """Chance times scale is 1 for every layer, balanced or not: the lifted chances count."""
     for name in ("layer_drop_balanced", "est_bernoulli_balanced", "pld", "decay_drop"):
-        method = method_of(SECTIONS[name], steps=6000)
+        method = method_of(SECTIONS[name], steps=2000)
         outputs = np.zeros(8)
-        for step in range(0, 3000):
+        for step in range(1000):
             for i, layer in enumerate(method.plan(step).layers):
                 outputs[i] += 0 if layer is None else layer.scale
-        assert np.abs(outputs / 3000 - 1).max() < 0.12, name
+        assert np.abs(outputs / 1000 - 1).max() < 0.2, name
 
 
 def test_mean_loads_of_a_million_steps_take_a_second():

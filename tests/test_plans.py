@@ -1,4 +1,4 @@
-"""Plans of `est` and `full`: pure, of the exact size, uniform, and the same from version to version.
+"""Plans of `est` and `full`: pure, of the exact size, uniform, the same from version to version.
 
 The shapes here serve the other tests of plans as well.
 """

@@ -50,14 +50,18 @@ WRONG = {
     "fewer_kept_than_always": (
         {**phase(layers=0.25), "always_keep": [0, 1, 2]}, ["layers=0.25", "use at least 0.375"]
     ),
-    "no_such_layer": ({**phase(layers=0.5), "always_keep": [8]}, ["always_keep holds 8", "-8 to 7"]),
+    "no_such_layer": (
+        {**phase(layers=0.5), "always_keep": [8]}, ["always_keep holds 8", "-8 to 7"]
+    ),
     "no_such_layer_in_phase": (
         phase(layers=0.5, always_keep=[-9]), ["method.phases[0].always_keep holds -9"]
     ),
     "unknown_head_rule": (
         {**phase(heads=0.5), "head_rule": "any"}, ["method.head_rule='any'", "within_groups"]
     ),
-    "unknown_scale": ({**phase(layers=0.5), "scale": dict(layers="x")}, ["method.scale.layers='x'"]),
+    "unknown_scale": (
+        {**phase(layers=0.5), "scale": dict(layers="x")}, ["method.scale.layers='x'"]
+    ),
     # Settings that cannot take effect.
     "rounded_layers": (phase(layers=0.99), ["layers=0.99 keeps all 8 of 8", "0.875"]),
     "rounded_heads": (phase(heads=0.9), ["heads=0.9 keeps all 2 heads of a", "0.5"]),

@@ -86,7 +86,7 @@ class Plan:
 
 
 def _packed(indices: np.ndarray, total: int) -> bytes:
-    """Indices below `total` in the fewest bytes, as hashing them is a fair part of a plan's cost."""
+    """Indices below `total` in few bytes: hashing them is a fair part of a plan's cost."""
     return b";%d:" % len(indices) + indices.astype("<u2" if total <= 2**16 else "<u4").tobytes()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from est_ds.config import Strict
+from est_ds.plans.growth import Growth
 from est_ds.plans.phases import Phase, phase_at
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
@@ -77,6 +78,14 @@ class Method(ABC):
     @abstractmethod
     def loads(self, step: int) -> tuple[Load, ...]:
         """The expected load of every layer at `step`; exact where counts are exact."""
+
+    def growth(self, step: int) -> Growth | None:
+        """What happens to the model's depth before `step` is trained; None: nothing."""
+        return None
+
+    def whole(self, step: int) -> Plan | None:
+        """The model as it is at `step`, for evaluation; None: the full model."""
+        return None
 
     def mean_loads(self, phase: int) -> tuple[Load, ...]:
         """Loads averaged over the steps of a phase; they are constant unless a method says so."""

@@ -1,0 +1,153 @@
+"""`stacking`: the depth grows at phase boundaries, by copying layers or by fresh ones.
+
+The layers that do not exist yet have their places in the full model from the start, and are
+skipped: cost and function are those of the shallow model, while engine, pipeline cuts and
+checkpoints stay as they are. At a boundary layers are copied between places.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from est_ds.config import Strict
+from est_ds.errors import UserError
+from est_ds.plans import balance
+from est_ds.plans.growth import Growth
+from est_ds.plans.methods.base import Groups, Load, Method, full_loads
+from est_ds.plans.phases import phases_until
+from est_ds.plans.plan import Kept, LayerPlan, Plan
+
+Mode = Literal["double", "gradual", "midas", "fresh"]
+
+
+class StackingPhase(Strict):
+    """One phase: where it ends, and the depth that it trains (a number of layers)."""
+
+    name: str | None = None
+    until: int | float
+    layers: Annotated[int, Field(ge=0)]
+
+
+class StackingSettings(Strict):
+    """How the depth grows.
+
+    Attributes:
+        mode: `double`: the whole stack again on top (StackBERT, Gong et al. 2019); `gradual`: the
+            last layers again on top (gradual stacking, arXiv 2402.05913 section 2); `midas`: the
+            middle block again in the middle (arXiv 2409.19044); `fresh`: new layers on top that
+            start as the identity, from depth 0 or 1 on (arXiv 2511.04981).
+        moments: AdamW's moments are copied with the weights, or start fresh.
+    """
+
+    name: Literal["stacking"]
+    mode: Mode = "gradual"
+    moments: Literal["copy", "fresh"] = "copy"
+    phases: Annotated[list[StackingPhase], Field(min_length=2)]
+    balance_groups: Groups | None = None
+
+
+def sources(mode: Mode, before: int, after: int) -> list[int | None]:
+    """For every layer of the grown model the layer that it is a copy of; None: a fresh layer.
+
+    Raises:
+        ValueError: the mode cannot grow `before` layers to `after`.
+    """
+    added = after - before
+    if mode == "fresh":
+        return [*range(before), *[None] * added]
+    if before == 0:
+        raise ValueError("there is no layer to copy: start with at least 1, or use mode fresh")
+    if mode == "double":
+        if after % before:
+            raise ValueError(f"the whole stack is copied: use a multiple of {before}")
+        return [i % before for i in range(after)]
+    if added > before:
+        raise ValueError(f"{added} layers are copied of {before}: use at most {2 * before}")
+    if mode == "gradual":
+        return [*range(before), *range(before - added, before)]
+    middle = (before - added) // 2
+    return [*range(middle + added), *range(middle, before)]
+
+
+class Stacking(Method):
+    Settings = StackingSettings
+
+    def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
+        super().__init__(settings, seed=seed, steps=steps, shape=shape)
+        names = [p.name or f"depth_{p.layers}" for p in settings.phases]
+        until = [p.until for p in settings.phases]
+        self.phases = phases_until(names, until, steps, "method.phases")
+        self._check(settings)
+        lengths = (shape.num_layers,)
+        if settings.balance_groups is not None:
+            lengths = balance.run_lengths(settings.balance_groups, shape.num_layers)
+            self.run_lengths = lengths
+        self.places = [self._places(p.layers, lengths) for p in settings.phases]
+
+    def _check(self, settings: StackingSettings) -> None:
+        depths = [p.layers for p in settings.phases]
+        if depths[-1] != self.shape.num_layers:
+            raise UserError(
+                f"method.phases[{len(depths) - 1}].layers={depths[-1]}: the last phase trains the "
+                f"whole model; use {self.shape.num_layers}."
+            )
+        if settings.mode == "fresh" and settings.moments == "fresh":
+            raise UserError(
+                "method.moments=fresh cannot take effect with method.mode=fresh: new layers always "
+                "start with zero moments; remove it."
+            )
+        for i, (before, after) in enumerate(pairwise(depths), start=1):
+            if after <= before:
+                raise UserError(
+                    f"method.phases[{i}].layers={after} is not above {before}, the depth of the "
+                    f"phase before; the depth must grow."
+                )
+            try:
+                sources(settings.mode, before, after)
+            except ValueError as e:
+                raise UserError(
+                    f"method.phases[{i}].layers={after} after {before} with method.mode="
+                    f"{settings.mode}: {e}."
+                ) from None
+
+    @staticmethod
+    def _places(depth: int, lengths: tuple[int, ...]) -> list[int]:
+        """Places of the layers that exist: the first of every run, runs in proportion."""
+        counts = balance.spread(depth, lengths, (0,) * len(lengths), step=0)
+        starts = np.cumsum([0, *lengths[:-1]]).tolist()
+        return [start + i for start, n in zip(starts, counts) for i in range(n)]
+
+    def plan(self, step: int) -> Plan:
+        phase = self.phase_at(step)
+        layers: list[LayerPlan | None] = [None] * self.shape.num_layers
+        for i in self.places[phase]:
+            layers[i] = LayerPlan(tuple(Kept(None, part.units) for part in self.shape.layers[i]))
+        return Plan(step, phase, tuple(layers))
+
+    def loads(self, step: int) -> tuple[Load, ...]:
+        places = self.places[self.phase_at(step)]
+        return tuple(
+            Load(float(i in places), load.units, load.groups)
+            for i, load in enumerate(full_loads(self.shape))
+        )
+
+    def growth(self, step: int) -> Growth | None:
+        phase = self.phase_at(step)
+        if phase == 0 or step != self.phases[phase].from_step:
+            return None
+        before, after = self.places[phase - 1], self.places[phase]
+        taken = sources(self.settings.mode, len(before), len(after))
+        pairs = [(place, None if s is None else before[s]) for place, s in zip(after, taken)]
+        return Growth(
+            copies={place: source for place, source in pairs if source not in (None, place)},
+            fresh=tuple(place for place, source in pairs if source is None),
+            copies_moments=self.settings.moments == "copy",
+        )
+
+    def whole(self, step: int) -> Plan | None:
+        plan = self.plan(step)
+        return None if plan.is_full else plan

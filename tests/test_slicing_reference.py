@@ -27,6 +27,8 @@ from est_ds.plans.shape import Attention, ModelShape
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
 
+torch.set_num_threads(1)  # products this small are slower on more
+
 
 @dataclass(frozen=True)
 class Case:

@@ -141,7 +141,7 @@ def make_plan(config: RunConfig) -> RunPlan:
 def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> Kept:
     """Kept layers, and heads and columns of a kept layer, each layer weighted by its chance.
 
-    Where attention and MLP are skipped apart, a skipped one counts as one that keeps nothing.
+    Where attention and MLP are skipped apart, a layer counts by the chance of each.
     """
     layers = sum(load.probability for load in loads)
     totals, counts = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from test_slicing_reference import (
     CASES,
+    Case,
     draw_plan,
     every_case,
     inputs_of,
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from est_ds.flops import Flops, step_flops
 from est_ds.plans.methods.base import Load
 from est_ds.plans.plan import Plan
-from est_ds.plans.shape import Attention, ModelShape
+from est_ds.plans.shape import Attention
 
 PLANS = (
     dict(),
@@ -37,8 +38,12 @@ PLANS = (
 )
 
 
-def expected(shape: ModelShape, plan: Plan, *, tokens: int, sequence: int) -> Flops:
+def expected(case: Case, plan: Plan) -> Flops:
     """The closed form for exactly what the plan keeps."""
+    shape, (source, *target) = shape_of(case), inputs_of(case).values()
+    size = dict(tokens=source.numel(), sequence=source.shape[1])
+    for ids in target:
+        size.update(target_tokens=ids.numel(), target_sequence=ids.shape[1])
     loads = []
     for parts, layer in zip(shape.layers, plan.layers):
         if layer is None:
@@ -49,37 +54,35 @@ def expected(shape: ModelShape, plan: Plan, *, tokens: int, sequence: int) -> Fl
             for p, k in zip(parts, layer.parts)
         ]
         loads.append(Load(1.0, tuple(k.count for k in layer.parts), tuple(groups)))
-    return step_flops(shape, loads, tokens=tokens, sequence=sequence)
+    return step_flops(shape, loads, **size)
 
 
 def count(model, case, subnetwork, plan, backend) -> FlopCounterMode:
     counter = FlopCounterMode(display=False)
     with subnetwork.active(plan), sdpa_kernel(backend), counter:
-        run_step(model, case, same_lengths=True)
+        run_step(model, case)
     return counter
 
 
 def head_flops(model, case) -> int:
     """Forward and backward of the output head's products."""
     linears = [m for m in model.get_submodule(case.head).modules() if isinstance(m, nn.Linear)]
-    tokens = inputs_of(case)["input_ids"].numel()
-    return 3 * 2 * tokens * sum(m.weight.numel() for m in linears)
+    *_, ids = inputs_of(case).values()
+    return 3 * 2 * ids.numel() * sum(m.weight.numel() for m in linears)
 
 
 @every_case
 def test_matrix_products_of_the_layers_are_those_of_the_closed_form(case):
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
-    batch, sequence = inputs_of(case)["input_ids"].shape
-    size = dict(tokens=batch * sequence, sequence=sequence)
     nothing = draw_plan(shape, skipped=tuple(range(shape.num_layers)))
-    head = expected(shape, nothing, **size).model
+    head = expected(case, nothing).model
     for counts in PLANS:
         plan = draw_plan(shape, **counts)
         counter = count(model, case, subnetwork, plan, SDPBackend.MATH)
         by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
         scores = by_operator.pop("aten.bmm", 0)
-        flops = expected(shape, plan, **size)
+        flops = expected(case, plan)
         assert sum(by_operator.values()) - head_flops(model, case) == flops.blocks
         assert scores == flops.model - head - flops.blocks
 
@@ -87,12 +90,9 @@ def test_matrix_products_of_the_layers_are_those_of_the_closed_form(case):
 @every_case
 def test_matrix_products_of_the_head_are_those_of_the_closed_form(case):
     model, shape = our_model(case), shape_of(case)
-    tokens = inputs_of(case)["input_ids"].numel()
-    weights = shape.hidden * shape.vocabulary + shape.head_inner
-    assert head_flops(model, case) == 3 * 2 * tokens * weights
     nothing = draw_plan(shape, skipped=tuple(range(shape.num_layers)))
     step = count(model, case, installed(case, model), nothing, SDPBackend.MATH)
-    assert step.get_total_flops() == head_flops(model, case)
+    assert step.get_total_flops() == head_flops(model, case) == expected(case, nothing).model
 
 
 def test_fused_attention_of_the_cpu_counts_as_nothing():

@@ -165,23 +165,22 @@ def installed(case: Case, model: nn.Module) -> Subnetwork:
     return Subnetwork(family, shape_of(case), dict(enumerate(family.layers(model))))
 
 
-def inputs_of(case: Case, same_lengths: bool = False) -> dict[str, Tensor]:
-    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6], or [2, 9] too."""
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6]."""
     generator = torch.Generator().manual_seed(3)
     vocabulary = case.section["vocab_size"]
     ids = {"input_ids": torch.randint(2, vocabulary, (2, 9), generator=generator)}
     if case.auto_class == "AutoModelForSeq2SeqLM":
-        size = (2, 9 if same_lengths else 6)
-        ids["decoder_input_ids"] = torch.randint(2, vocabulary, size, generator=generator)
+        ids["decoder_input_ids"] = torch.randint(2, vocabulary, (2, 6), generator=generator)
     return ids
 
 
-def run_step(model: nn.Module, case: Case, same_lengths: bool = False) -> Step:
+def run_step(model: nn.Module, case: Case) -> Step:
     """Forward and backward of a cross-entropy against fixed labels."""
     model.zero_grad(set_to_none=True)
     model.train()
     cache = {} if case.auto_class == "AutoModelForMaskedLM" else {"use_cache": False}
-    logits = model(**inputs_of(case, same_lengths), **cache).logits
+    logits = model(**inputs_of(case), **cache).logits
     labels = torch.arange(logits[..., 0].numel()) * 7 % logits.shape[-1]
     loss = cross_entropy(logits.flatten(0, 1), labels)
     loss.backward()

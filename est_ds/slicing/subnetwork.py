@@ -78,7 +78,8 @@ class Subnetwork:
         if plan is None:
             layer.est_skipped = True
             return
-        for slot, kept, part in zip(self._slots[i], plan.parts, self.shape.layers[i]):
+        parts = zip(self._slots[i], plan.parts, self.shape.layers[i], strict=True)
+        for slot, kept, part in parts:
             self._set_slot(slot, kept, plan.scale, part)
 
     @staticmethod

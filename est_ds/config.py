@@ -124,7 +124,8 @@ class Log(Strict):
 
 
 class RunConfig(Strict):
-    """One run. The sections `model` and `method` are checked by the family and the method."""
+    """One run. The sections `model`, `method` and `objective` are checked by the family, the method
+    and the objective."""
 
     run_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -132,6 +133,7 @@ class RunConfig(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any]
     method: dict[str, Any]
+    objective: dict[str, Any] = {"name": "causal"}
     data: Data
     batch: Batch
     parallel: Parallel = Parallel()

@@ -12,6 +12,8 @@ import yaml
 from est_ds.config import RunConfig, checked
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Windows
+from est_ds.data.objectives import objective_settings
+from est_ds.data.objectives.base import Objective, Settings, Surroundings
 from est_ds.engine.layout import pipe_cuts
 from est_ds.engine.settings import check_deepspeed_section
 from est_ds.errors import UserError
@@ -40,12 +42,13 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Planned:
-    """A run file whose model and method fit together; nothing of the data is read."""
+    """A run file whose model, method and objective fit together; nothing of the data is read."""
 
     config: RunConfig
     hf_config: Any
     family: Family
     method: Method
+    objective: Settings
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,17 @@ class Run(Planned):
         return self.config.batch.global_ * self.config.data.sequence
 
     @property
+    def target_sequence(self) -> int | None:
+        """Decoder tokens of a sample of an encoder-decoder; None of any other model."""
+        return self.train.objective.target_sequence
+
+    @property
     def directory(self) -> Path:
         return Path(self.config.run_dir)
 
 
 def plan_run(config: RunConfig) -> Planned:
-    """Checks model, method, schedule and DeepSpeed section against each other.
+    """Checks model, method, objective, schedule and DeepSpeed section against each other.
 
     Raises:
         UserError: they do not fit.
@@ -75,12 +83,17 @@ def plan_run(config: RunConfig) -> Planned:
     check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
     family = family_of(hf.model_type)
-    method = build_method(
-        config.method, seed=config.seed, steps=config.steps, shape=family.shape(hf)
+    shape = family.shape(hf)
+    method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
+    objective = objective_settings(
+        config.objective,
+        head=family.auto_class,
+        model_type=hf.model_type,
+        encoder_decoder=shape.encoder_layers > 0,
     )
     if config.parallel.pipe > 1:
         pipe_cuts(method, config.parallel.pipe)
-    return Planned(config, hf, family, method)
+    return Planned(config, hf, family, method, objective)
 
 
 def prepare(config: RunConfig, processes: int) -> Run:
@@ -96,13 +109,31 @@ def prepare(config: RunConfig, processes: int) -> Run:
     for corpus in (train, valid):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
+    objective = _objective(planned, train)
     batches = Batches(
-        train, sequence=data.sequence, global_batch=config.batch.global_, seed=config.seed
+        train,
+        sequence=data.sequence,
+        global_batch=config.batch.global_,
+        seed=config.seed,
+        objective=objective,
     )
-    windows = Windows(valid, sequence=data.sequence)
+    windows = Windows(valid, sequence=data.sequence, objective=objective)
     windows.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     check_run_dir(config)
     return Run(**vars(planned), processes=processes, train=batches, valid=windows)
+
+
+def _objective(planned: Planned, corpus: Corpus) -> Objective:
+    shape, hf = planned.method.shape, planned.hf_config
+    # T5's decoder begins with the padding token, unless its config says otherwise.
+    start = getattr(hf, "decoder_start_token_id", None) or hf.pad_token_id
+    surroundings = Surroundings.of(
+        corpus,
+        sequence=planned.config.data.sequence,
+        model_vocabulary=shape.vocabulary,
+        decoder_start=start if shape.encoder_layers else None,
+    )
+    return planned.objective.build(surroundings)
 
 
 def check_run_dir(config: RunConfig) -> None:

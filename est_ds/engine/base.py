@@ -1,6 +1,7 @@
 """What the training loop sees of an engine.
 
-Shapes: ids and labels [B, T] (micro-batch, sequence), int64; label -100 is ignored.
+Shapes: ids and labels [B, T] (micro-batch, sequence), int64; label -100 is ignored. A micro-batch
+is inputs (ids; of an encoder-decoder also the decoder's) and labels (alone, or with a divisor).
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from est_ds.config import Optimizer, RunConfig
+from est_ds.data.loader import Inputs, Labels
 from est_ds.slicing.subnetwork import Subnetwork
 
-MicroBatch = tuple[Tensor, Tensor]
+MicroBatch = tuple[Inputs, Labels]
 
 
-def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy summed over the tokens that count, over B * T: nats per token.
+def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
+    """Cross-entropy summed over the tokens that count, over their number: nats per token.
 
-    The divisor does not depend on the labels, so that micro-batches may be averaged in any
-    grouping (a padded batch counts for what it holds).
+    The number is B * T, or the divisor given with the labels. It does not depend on the labels
+    themselves, so that micro-batches may be averaged in any grouping (a padded batch counts for
+    what it holds).
     """
+    labels_BT, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
     losses = cross_entropy(
         logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="sum"
     )
-    return losses / labels_BT.numel()
+    return losses / divisor
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:

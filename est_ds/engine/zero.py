@@ -73,13 +73,20 @@ class ZeroEngine(base.Engine):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.deepspeed.module.state_dict().items()
 
-    def _loss(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
-        device = self.deepspeed.device
-        logits = self.deepspeed(input_ids=ids_BT.to(device), use_cache=False).logits
-        return base.token_loss(logits, labels_BT.to(device))
+    def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
+        inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
+        ids = inputs if isinstance(inputs, tuple) else (inputs,)
+        named = dict(zip(("input_ids", "decoder_input_ids"), ids))
+        return base.token_loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:
         import deepspeed.comm as comm
 
         comm.all_reduce(value)
         return (value / self.num_replicas).item()
+
+
+def _moved(part: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
+    if isinstance(part, tuple):
+        return tuple(tensor.to(device) for tensor in part)
+    return part.to(device)

@@ -1,0 +1,156 @@
+"""What an objective says: how a window of tokens becomes inputs and labels.
+
+Shapes: T input tokens of a sample; of an encoder-decoder S source and T target tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from est_ds.config import Strict
+from est_ds.data.indexed import Corpus
+from est_ds.plans import draw
+
+IGNORED = -100  # label that the loss leaves out
+
+# Streams of draws, apart from each other and from every other use of the same seed.
+TRAINING, HELD_OUT = 0x6D61736B, 0x68656C64
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random draws of one sample: a pure function of these fields.
+
+    Attributes:
+        seed: the run's; 0 for held-out samples, which are the same in every run.
+        stream: `TRAINING` or `HELD_OUT`.
+        sample: in training the global position (step x global_batch + row), so that a sample is
+            drawn anew in every epoch; held out the sample's id.
+    """
+
+    seed: int
+    stream: int
+    sample: int
+
+    def keys(self, purpose: int, n: int) -> np.ndarray:
+        """`n` uniform 32-bit keys, uint32 [n]; `purpose` tells the draws of a sample apart."""
+        return draw.keys(self.seed, self.stream, purpose, self.sample, n)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample.
+
+    Attributes:
+        inputs: what the model reads, int64: ids [T]; of an encoder-decoder source ids [S] and
+            decoder ids [T].
+        labels: int64 [T]; `IGNORED` where there is no target.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an objective must know of data and model.
+
+    Attributes:
+        sequence: `data.sequence`.
+        model_vocabulary: rows of the model's embedding.
+        decoder_start: first input of an encoder-decoder's decoder; None of any other model.
+        corpus_name: prefix of the training corpus, for errors.
+        vocabulary: of its tokenizer; None where it has no manifest.
+        special_ids: tokens around documents, as its manifest says.
+    """
+
+    sequence: int
+    model_vocabulary: int
+    decoder_start: int | None
+    corpus_name: str
+    vocabulary: int | None
+    special_ids: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, corpus: Corpus, *, sequence: int, model_vocabulary: int, decoder_start: int | None
+    ) -> Surroundings:
+        manifest = corpus.manifest
+        around = (manifest.bos_id, manifest.eos_id) if manifest else ()
+        return cls(
+            sequence=sequence,
+            model_vocabulary=model_vocabulary,
+            decoder_start=decoder_start,
+            corpus_name=corpus.prefix,
+            vocabulary=corpus.vocabulary,
+            special_ids=tuple(sorted({i for i in around if i is not None})),
+        )
+
+
+class Objective(ABC):
+    """Turns windows of the corpus into examples of a fixed shape.
+
+    Attributes:
+        sequence: input tokens of a sample (source tokens of an encoder-decoder).
+        target_sequence: decoder tokens of an encoder-decoder; None of any other model.
+        window: tokens of the corpus that a sample is made of, at most.
+        stride: tokens from the start of a window to the start of the next.
+        identity: text that names everything that the examples depend on besides tokens and
+            draws; empty for plain next-token prediction.
+    """
+
+    sequence: int
+    target_sequence: int | None = None
+    window: int
+    stride: int
+    identity: str
+
+    @abstractmethod
+    def num_targets(self, draws: Draws) -> int:
+        """Labels that count in this sample. It does not depend on the tokens, so that every
+        process knows the targets of a whole step without reading it."""
+
+    @abstractmethod
+    def example(self, tokens: np.ndarray, draws: Draws) -> Example:
+        """The sample of a window, int64 [window]."""
+
+    @property
+    def input_lengths(self) -> tuple[int, ...]:
+        """Lengths of an example's inputs; its labels are as long as the last."""
+        if self.target_sequence is None:
+            return (self.sequence,)
+        return (self.sequence, self.target_sequence)
+
+    def mean_targets(self, draws: Sequence[Draws]) -> float:
+        """Targets of a sample, averaged over samples."""
+        return sum(self.num_targets(d) for d in draws) / len(draws)
+
+
+class Settings(Strict):
+    """The `objective` section of a run file, of one objective.
+
+    Attributes:
+        heads: the library's classes of models that it can train.
+    """
+
+    heads: ClassVar[tuple[str, ...]]
+
+    def check(self, encoder_decoder: bool) -> None:
+        """Checks the settings against the kind of model.
+
+        Raises:
+            UserError: they do not fit.
+        """
+
+    def build(self, surroundings: Surroundings) -> Objective:
+        """The objective.
+
+        Raises:
+            UserError: the settings do not fit the data or the model.
+        """
+        raise NotImplementedError

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
     overrides(plan)
     plan.add_argument("--json", action="store_true", help="JSON alone on standard output")
+    plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
 
     train = verb("train", _train, "train a run, or resume it from its latest checkpoint")
     overrides(train)
@@ -75,9 +76,12 @@ def _positive(text: str) -> int:
 
 def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config import load_run
-    from est_ds.planning import plan_report
+    from est_ds.planning import plan_report, plot_plan
 
-    print(plan_report(load_run(parsed.run, parsed.overrides), as_json=parsed.json))
+    config = load_run(parsed.run, parsed.overrides)
+    if parsed.plot:
+        plot_plan(config, parsed.plot)
+    print(plan_report(config, as_json=parsed.json))
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ def train(run: Run, world: World) -> None:
     with Progress(config.steps, start, _remaining(run, start, work), world.is_first) as progress:
         for step in range(start, config.steps):
             began = time.perf_counter()
+            if growth := method.growth(step):
+                # A checkpoint before it has just been written, or loaded: a crash loses nothing.
+                engine.grow(growth)
             plan = method.plan(step)
             rate = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
             engine.set_learning_rate(rate)
@@ -94,7 +98,7 @@ def train(run: Run, world: World) -> None:
                     metrics.write(**entry)
                 _to_monitor(engine, entry, done * config.batch.global_)
             if done % config.evaluate.every == 0 or done == config.steps:
-                eval_loss = evaluate(run, engine)
+                eval_loss = evaluate(run, engine, step)
                 if metrics:
                     metrics.write(step=step, eval_loss=eval_loss)
                 progress.note(f"step {done}: held-out loss of the full model {eval_loss:.4f}")
@@ -106,8 +110,11 @@ def train(run: Run, world: World) -> None:
         metrics.close()
 
 
-def evaluate(run: Run, engine: Engine) -> float:
-    """Mean held-out loss of the full model, nats per token; the same in every layout."""
+def evaluate(run: Run, engine: Engine, step: int) -> float:
+    """Mean held-out loss of the full model, nats per token; the same in every layout.
+
+    A model that still grows is evaluated as deep as it is at `step`.
+    """
     config = run.config
     batches = list(
         run.valid.held_out(
@@ -118,7 +125,9 @@ def evaluate(run: Run, engine: Engine) -> float:
         )
     )
     rows = len(batches) * config.batch.micro * engine.num_replicas
-    return engine.mean_loss(batches) * rows / config.evaluate.sequences
+    whole = run.method.whole(step)
+    with engine.subnetwork.active(whole) if whole else nullcontext():
+        return engine.mean_loss(batches) * rows / config.evaluate.sequences
 
 
 def _state(run: Run, done: int) -> dict[str, Any]:
@@ -169,8 +178,8 @@ def _work_by_phase(run: Run) -> list[float]:
     """FLOPs of one step in every phase."""
     size = {"tokens": 1, "sequence": run.config.data.sequence}
     return [
-        step_flops(run.method.shape, run.method.loads(phase.from_step), **size).model
-        for phase in run.method.phases
+        step_flops(run.method.shape, run.method.mean_loads(phase), **size).model
+        for phase in range(len(run.method.phases))
     ]
 
 

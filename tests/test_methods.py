@@ -50,7 +50,16 @@ SECTIONS = {
     "decay_drop": dict(name="decay_drop", p_max=0.9),
     "static": dict(name="static", until=0.5, **HALF),
     "static_sublayer": dict(name="static", until=40, layers=3, skip="sublayer"),
+    "stacking": dict(name="stacking", phases=[dict(until=0.5, layers=4), dict(until=1.0, layers=8)]),
+    "stacking_fresh_balanced": dict(
+        name="stacking", mode="fresh", balance_groups=2,
+        phases=[dict(until=0.2, layers=0), dict(until=0.5, layers=3), dict(until=1.0, layers=8)],
+    ),
 }
+# Stacking may start with fewer layers than runs, or none.
+BALANCED = [
+    n for n, s in SECTIONS.items() if s.get("balance_groups") and s["name"] != "stacking"
+]
 every_section = pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
 
 
@@ -77,7 +86,7 @@ def test_plan_is_a_pure_function_of_seed_and_step(section):
     method = method_of(section)
     assert [method.plan(s).digest for s in reversed(range(0, 100, 9))] == forwards[::-1]
     assert len(set(forwards)) == len(forwards)
-    if section["name"] != "full":
+    if section["name"] not in ("full", "stacking"):  # these two draw nothing
         other = [method_of(section, seed=8).plan(s).digest for s in range(0, 100, 9)]
         assert other != forwards
 
@@ -125,7 +134,7 @@ def test_mean_cost_of_drawn_plans_is_the_expected_one(section):
         assert np.mean(drawn) == pytest.approx(expected, rel=error)
 
 
-@pytest.mark.parametrize("name", [n for n, s in SECTIONS.items() if s.get("balance_groups")])
+@pytest.mark.parametrize("name", BALANCED)
 def test_every_run_keeps_a_layer_or_one_of_each_part(name):
     method = method_of(SECTIONS[name])
     ends = np.cumsum(method.run_lengths)

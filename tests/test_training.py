@@ -100,6 +100,25 @@ def test_layout_equals_one_process_with_plain_adamw(layout, tiny_run, reference,
     assert_close([e["eval_loss"] for e in evaluations], list(held_out.values()))
 
 
+@pytest.mark.parametrize("zero", [0, 1])
+def test_tied_embedding_in_a_pipeline_equals_one_process(zero, tiny_run, tmp_path):
+    dropout = "attn_pdrop: 0.0, embd_pdrop: 0.0, resid_pdrop: 0.0"
+    size = "n_embd: 64, n_head: 8, n_layer: 4, n_positions: 64, vocab_size: 512"
+    losses, norms = [], []
+    for pipe in (1, 2):
+        run_dir = tmp_path / f"run{pipe}"
+        done = est_ds(
+            "train", tiny_run, f"run_dir={run_dir}", f"model={{model_type: gpt2, {size}, {dropout}}}",
+            f"parallel.pipe={pipe}", f"parallel.zero={zero}", "--processes", str(pipe),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        steps, _ = read_metrics(run_dir)
+        losses.append([e["loss"] for e in steps])
+        norms.append([e["grad_norm"] for e in steps])
+    assert_close(losses[1], losses[0])
+    assert_close(norms[1], norms[0], within=1e-4)
+
+
 def test_stopped_and_resumed_run_equals_the_run_that_never_stopped(trained, tmp_path):
     # Back to the checkpoint inside phase 1, as if the node had been lost before the next one.
     run_dir = shutil.copytree(trained, tmp_path / "run")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,12 @@ from torch.nn.functional import cross_entropy
 
 from est_ds.config import Optimizer, RunConfig
 from est_ds.data.loader import Inputs, Labels
+from est_ds.plans.growth import Growth
+from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
+    from est_ds.engine.growing import LayerStates
 
 MicroBatch = tuple[Inputs, Labels]
 
@@ -59,11 +64,17 @@ class Engine(ABC):
 
     Attributes:
         subnetwork: slicing on the layers that live in this process.
+        layers: these layers, by their index in the plan.
+        layer_states: weights and moments of these layers.
         replica: this process's data-parallel rank.
         num_replicas: data-parallel size.
     """
 
     subnetwork: Subnetwork
+    layers: dict[int, nn.Module]
+    layer_states: LayerStates
+    hf_config: Any
+    family: Family
     replica: int
     num_replicas: int
     config: RunConfig
@@ -100,6 +111,15 @@ class Engine(ABC):
         """
         self.deepspeed.clip_fp32_gradients = partial(_clip, self.deepspeed, group)
 
+    def grow(self, growth: Growth) -> None:
+        """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
+        from est_ds.engine.growing import identity_layers
+
+        mine = [i for i in growth.fresh if i in self.layers]
+        self.layer_states.grow(
+            growth, identity_layers(self.hf_config, self.family, self.config.seed, mine)
+        )
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
@@ -124,7 +144,11 @@ class Engine(ABC):
 
 
 def _clip(engine: Any, group: Any | None) -> None:
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    gradients = [
+        p.grad
+        for p in engine.module.parameters()
+        if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)
+    ]
     squares = torch.nn.utils.get_total_norm(gradients) ** 2
     if group is not None:
         dist.all_reduce(squares, group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import accumulate
 
 from est_ds.errors import UserError
@@ -32,3 +33,8 @@ def pipe_cuts(method: Method, pipe: int) -> list[int]:
         )
     share = len(runs) // pipe
     return list(accumulate(sum(runs[i : i + share]) for i in range(0, len(runs), share)))
+
+
+def pipe_stage(cuts: list[int], layer: int) -> int:
+    """The pipe stage that owns a layer, from the cuts of `pipe_cuts`."""
+    return bisect_right(cuts, layer)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 import deepspeed
 from est_ds.config import RunConfig
 from est_ds.engine import base, setup
-from est_ds.engine.layout import pipe_cuts
+from est_ds.engine.growing import LayerStates
+from est_ds.engine.layout import pipe_cuts, pipe_stage
 from est_ds.engine.settings import deepspeed_config
 from est_ds.model import count_parameters, empty_model, initialise
 from est_ds.plans.methods.base import Method
@@ -37,10 +39,11 @@ class PieceModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.piece.forward(*self.held, x)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights by their Hugging Face names."""
+    def named_weights(self, parameters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Weights by their Hugging Face names; as parameters, or as the state dict has them."""
         for path, module in zip(self.piece.modules, self.held):
-            for name, tensor in module.state_dict().items():
+            held = dict(module.named_parameters()) if parameters else module.state_dict()
+            for name, tensor in held.items():
                 yield f"{path}.{name}", tensor
 
 
@@ -55,6 +58,34 @@ class CutPipeline(PipelineModule):
     def _partition_layers(self, method: str = "given") -> None:
         self.parts = self._cuts
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+
+    def tie(self, pieces: list[Piece]) -> None:
+        """Finds the parameters that pieces of several pipe stages hold in common."""
+        self._tied: list[tuple[nn.Parameter, Any]] = []
+        for common in sorted({name for piece in pieces for name in piece.tied.values()}):
+            holders = [i for i, piece in enumerate(pieces) if common in piece.tied.values()]
+            stages = sorted({self.stage_owner(i) for i in holders})
+            if len(stages) == 1:
+                continue  # one parameter held twice: autograd sums its gradients
+            for replica in range(self._grid.data_parallel_size):
+                ranks = [self._grid.stage_to_global(stage, data=replica) for stage in stages]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    parameter = self._held(common)
+                    # DeepSpeed then counts it once in the norm of the gradients.
+                    parameter.ds_pipe_replicated = self.global_rank != ranks[0]
+                    self._tied.append((parameter, group))
+
+    def _held(self, common: str) -> nn.Parameter:
+        for module in self.forward_funcs:
+            for own, name in module.piece.tied.items():
+                if name == common:
+                    return dict(module.named_weights(parameters=True))[own]
+        raise AssertionError(f"no piece of this pipe stage holds {common}")
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+        """DeepSpeed sums the gradients of these over their groups before it reduces any."""
+        return self._tied
 
 
 class PipelineEngine(base.Engine):
@@ -74,6 +105,7 @@ class PipelineEngine(base.Engine):
         self.num_replicas = config.data_parallel(world.size)
         model = empty_model(hf_config)
         pieces = family.pieces(hf_config)
+        cuts = pipe_cuts(method, pipe)
         specs = [
             LayerSpec(PieceModule, model, piece, config.seed, config.activation_checkpointing)
             for piece in pieces
@@ -81,15 +113,17 @@ class PipelineEngine(base.Engine):
         with setup.quiet():
             self.pipeline = CutPipeline(
                 specs,
-                _piece_cuts(pieces, pipe_cuts(method, pipe)),
+                _piece_cuts(pieces, cuts),
                 topology=PipeDataParallelTopology(num_pp=pipe, num_dp=self.num_replicas),
                 loss_fn=base.token_loss,
             )
+            self.pipeline.tie(pieces)
             self._pieces = list(self.pipeline.forward_funcs)
-            layers = {
+            self.hf_config, self.family = hf_config, family
+            self.layers = {
                 p.piece.layer: p.held[0] for p in self._pieces if p.piece.layer is not None
             }
-            self.subnetwork = Subnetwork(family, method.shape, layers)
+            self.subnetwork = Subnetwork(family, method.shape, self.layers)
             buffers = base.keep_float32_buffers(self.pipeline)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=self.pipeline,
@@ -103,7 +137,12 @@ class PipelineEngine(base.Engine):
                 dist_init_required=False,
             )
             base.restore_float32_buffers(self.pipeline, buffers)
-        self.clip_over(self.deepspeed.grid.get_pipe_parallel_group())
+        grid = self.deepspeed.grid
+        self.clip_over(grid.get_pipe_parallel_group())
+        owners = [grid.stage_to_global(pipe_stage(cuts, i)) for i in range(cuts[-1])]
+        self.layer_states = LayerStates(
+            self.deepspeed, self.layers, owners, grid.get_pipe_parallel_group()
+        )
         self.replica = self.deepspeed.grid.get_data_parallel_rank()
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:

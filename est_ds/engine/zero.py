@@ -11,6 +11,7 @@ from torch import Tensor
 from est_ds.config import RunConfig
 from est_ds.engine import base, setup
 from est_ds.model import build_model, count_parameters
+from est_ds.engine.growing import LayerStates
 from est_ds.engine.settings import deepspeed_config
 from est_ds.plans.shape import ModelShape
 from est_ds.runtime import World
@@ -36,7 +37,9 @@ class ZeroEngine(base.Engine):
         model = build_model(hf_config, config.seed)
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.subnetwork = Subnetwork(family, shape, dict(enumerate(family.layers(model))))
+        self.hf_config, self.family = hf_config, family
+        self.layers = dict(enumerate(family.layers(model)))
+        self.subnetwork = Subnetwork(family, shape, self.layers)
         buffers = base.keep_float32_buffers(model)
         with setup.quiet():
             self.deepspeed, *_ = deepspeed.initialize(
@@ -52,6 +55,7 @@ class ZeroEngine(base.Engine):
             )
         base.restore_float32_buffers(model, buffers)
         self.clip_over(None)
+        self.layer_states = LayerStates(self.deepspeed, self.layers)
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         self.deepspeed.train()

@@ -16,9 +16,10 @@ class Growth:
         copies: for every layer that takes over another's weights, that other layer.
         fresh: layers that start anew as the identity: drawn as at the start of the run, their
             output projections zero, their moments zero.
-        copies_moments: AdamW's moments are copied along; otherwise copied layers start with zero.
+        without_moments: layers among the targets of `copies` that start with zero moments; the
+            others take over AdamW's moments too.
     """
 
     copies: dict[int, int]
     fresh: tuple[int, ...]
-    copies_moments: bool
+    without_moments: frozenset[int] = frozenset()

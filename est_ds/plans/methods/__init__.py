@@ -14,6 +14,7 @@ from est_ds.plans.methods.full import Full
 from est_ds.plans.methods.layer_drop import LayerDrop
 from est_ds.plans.methods.pld import Pld
 from est_ds.plans.methods.raptr import Raptr
+from est_ds.plans.methods.stacking import Stacking
 from est_ds.plans.methods.static import Static
 from est_ds.plans.shape import ModelShape
 
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "pld": Pld,
     "decay_drop": DecayDrop,
     "static": Static,
+    "stacking": Stacking,
 }
 
 

@@ -89,6 +89,11 @@ class Stacking(Method):
         self.places = [self._places(p.layers, lengths) for p in settings.phases]
 
     def _check(self, settings: StackingSettings) -> None:
+        if len(set(self.shape.layers)) > 1:
+            raise UserError(
+                f"method.name='stacking' copies layers, and those of model_type "
+                f"{self.shape.family!r} are not all of one shape; use another method or family."
+            )
         depths = [p.layers for p in settings.phases]
         if depths[-1] != self.shape.num_layers:
             raise UserError(
@@ -142,10 +147,14 @@ class Stacking(Method):
         before, after = self.places[phase - 1], self.places[phase]
         taken = sources(self.settings.mode, len(before), len(after))
         pairs = [(place, None if s is None else before[s]) for place, s in zip(after, taken)]
+        # The first layer with a source is that layer itself, whether it moves or not.
+        anew: frozenset[int] = frozenset()
+        if self.settings.moments == "fresh":
+            anew = frozenset(place for i, place in enumerate(after) if taken[i] in taken[:i])
         return Growth(
-            copies={place: source for place, source in pairs if source not in (None, place)},
+            copies={p: s for p, s in pairs if s is not None and (s != p or p in anew)},
             fresh=tuple(place for place, source in pairs if source is None),
-            copies_moments=self.settings.moments == "copy",
+            without_moments=anew,
         )
 
     def whole(self, step: int) -> Plan | None:

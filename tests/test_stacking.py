@@ -1,0 +1,188 @@
+"""Growing depth: the real engines equal real shallow models that are grown by hand."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import TINY_MODEL, est_ds
+
+from est_ds.config import load_run
+from est_ds.engine.base import token_loss
+from est_ds.errors import UserError
+from est_ds.lr import learning_rate
+from est_ds.metrics import read_metrics
+from est_ds.model import build_model
+from est_ds.plans.methods import build_method
+from est_ds.plans.methods.stacking import sources
+from est_ds.run import prepare
+from est_ds.slicing.families import family_of, hf_config
+
+# mode, moments, depths at steps 0-5, 6-11, 12-17; overrides and processes of the layout
+CASES = {
+    "gradual, pipe 2 x data 2, ZeRO 1": ("gradual", "copy", (2, 3, 4), ("parallel.zero=1",), 4),
+    "midas, pipe 2, ZeRO 0": ("midas", "copy", (2, 3, 4), ("parallel.zero=0",), 2),
+    "double, fresh moments, data 2, ZeRO 2": (
+        *("double", "fresh", (1, 2, 4)),
+        *(("parallel.pipe=1", "parallel.zero=2"), 2),
+    ),
+    "fresh from no layer, pipe 2, ZeRO 1": ("fresh", "copy", (0, 1, 4), ("parallel.zero=1",), 2),
+}
+
+
+def arguments(mode: str, moments: str, depths: tuple[int, ...]) -> list[str]:
+    phases = [f"{{until: {6 * (i + 1)}, layers: {d}}}" for i, d in enumerate(depths)]
+    method = f"{{name: stacking, mode: {mode}, phases: [{', '.join(phases)}], balance_groups: 2"
+    return [
+        "steps=18",
+        f"method={method}{', moments: fresh' if moments == 'fresh' else ''}}}",
+        "checkpoint.every=6",
+        "evaluate.every=6",
+    ]
+
+
+def shallow(config, whole, places):
+    """A Hugging Face model as deep as `places`, with the weights of these layers of `whole`."""
+    section = {**config.model, "num_hidden_layers": len(places)}
+    model = build_model(hf_config({**section}), seed=0) if places else None
+    if model is None:  # Hugging Face refuses nothing here, but a model needs a layer to build
+        model = build_model(hf_config({**section, "num_hidden_layers": 1}), seed=0)
+        model.model.layers = torch.nn.ModuleList()
+        model.config.num_hidden_layers = 0
+    state = whole.state_dict()
+    for name, parameter in model.state_dict().items():
+        if name.startswith("model.layers."):
+            _, _, i, rest = name.split(".", 3)
+            name = f"model.layers.{places[int(i)]}.{rest}"
+        parameter.copy_(state[name])
+    return model
+
+
+def optimizer_of(model):
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+
+
+def grow(config, model, optimizer, whole, mode, moments, places, step):
+    """The grown model and its optimizer, layer by layer in plain torch."""
+    old_layers = list(model.model.layers)
+    taken = sources(mode, len(old_layers), len(places))
+    grown = shallow(config, whole, places)
+    bigger = optimizer_of(grown)
+    pairs = [(model.model.embed_tokens, grown.model.embed_tokens)]
+    pairs += [(model.model.norm, grown.model.norm), (model.lm_head, grown.lm_head)]
+    for i, source in enumerate(taken):
+        layer = grown.model.layers[i]
+        if source is None:
+            with torch.no_grad():
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+        pairs.append((None if source is None else old_layers[source], layer))
+    for i, (old, new) in enumerate(pairs):
+        copied = i >= 3 and taken[i - 3] in taken[: i - 3]
+        for name, parameter in new.named_parameters():
+            state = {"step": torch.tensor(float(step))}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter)
+            if old is not None:
+                before = old.get_parameter(name)
+                parameter.data.copy_(before.data)
+                if not (copied and moments == "fresh"):
+                    state |= {k: v.clone() for k, v in optimizer.state[before].items()}
+            bigger.state[parameter] = state
+    return grown, bigger
+
+
+def reference(config, run, mode, moments, depths):
+    whole = build_model(run.hf_config, config.seed)
+    places = run.method.places
+    model = shallow(config, whole, places[0])
+    optimizer = optimizer_of(model)
+    losses, held_out = [], []
+    for step in range(config.steps):
+        if step in (6, 12):
+            at = places[step // 6]
+            model, optimizer = grow(config, model, optimizer, whole, mode, moments, at, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
+        optimizer.zero_grad()
+        [(ids, labels)] = run.train.micro_batches(step, rank=0, world=1, micro=8)
+        loss = torch.nn.functional.cross_entropy(
+            model(input_ids=ids, use_cache=False).logits.flatten(0, 1), labels.flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 6 == 0:
+            [(ids, labels)] = run.valid.held_out(10, rank=0, world=1, micro=10)
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits
+            held_out.append(token_loss(logits, labels).item())
+    return losses, held_out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
+    torch.set_num_threads(1)
+    mode, moments, depths, layout, processes = CASES[case]
+    run_dir = tmp_path / "run"
+    overrides = [*arguments(mode, moments, depths), f"run_dir={run_dir}", *layout]
+    config = load_run(tiny_run, overrides)
+    losses, held_out = reference(config, prepare(config, processes), mode, moments, depths)
+
+    done = est_ds("train", tiny_run, *overrides, "--processes", str(processes))
+    assert done.returncode == 0, done.stderr
+    steps, evaluations = read_metrics(run_dir)
+    assert [e["kept_layers"] for e in steps] == [d for d in depths for _ in range(6)]
+    assert [e["loss"] for e in steps] == pytest.approx(losses, rel=1e-5)
+    assert [e["eval_loss"] for e in evaluations] == pytest.approx(held_out, rel=1e-5)
+
+    # A crash at the second boundary: the growth is done again from the checkpoint before it.
+    if processes == 4:
+        again = shutil.copytree(run_dir, tmp_path / "again")
+        shutil.rmtree(again / "checkpoints" / "step_00000018")
+        (again / "checkpoints" / "latest").write_text("step_00000012\n")
+        resumed = est_ds("train", again, "--processes", "4")
+        assert resumed.returncode == 0, resumed.stderr
+        assert [e["loss"] for e in read_metrics(again)[0]] == [e["loss"] for e in steps]
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "after", "expected"),
+    [
+        ("double", 2, 4, [0, 1, 0, 1]),
+        ("double", 3, 6, [0, 1, 2, 0, 1, 2]),
+        ("gradual", 4, 6, [0, 1, 2, 3, 2, 3]),
+        ("midas", 4, 6, [0, 1, 2, 1, 2, 3]),
+        ("midas", 6, 9, [0, 1, 2, 3, 1, 2, 3, 4, 5]),
+        ("fresh", 1, 3, [0, None, None]),
+    ],
+)
+def test_sources_are_those_of_the_papers(mode, before, after, expected):
+    assert sources(mode, before, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"phases": [{"until": 5, "layers": 2}, {"until": 18, "layers": 3}]}, "whole model; use 4"),
+        ({"phases": [{"until": 5, "layers": 4}, {"until": 18, "layers": 4}]}, "must grow"),
+        ({"phases": [{"until": 5, "layers": 1}, {"until": 18, "layers": 4}]}, "at most 2"),
+        ({"mode": "double", "phases": [{"until": 5, "layers": 3}, {"until": 18, "layers": 4}]},
+         "multiple of 3"),
+        ({"phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "mode fresh"),
+        ({"mode": "fresh", "moments": "fresh",
+          "phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "method.moments"),
+    ],
+)  # fmt: skip
+def test_growth_that_cannot_be_is_refused(changes, named):
+    shape = family_of("llama").shape(hf_config(copy.deepcopy(TINY_MODEL)))
+    with pytest.raises(UserError, match=named):
+        build_method({"name": "stacking", **changes}, seed=0, steps=18, shape=shape)

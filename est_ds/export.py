@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from est_ds.engine.weights import read_weights
 from est_ds.errors import UserError
 from est_ds.model import build_model
 from est_ds.run import Planned, plan_run
+from est_ds.slicing.families import hf_config
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
     weights = read_weights(
         checkpoints / f"step_{step:08d}", planned.family.pieces(planned.hf_config)
     )
+    planned, weights = _as_deep_as(planned, step, weights)
     model = build_model(planned.hf_config, config.seed)
     model.load_state_dict(weights, strict=True, assign=True)
 
@@ -85,6 +87,31 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return Exported(folder, step, difference, _continue(reloaded, tokenizer, prompt))
+
+
+def _as_deep_as(
+    planned: Planned, step: int, weights: dict[str, Tensor]
+) -> tuple[Planned, dict[str, Tensor]]:
+    """The model of a run that still grows has the layers that exist after `step` steps."""
+    whole = planned.method.whole(step - 1)
+    if whole is None:
+        return planned, weights
+    places = whole.kept_layers
+    section, full = planned.config.model, planned.hf_config
+    key = full.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    shallow = hf_config({**section, key: len(places)}, planned.config.data.sequence)
+    path = {p.layer: f"{p.modules[0]}." for p in planned.family.pieces(full)}
+    target = {p.layer: f"{p.modules[0]}." for p in planned.family.pieces(shallow)}
+    renamed = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not any(name.startswith(path[i]) for i in path if i is not None)
+    }
+    for i, place in enumerate(places):
+        for name, tensor in weights.items():
+            if name.startswith(path[place]):
+                renamed[target[i] + name.removeprefix(path[place])] = tensor
+    return replace(planned, hf_config=shallow), renamed
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -149,6 +150,9 @@ def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
         again = shutil.copytree(run_dir, tmp_path / "again")
         shutil.rmtree(again / "checkpoints" / "step_00000018")
         (again / "checkpoints" / "latest").write_text("step_00000012\n")
+        exported = est_ds("export", again)
+        assert exported.returncode == 0, exported.stderr
+        assert json.loads((again / "export" / "config.json").read_text())["num_hidden_layers"] == 3
         resumed = est_ds("train", again, "--processes", "4")
         assert resumed.returncode == 0, resumed.stderr
         assert [e["loss"] for e in read_metrics(again)[0]] == [e["loss"] for e in steps]

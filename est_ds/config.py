@@ -224,8 +224,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     """Reads a run file, or the `config.yaml` of a run directory, and applies the overrides.
 
     Args:
-        overrides: `section.field=value`, the value in YAML; `model=PATH` is relative to the
-            working directory. A new `method.name` replaces the
+        overrides: `section.field=value`, the value in YAML. `model` and `method` may be the path
+            of a file that holds the section. A new `method.name` replaces the
             whole method section, since the other method's settings cannot take effect.
 
     Raises:
@@ -236,14 +236,19 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     tree = _read_mapping(file, "run file")
     if path.is_dir():
         tree["run_dir"] = str(path)
-    if isinstance(model := tree.get("model"), str):
-        # A model file is part of the run file: its path is relative to the file naming it.
-        tree["model"] = _read_mapping(file.parent / model, "model file (model)")
+    # A section may stand in a file of its own: its path is relative to the file naming it, or,
+    # in an override, to the working directory.
+    _read_sections(tree, file.parent)
     for override in overrides or []:
         _override(tree, override)
-    if isinstance(model := tree.get("model"), str):
-        tree["model"] = _read_mapping(Path(model), "model file (model)")
+    _read_sections(tree, Path())
     return checked(RunConfig, tree)
+
+
+def _read_sections(tree: dict[str, Any], folder: Path) -> None:
+    for section in ("model", "method"):
+        if isinstance(path := tree.get(section), str):
+            tree[section] = _read_mapping(folder / path, f"{section} file ({section})")
 
 
 def _read_mapping(file: Path, what: str) -> dict[str, Any]:

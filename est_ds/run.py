@@ -50,6 +50,23 @@ class Planned:
     method: Method
     objective: Settings
 
+    @property
+    def target_sequence(self) -> int | None:
+        """Decoder tokens of a sample of an encoder-decoder; None of any other model."""
+        if not self.method.shape.encoder_layers:
+            return None
+        return self.objective.target_sequence(self.config.data.sequence)
+
+    def flops_size(self, sequences: float) -> dict[str, float | None]:
+        """The sizes that `flops.step_flops` takes, of that many sequences."""
+        sequence, target = self.config.data.sequence, self.target_sequence
+        return {
+            "tokens": sequences * sequence,
+            "sequence": sequence,
+            "target_tokens": None if target is None else sequences * target,
+            "target_sequence": target,
+        }
+
 
 @dataclass(frozen=True)
 class Run(Planned):
@@ -62,11 +79,6 @@ class Run(Planned):
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch.global_ * self.config.data.sequence
-
-    @property
-    def target_sequence(self) -> int | None:
-        """Decoder tokens of a sample of an encoder-decoder; None of any other model."""
-        return self.train.objective.target_sequence
 
     @property
     def directory(self) -> Path:

@@ -168,15 +168,14 @@ def _check_agreement(run: Run, step: int) -> None:
 
 
 def _flops(run: Run, plan) -> tuple[Flops, Flops]:
-    shape, sequence = run.method.shape, run.config.data.sequence
-    size = {"tokens": run.tokens_per_step, "sequence": sequence}
+    shape, size = run.method.shape, run.flops_size(run.config.batch.global_)
     active = step_flops(shape, plan_loads(plan, shape), **size)
     return active, dense_flops(shape, **size)
 
 
 def _work_by_phase(run: Run) -> list[float]:
     """FLOPs of one step in every phase."""
-    size = {"tokens": 1, "sequence": run.config.data.sequence}
+    size = run.flops_size(1)
     return [
         step_flops(run.method.shape, run.method.mean_loads(phase), **size).model
         for phase in range(len(run.method.phases))

@@ -119,3 +119,13 @@ def resumed(run_dir, steps, evaluations):
     steps_again, evaluations_again = read_metrics(run_dir)
     assert [[e[k] for k in kept] for e in steps_again] == [[e[k] for k in kept] for e in steps]
     assert evaluations_again == evaluations
+
+
+def test_flops_of_an_encoder_decoder_count_the_decoders_own_length(run_file, tmp_path):
+    config = load_run(run_file("t5"), [f"run_dir={tmp_path / 'none'}"])
+    run = prepare(config, 2)
+    assert run.target_sequence == run.train.objective.target_sequence != config.data.sequence
+    assert run.flops_size(8) == {
+        "tokens": 8 * 64, "sequence": 64,
+        "target_tokens": 8 * run.target_sequence, "target_sequence": run.target_sequence,
+    }  # fmt: skip

@@ -147,6 +147,14 @@ class Settings(Strict):
             UserError: they do not fit.
         """
 
+    def target_sequence(self, sequence: int) -> int:
+        """Decoder tokens of a sample whose encoder reads `sequence` tokens.
+
+        Raises:
+            UserError: `sequence` is too short for the settings.
+        """
+        raise NotImplementedError
+
     def build(self, surroundings: Surroundings) -> Objective:
         """The objective.
 

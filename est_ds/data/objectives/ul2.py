@@ -246,6 +246,9 @@ class Ul2Settings(Settings):
                 "span and prefix."
             )
 
+    def target_sequence(self, sequence: int) -> int:
+        return Ul2(self.mixed, sequence=sequence, first_id=0, decoder_start=0).target_sequence
+
     def build(self, surroundings: Surroundings) -> Ul2:
         vocabulary = corpus_vocabulary(surroundings, self.vocabulary)
         objective = Ul2(

@@ -122,7 +122,8 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
         f"largest difference of logits, reloaded folder against the engine's weights: "
         f"{done.largest_difference:.3g}"
     )
-    print(f"sample: {done.sample!r}")
+    if done.sample is not None:
+        print(f"sample: {done.sample!r}")
 
 
 def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -29,13 +29,13 @@ class Exported:
         step: steps that the weights were trained.
         largest_difference: between logits of the reloaded folder and of the weights that the
             engine saved, run piece by piece as the pipeline runs them.
-        sample: text that the reloaded model continues.
+        sample: text that the reloaded model continues; None if it cannot (BERT).
     """
 
     folder: Path
     step: int
     largest_difference: float
-    sample: str
+    sample: str | None
 
 
 def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
@@ -47,7 +47,7 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
     Raises:
         UserError: no checkpoint, an incomplete one, or `out` holds something else.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -81,12 +81,14 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
         if (source := Path(config.data.tokenizer, name)).is_file():
             shutil.copyfile(source, partial / name)
     dtype = next(iter(weights.values())).dtype
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(partial)
+    auto_class = getattr(transformers, planned.family.auto_class)
+    reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
     difference = _largest_difference(planned, model.eval(), reloaded)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    return Exported(folder, step, difference, _continue(reloaded, tokenizer, prompt))
+    sample = _continue(reloaded, tokenizer, prompt) if reloaded.can_generate() else None
+    return Exported(folder, step, difference, sample)
 
 
 def _as_deep_as(
@@ -119,10 +121,12 @@ def _largest_difference(planned: Planned, model, reloaded) -> float:
     """Between the pieces in a row, as a pipeline runs them, and the reloaded folder."""
     data = planned.config.data
     ids_BT = torch.from_numpy(Corpus.open(data.valid).window(0, data.sequence))[None]
-    x: Tensor = ids_BT
+    ids = (ids_BT, ids_BT) if planned.hf_config.is_encoder_decoder else (ids_BT,)
+    x: Tensor | tuple[Tensor, ...] = ids if len(ids) > 1 else ids_BT
     for piece in planned.family.pieces(planned.hf_config):
         x = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
-    return (reloaded(input_ids=ids_BT).logits.float() - x.float()).abs().max().item()
+    logits = reloaded(**dict(zip(("input_ids", "decoder_input_ids"), ids))).logits
+    return (logits.float() - x.float()).abs().max().item()
 
 
 def _continue(model, tokenizer, prompt: str) -> str:

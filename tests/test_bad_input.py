@@ -60,7 +60,10 @@ REFUSED = {
     ),
     "override without a value": (["steps"], ["'steps'", "section.field=value"]),
     "override into a list that is too short": (["method.phases.7.until=3"], ["'7'", "0 to 2"]),
-    "groups of heads that do not divide": (["model.num_key_value_heads=3"], ["num_key_value_heads=3"]),
+    "groups of heads that do not divide": (
+        ["model.num_key_value_heads=3"],
+        ["num_key_value_heads=3"],
+    ),
 }
 
 

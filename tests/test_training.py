@@ -104,11 +104,12 @@ def test_layout_equals_one_process_with_plain_adamw(layout, tiny_run, reference,
 def test_tied_embedding_in_a_pipeline_equals_one_process(zero, tiny_run, tmp_path):
     dropout = "attn_pdrop: 0.0, embd_pdrop: 0.0, resid_pdrop: 0.0"
     size = "n_embd: 64, n_head: 8, n_layer: 4, n_positions: 64, vocab_size: 512"
+    model = f"{{model_type: gpt2, {size}, {dropout}}}"
     losses, norms = [], []
     for pipe in (1, 2):
         run_dir = tmp_path / f"run{pipe}"
         done = est_ds(
-            "train", tiny_run, f"run_dir={run_dir}", f"model={{model_type: gpt2, {size}, {dropout}}}",
+            "train", tiny_run, f"run_dir={run_dir}", f"model={model}",
             f"parallel.pipe={pipe}", f"parallel.zero={zero}", "--processes", str(pipe),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

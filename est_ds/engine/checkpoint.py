@@ -57,7 +57,7 @@ def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, An
     dist.barrier()
     if dist.get_rank() == 0:
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-            # DeepSpeed leaves its converters here; they fail on pipelines, `est-ds export` does not.
+            # DeepSpeed's converters, which fail on pipelines; `est-ds export` does not.
             (folder / script).unlink(missing_ok=True)
         _complete(folder / partial, folder / tag, step, engine.layout)
         replace_text(folder / "latest", tag + "\n")

@@ -1,0 +1,126 @@
+"""What the benchmarks share: model sections, plans, an engine in this process, and the clock.
+
+Times are of the process's own clock of one thread: on an idle machine that is the time on the
+wall, and on a shared one it leaves out what other programs take. Variants alternate within one
+run and every ratio is taken within a round, so that a slow stretch of the machine hits both sides.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from est_ds.config import RunConfig, checked
+from est_ds.plans.methods import build_method
+from est_ds.plans.methods.base import Method
+from est_ds.plans.shape import ModelShape
+
+CASES = {
+    "layers, heads, columns .5": (0.5, 0.5, 0.5),
+    "heads, columns .5": (1.0, 0.5, 0.5),
+    "layers .5": (0.5, 1.0, 1.0),
+    "columns .5": (1.0, 1.0, 0.5),
+}
+
+
+def model_section(family: str, hidden: int, layers: int, vocabulary: int, sequence: int) -> dict:
+    """A run file's `model`: heads of 64, and for Llama two query heads to a key/value head."""
+    heads = max(2, hidden // 64)
+    if family == "gpt2":
+        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        size = dict(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=sequence)
+        return dict(model_type="gpt2", vocab_size=vocabulary, **size, **dropout)
+    return dict(
+        model_type="llama",
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        intermediate_size=hidden * 11 // 4,
+        max_position_embeddings=sequence,
+    )
+
+
+def fixed_method(kept: tuple[float, float, float], shape: ModelShape, steps: int = 1000) -> Method:
+    """EST with one phase: fractions of layers, heads and columns."""
+    layers, heads, columns = kept
+    phase = {"until": 1.0, "layers": layers, "heads": heads, "columns": columns}
+    return build_method({"name": "est", "phases": [phase]}, seed=0, steps=steps, shape=shape)
+
+
+def run_config(section: dict, batch: int, sequence: int, zero: int, **fields: Any) -> RunConfig:
+    """A run of one process whose step is one micro-batch."""
+    tree = {
+        "run_dir": "unset",
+        "steps": 1000,
+        "model": section,
+        "method": {"name": "full"},
+        "data": {"train": "", "valid": "", "tokenizer": "", "sequence": sequence},
+        "batch": {"global": batch, "micro": batch},
+        "parallel": {"zero": zero},
+        "optimizer": {"lr": 1e-4},
+        "checkpoint": {"every": 1000},
+        "evaluate": {"every": 1000, "sequences": 1},
+    }
+    return checked(RunConfig, tree | fields)
+
+
+def zero_engine(config: RunConfig):
+    """The real engine of `est-ds train` on one process, and its model's shape."""
+    from est_ds.engine.build import build_engine
+    from est_ds.engine.setup import start_processes
+    from est_ds.runtime import world
+    from est_ds.slicing.families import family_of, hf_config
+
+    start_processes(world())
+    hf = hf_config(config.model, config.data.sequence)
+    family = family_of(hf.model_type)
+    shape = family.shape(hf)
+    method = build_method(config.method, seed=0, steps=config.steps, shape=shape)
+    return build_engine(config, hf, family, method, world(), tempfile.mkdtemp()), shape
+
+
+def random_batch(batch: int, sequence: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ids and labels, the labels one token ahead, int64 [batch, sequence]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (batch, sequence + 1), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def timed(run: Callable[[], Any]) -> float:
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def alternate(variants: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; a round before them warms up.
+
+    Args:
+        variants: each takes the round and returns the seconds that count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(rounds + 1):
+        # Every other round backwards: no variant always follows the same one.
+        for name in list(variants)[:: 1 if round_ % 2 else -1]:
+            seconds = variants[name](round_)
+            if round_:
+                times[name].append(seconds)
+    return times
+
+
+def ratios(times: list[float], base: list[float]) -> tuple[float, float]:
+    """Median of the rounds' ratios, and ratio of the minima."""
+    paired = [a / b for a, b in zip(times, base, strict=True)]
+    return statistics.median(paired), min(times) / min(base)
+
+
+def verdict(figure: float, most: float) -> str:
+    return "ok" if figure <= most else f"MISSES {most:g}"

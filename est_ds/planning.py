@@ -103,10 +103,11 @@ def make_plan(config: RunConfig) -> RunPlan:
         UserError: the run file's model, method, schedule or layout do not fit together.
     """
     planned = plan_run(config)
-    method, sequence = planned.method, config.data.sequence
+    method = planned.method
+    lengths = {"sequence": config.data.sequence, "target_sequence": planned.target_sequence}
     phases = []
     for i, phase in enumerate(method.phases):
-        ratios = phase_ratios(method, i, sequence=sequence)
+        ratios = phase_ratios(method, i, **lengths)
         kept = mean_kept(method.shape, method.mean_loads(i))
         phases.append(
             {
@@ -120,7 +121,7 @@ def make_plan(config: RunConfig) -> RunPlan:
                 "model_ratio": ratios.model,
             }
         )
-    fractions = saved(method, sequence=sequence)
+    fractions = saved(method, **lengths)
     model = empty_model(planned.hf_config)
     document = {
         "phases": phases,
@@ -128,12 +129,12 @@ def make_plan(config: RunConfig) -> RunPlan:
         "total_steps": config.steps,
         "parameters": count_parameters(model),
     }
-    tokens = config.batch.global_ * sequence
+    size = planned.flops_size(config.batch.global_)
     return RunPlan(
         planned=planned,
         json=document,
         dense=mean_kept(method.shape, full_loads(method.shape)),
-        dense_step_flops=dense_flops(method.shape, tokens=tokens, sequence=sequence).model,
+        dense_step_flops=dense_flops(method.shape, **size).model,
         stage_parameters=_stage_parameters(planned, model),
     )
 

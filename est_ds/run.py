@@ -94,6 +94,7 @@ def plan_run(config: RunConfig) -> Planned:
     check_deepspeed_section(config)
     check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
+    _refuse_dropout(hf)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
     method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
@@ -106,6 +107,17 @@ def plan_run(config: RunConfig) -> Planned:
     if config.parallel.pipe > 1:
         pipe_cuts(method, config.parallel.pipe)
     return Planned(config, hf, family, method, objective)
+
+
+def _refuse_dropout(hf: Any) -> None:
+    for field, value in hf.to_dict().items():
+        used = "drop" in field and not field.startswith(("summary", "classifier"))
+        if used and isinstance(value, float) and value > 0:
+            raise UserError(
+                f"model.{field}={value} (Hugging Face's default, if the run file does not set it): "
+                f"dropout draws from a global generator, so that a resumed run or another layout "
+                f"would train something else; set model.{field}=0.0."
+            )
 
 
 def prepare(config: RunConfig, processes: int) -> Run:

@@ -19,6 +19,7 @@ REFUSED = {
     "unknown method key": (["method.balance_group=2"], ["method.balance_group", "balance_groups"]),
     "unknown phase key": (["method.phases.0.layer=1.0"], ["layer", "layers"]),
     "unknown model key": (["model.hidden_sise=4"], ["model.hidden_sise", "hidden_size"]),
+    "dropout": (["model.attention_dropout=0.1"], ["model.attention_dropout=0.1", "0.0"]),
     "unknown family": (["model.model_type=gptj"], ["gptj", "llama"]),
     "phases that do not end at the last step": (["steps=21"], ["step 20", "steps=21"]),
     "phases that do not increase": (["method.phases.1.until=8"], ["phases[1].until=8", "increase"]),

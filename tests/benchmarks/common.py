@@ -35,7 +35,8 @@ def model_section(family: str, hidden: int, layers: int, vocabulary: int, sequen
     if family == "gpt2":
         dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
         size = dict(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=sequence)
-        return dict(model_type="gpt2", vocab_size=vocabulary, **size, **dropout)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+        return dict(model_type="gpt2", vocab_size=vocabulary, **size, **dropout, **ends)
     return dict(
         model_type="llama",
         vocab_size=vocabulary,

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,12 +38,12 @@ def bare(section: dict, size: dict, batches) -> None:
         loss.item()
 
 
-def est_ds(section: dict, size: dict, batches, zero: int) -> None:
+def est_ds(section: dict, size: dict, batches, zero: int, deepspeed: dict) -> None:
     """The engine of `est-ds train`, method full."""
     from est_ds.lr import learning_rate
     from est_ds.plans.methods import build_method
 
-    config = run_config(section, zero=zero, **size)
+    config = run_config(section, zero=zero, deepspeed=deepspeed, **size)
     engine, shape = zero_engine(config)
     method = build_method(config.method, seed=0, steps=config.steps, shape=shape)
     for step, batch in enumerate(batches):
@@ -170,8 +171,8 @@ def _litgpt(section: dict, sequence: int) -> torch.nn.Module:
 
 CONTENDERS = {
     "bare": bare,
-    "est_ds_zero0": lambda *a: est_ds(*a, zero=0),
-    "est_ds_zero1": lambda *a: est_ds(*a, zero=1),
+    "est_ds_zero0": partial(est_ds, zero=0),
+    "est_ds_zero1": partial(est_ds, zero=1),
     "trainer": trainer,
     "litgpt_bare": litgpt_bare,
     "litgpt_fit": litgpt_fit,
@@ -192,7 +193,9 @@ def main() -> None:
     batches = (
         random_batch(**size, vocabulary=options["vocabulary"], seed=i) for i in itertools.count()
     )
-    CONTENDERS[arguments.name](section, size, gated(batches, pipe))
+    contender = CONTENDERS[arguments.name]
+    more = {"deepspeed": options["deepspeed"]} if arguments.name.startswith("est_ds") else {}
+    contender(section, size, gated(batches, pipe), **more)
 
 
 if __name__ == "__main__":

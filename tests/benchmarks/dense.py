@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--litgpt", action="store_true")
+    parser.add_argument("--deepspeed", type=json.loads, default={}, help="est_ds's section, JSON")
     options = parser.parse_args()
 
     names = ["bare", "est_ds_zero0", "est_ds_zero1", "trainer"]

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parse(arguments)
         parsed.verb(parsed, arguments)
     except UserError as e:
         if runtime.world().is_first:
@@ -23,6 +23,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parses a command line, on which overrides may also follow options."""
+    parser = _parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    overrides = [word for word in unknown if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(unknown) or (overrides and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        parsed.overrides = parsed.overrides + overrides
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -88,12 +100,13 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config import load_run
     from est_ds.engine.checkpoint import check_resumable, latest_step
     from est_ds.launching import check_processes, default_processes, launch
-    from est_ds.run import prepare
+    from est_ds.run import lock_run_dir, prepare
     from est_ds.train import train
 
     config = load_run(parsed.run, parsed.overrides)
     if runtime.launched():
         world = runtime.world()
+        runtime.end_with_starter()
         train(prepare(config, world.size), world)
         if world.is_first:
             _summary(config.run_dir)
@@ -109,7 +122,8 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         return
     if step is not None:
         check_resumable(checkpoints, step, config.layout(processes))
-    launch(arguments, processes)
+    lock_run_dir(config).close()
+    sys.exit(launch(arguments, processes))
 
 
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:

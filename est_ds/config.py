@@ -21,7 +21,9 @@ Position = Annotated[int, Field(ge=0)] | Share
 class Strict(BaseModel):
     """Settings that refuse unknown keys and cannot change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 class Batch(Strict):
@@ -167,6 +169,8 @@ class RunConfig(Strict):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
+# Parts of a location that no run file has.
+UNION_TAGS = ("cosine", "wsd", "int", "float", "constrained-")
 M = TypeVar("M", bound=Strict)
 
 
@@ -183,7 +187,7 @@ def checked(kind: type[M], section: dict[str, Any], where: str = "") -> M:
 
 
 def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
-    location = [str(part) for part in error["loc"] if part not in ("cosine", "wsd", "int", "float")]
+    location = [str(part) for part in error["loc"] if not str(part).startswith(UNION_TAGS)]
     field = ".".join(([where] if where else []) + location)
     if error["type"] == "extra_forbidden":
         known = _keys_beside(kind, error["loc"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -16,8 +17,12 @@ from est_ds.engine.checkpoint import latest_step
 from est_ds.engine.weights import read_weights
 from est_ds.errors import UserError
 from est_ds.model import build_model
-from est_ds.run import Planned, plan_run
+from est_ds.run import Planned, check_run_dir, plan_run
 from est_ds.slicing.families import hf_config
+
+
+MARK = "est_ds_export.json"  # says that a folder is an export, which another may replace
+TOLERANCE = 1e-2  # of logits; the same arithmetic in another order, in bf16 at worst
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,15 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
             f"run_dir={config.run_dir!r} holds no checkpoint to export; train it first: "
             f"est-ds train {config.run_dir}"
         )
+    check_run_dir(config)
     folder = out or Path(config.run_dir) / "export"
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise UserError(f"--out={str(folder)!r} exists and is no export; choose another folder.")
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(
+            f"--out={str(folder)!r} exists and is no export of est-ds; choose another folder."
+        )
+    ids_BT = torch.from_numpy(
+        Corpus.open(config.data.valid).window(0, config.data.sequence)
+    )[None]
     if not Path(config.data.tokenizer, "tokenizer.model").is_file():
         raise UserError(
             f"data.tokenizer={config.data.tokenizer!r} holds no tokenizer.model; point it to the "
@@ -75,19 +86,31 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
     model.load_state_dict(weights, strict=True, assign=True)
 
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-        if (source := Path(config.data.tokenizer, name)).is_file():
-            shutil.copyfile(source, partial / name)
-    dtype = next(iter(weights.values())).dtype
-    auto_class = getattr(transformers, planned.family.auto_class)
-    reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
-    difference = _largest_difference(planned, model.eval(), reloaded)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    sample = _continue(reloaded, tokenizer, prompt) if reloaded.can_generate() else None
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(partial)
+        for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+            if (source := Path(config.data.tokenizer, name)).is_file():
+                shutil.copyfile(source, partial / name)
+        dtype = next(iter(weights.values())).dtype
+        auto_class = getattr(transformers, planned.family.auto_class)
+        reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
+        difference = _largest_difference(planned, model.eval(), reloaded, ids_BT)
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"the reloaded folder's logits differ by {difference} from those of the engine's "
+                f"weights; nothing was exported"
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
+        sample = _continue(reloaded, tokenizer, prompt) if reloaded.can_generate() else None
+        mark = {"run_dir": config.run_dir, "step": step, "largest_difference": difference}
+        (partial / MARK).write_text(json.dumps(mark, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as e:
+        raise UserError(f"--out={str(folder)!r} cannot be written: {e}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, step, difference, sample)
 
 
@@ -117,10 +140,8 @@ def _as_deep_as(
 
 
 @torch.no_grad()
-def _largest_difference(planned: Planned, model, reloaded) -> float:
+def _largest_difference(planned: Planned, model, reloaded, ids_BT: Tensor) -> float:
     """Between the pieces in a row, as a pipeline runs them, and the reloaded folder."""
-    data = planned.config.data
-    ids_BT = torch.from_numpy(Corpus.open(data.valid).window(0, data.sequence))[None]
     ids = (ids_BT, ids_BT) if planned.hf_config.is_encoder_decoder else (ids_BT,)
     x: Tensor | tuple[Tensor, ...] = ids if len(ids) > 1 else ids_BT
     for piece in planned.family.pieces(planned.hf_config):

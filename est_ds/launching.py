@@ -1,13 +1,16 @@
-"""Starts the real `deepspeed` launcher on this machine."""
+"""Starts the real `deepspeed` launcher on this machine, and ends it with this process."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 
 import torch
 
+from est_ds import runtime
 from est_ds.config import RunConfig
 from est_ds.errors import UserError
 
@@ -32,13 +35,18 @@ def check_processes(processes: int) -> None:
         )
 
 
-def launch(arguments: list[str], processes: int) -> None:
-    """Replaces this process by the launcher, which starts `est-ds` `processes` times.
+def launch(arguments: list[str], processes: int) -> int:
+    """Starts est-ds `processes` times under the launcher, and waits.
+
+    A signal to this process ends all of them; so does its death, which the processes notice.
 
     Args:
         arguments: the command line of est-ds.
+
+    Returns:
+        Exit code: 0, 1 or 2 as the processes', 128 + n after signal n.
     """
-    environment = dict(os.environ)
+    environment = dict(os.environ, **{runtime.STARTER: str(os.getpid())})
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -57,7 +65,28 @@ def launch(arguments: list[str], processes: int) -> None:
         *arguments,
     ]
     sys.stdout.flush()
-    os.execve(sys.executable, command, environment)
+    # A session of its own: the launcher passes no SIGTERM on, so its whole group is signalled.
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        received.append(number)
+        _signal_group(launcher, signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    code = launcher.wait()
+    _signal_group(launcher, signal.SIGKILL)  # whatever outlived the launcher
+    if received:
+        return 128 + received[0]
+    return code if code in (0, 2) else 1
+
+
+def _signal_group(launcher: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(launcher.pid, number)
+    except ProcessLookupError:
+        pass
 
 
 def _free_port() -> int:

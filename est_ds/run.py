@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -19,10 +20,13 @@ from est_ds.engine.settings import check_deepspeed_section
 from est_ds.errors import UserError
 from est_ds.lr import check_schedule
 from est_ds.metrics import FILE
+from est_ds.model import empty_model
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
+
+LOCK = ".lock"
 
 # Fields that a resumed run may change; all others make it another run.
 FREE_TO_CHANGE = (
@@ -95,6 +99,7 @@ def plan_run(config: RunConfig) -> Planned:
     check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
     _refuse_dropout(hf)
+    _check_builds(hf)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
     method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
@@ -107,6 +112,16 @@ def plan_run(config: RunConfig) -> Planned:
     if config.parallel.pipe > 1:
         pipe_cuts(method, config.parallel.pipe)
     return Planned(config, hf, family, method, objective)
+
+
+def _check_builds(hf: Any) -> None:
+    try:
+        empty_model(hf)
+    except Exception as e:  # whatever the library raises for values that do not fit
+        raise UserError(
+            f"model: Hugging Face cannot build it ({type(e).__name__}: {' '.join(str(e).split())}); "
+            f"correct the model section."
+        ) from None
 
 
 def _refuse_dropout(hf: Any) -> None:
@@ -171,7 +186,9 @@ def check_run_dir(config: RunConfig) -> None:
     directory = Path(config.run_dir)
     file = directory / "config.yaml"
     if not file.exists():
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (
+            not directory.is_dir() or any(p.name != LOCK for p in directory.iterdir())
+        ):
             raise UserError(
                 f"run_dir={config.run_dir!r} exists and is no run directory (it has no "
                 f"config.yaml); choose another run_dir, or move it away."
@@ -188,12 +205,41 @@ def check_run_dir(config: RunConfig) -> None:
         )
 
 
+def lock_run_dir(config: RunConfig) -> TextIO:
+    """Takes the run directory for this process until the file is closed, or the process ends.
+
+    Raises:
+        UserError: another process trains it, or it cannot be written.
+    """
+    directory = Path(config.run_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / LOCK).open("a+")
+    except OSError as e:
+        raise UserError(
+            f"run_dir={config.run_dir!r} cannot be written ({e.strerror}); choose another folder."
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(
+            f"run_dir={config.run_dir!r} is being trained by another process; wait for it, stop "
+            f"it, or choose another run_dir."
+        ) from None
+    return lock
+
+
 def write_config(config: RunConfig) -> None:
     """Saves the resolved config in the run directory, whole or not at all."""
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / "config.yaml.partial"
-    beside.write_text(config.to_yaml())
+    data = config.data.model_dump()
+    paths = {name: os.path.abspath(data[name]) for name in ("train", "valid", "tokenizer")}
+    # Absolute, so that the run can be resumed from any working directory.
+    absolute = config.model_copy(update={"data": config.data.model_copy(update=paths)})
+    beside.write_text(absolute.to_yaml())
     os.replace(beside, directory / "config.yaml")
 
 

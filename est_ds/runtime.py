@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
+import threading
+import time
 from dataclasses import dataclass
+
+# Process id of the `est-ds` that started the launcher on this machine.
+STARTER = "EST_DS_STARTER"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,18 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def warn(text: str) -> None:
-    """Prints a warning on rank 0's standard error."""
-    if world().is_first:
-        print(f"est-ds: warning: {text}", file=sys.stderr, flush=True)
+def end_with_starter(every_s: float = 1.0) -> None:
+    """Ends this process when the `est-ds` that started the launcher is gone, however it went."""
+    starter = os.environ.get(STARTER)
+    if starter is None:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(every_s)
+            try:
+                os.kill(int(starter), 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

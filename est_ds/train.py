@@ -22,7 +22,7 @@ from est_ds.lr import learning_rate
 from est_ds.metrics import MetricsFile
 from est_ds.plans.methods.base import plan_loads
 from est_ds.progress import Progress
-from est_ds.run import Run, write_config
+from est_ds.run import Run, lock_run_dir, write_config
 from est_ds.runtime import World, say
 
 
@@ -36,6 +36,7 @@ def train(run: Run, world: World) -> None:
     config, method, directory = run.config, run.method, run.directory
     checkpoints = directory / "checkpoints"
     start = latest_step(checkpoints) or 0
+    lock = lock_run_dir(config) if world.is_first else None
     start_processes(world)
     if world.is_first:
         write_config(config)
@@ -108,6 +109,8 @@ def train(run: Run, world: World) -> None:
                 save_checkpoint(engine, checkpoints, done, _state(run, done))
     if metrics:
         metrics.close()
+    if lock:
+        lock.close()
 
 
 def evaluate(run: Run, engine: Engine, step: int) -> float:

@@ -10,6 +10,8 @@ import yaml
 from conftest import est_ds
 
 from est_ds import cli
+from est_ds.config import load_run
+from est_ds.run import lock_run_dir
 
 # Overrides of the tiny run, and what the error must name.
 REFUSED = {
@@ -59,6 +61,23 @@ REFUSED = {
         ["deepspeed.zero_optimization.round_robin_gradients=true"],
         ["round_robin_gradients", "wrong weights"],
     ),
+    "owned DeepSpeed key that is off": (
+        ["deepspeed.tensorboard.enabled=false"],
+        ["deepspeed.tensorboard", "run_dir"],
+    ),
+    "unknown DeepSpeed key": (
+        ["deepspeed.zero_optimisation.overlap_comm=true"],
+        ["'deepspeed.zero_optimisation'", "'zero_optimization'"],
+    ),
+    "unknown DeepSpeed sub-key": (["deepspeed.zero_optimization.stge=1"], ["stge"]),
+    "DeepSpeed section that is no mapping": (["deepspeed.zero_optimization=3"], ["mapping"]),
+    "dtype of the model": (["model.dtype=float16"], ["model.dtype", "precision"]),
+    "model without layers": (["model.num_hidden_layers=0"], ["0 layers"]),
+    "model without K/V heads": (["model.num_key_value_heads=0"], ["0 key/value heads"]),
+    "unknown activation": (["model.hidden_act=foo"], ["foo"]),
+    "infinite learning rate": (["optimizer.lr=.inf"], ["optimizer.lr=inf"]),
+    "warm-up above 1": (["schedule.warmup=1.5"], ["schedule.warmup=1.5"]),
+    "run directory below a file": (["run_dir=/dev/null/run"], ["/dev/null/run"]),
     "override without a value": (["steps"], ["'steps'", "section.field=value"]),
     "override into a list that is too short": (["method.phases.7.until=3"], ["'7'", "0 to 2"]),
     "groups of heads that do not divide": (
@@ -83,6 +102,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(case, tiny_run, tmp
     overrides, named = REFUSED[case]
     run_dir = tmp_path / "run"
     error = refused(capsys, "train", tiny_run, f"run_dir={run_dir}", *overrides)
+    assert "constrained" not in error
     for text in named:
         assert text in error
     assert not run_dir.exists()
@@ -121,6 +141,20 @@ def test_run_directory_of_another_config_is_refused_and_stays(tiny_run, tmp_path
     error = refused(capsys, "train", tiny_run, f"run_dir={run_dir}", "optimizer.lr=0.1", "seed=9")
     assert "optimizer.lr is 0.003 there and 0.1 here" in error and "seed" in error
     assert (run_dir / "config.yaml").read_bytes() == before
+
+
+def test_overrides_may_follow_options(tiny_run, tmp_path, capsys):
+    error = refused(
+        capsys, "train", tiny_run, "--processes", "4", f"run_dir={tmp_path / 'r'}", "batch.micro=3"
+    )
+    assert "batch.micro=3" in error
+
+
+def test_run_directory_in_use_is_refused(tiny_run, tmp_path, capsys):
+    config = load_run(tiny_run, [f"run_dir={tmp_path / 'run'}"])
+    with lock_run_dir(config):
+        error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}")
+    assert "trained by another process" in error
 
 
 def test_folder_that_is_no_run_directory_is_refused(tiny_run, tmp_path, capsys):

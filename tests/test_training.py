@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +205,37 @@ def test_export_is_the_trained_model(trained, reference, tmp_path):
         torch.testing.assert_close(exported[name], weight, rtol=1e-3, atol=1e-4)
     ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("def f():\n    return 1\n")["input_ids"]
     assert len(ids) > 4
+
+
+def test_export_replaces_only_an_export(trained, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "hf" / "thesis.txt").write_text("precious")
+    done = est_ds("export", trained, "--out", tmp_path / "hf")
+    assert done.returncode == 2 and "is no export" in done.stderr
+    assert (tmp_path / "hf" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_ending_est_ds_ends_every_process(number, tiny_run, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}"]
+    log = (tmp_path / "log").open("w")
+    started = subprocess.Popen([*command, "evaluate.every=1"], stdout=log, stderr=log)
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text())
+    started.send_signal(number)
+    expected = -number if number == signal.SIGKILL else 128 + number
+    assert started.wait(30) == expected
+    wait_until(lambda: not subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True).stdout)
+    assert "Traceback" not in (tmp_path / "log").read_text() or number == signal.SIGKILL
+
+
+def wait_until(true, limit_s: float = 90) -> None:
+    end = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_bf16_trains_in_both_engines(tiny_run, tmp_path):

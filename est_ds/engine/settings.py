@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from est_ds.config import RunConfig
@@ -48,6 +49,17 @@ REFUSED_WITH_PIPELINE = {
 }
 
 
+# Other top-level keys that DeepSpeed 0.19 reads; it ignores unknown ones without a word.
+KNOWN = (
+    "aio", "comet", "comms_logger", "communication_data_type", "compile", "csv_monitor",
+    "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor",
+    "graph_harvesting", "memory_breakdown", "pipeline", "prescale_gradients",
+    "seq_parallel_communication_data_type", "sparse_gradients", "timers", "torch_autocast", "wandb",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)  # fmt: skip
+
+
 def check_deepspeed_section(config: RunConfig) -> None:
     """Refuses keys of `deepspeed:` that est_ds owns or that cannot work.
 
@@ -56,7 +68,7 @@ def check_deepspeed_section(config: RunConfig) -> None:
     """
     section = config.deepspeed
     for key, field in OWNED.items():
-        if _holds(section, key):
+        if _holds(section, key, even_off=True):
             raise UserError(f"deepspeed.{key} is set by est_ds; remove it and set {field} instead.")
     refused = dict(REFUSED)
     if config.parallel.pipe > 1:
@@ -64,17 +76,40 @@ def check_deepspeed_section(config: RunConfig) -> None:
     for key, reason in refused.items():
         if _holds(section, key):
             raise UserError(f"deepspeed.{key} is refused: {reason}; remove it.")
+    for key in section:
+        if key not in KNOWN and key not in refused:
+            near = difflib.get_close_matches(str(key), KNOWN, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"unknown key 'deepspeed.{key}'; {hint}Known here: {', '.join(KNOWN)}."
+            )
+    if "zero_optimization" in section:
+        _check_zero_section(section["zero_optimization"])
 
 
-def _holds(section: dict[str, Any], dotted: str) -> bool:
-    """Whether the key is set to anything but a plain 'off'."""
+def _check_zero_section(section: Any) -> None:
+    if not isinstance(section, dict):
+        raise UserError(f"deepspeed.zero_optimization={section!r}: must be a mapping of keys.")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**section)
+    except (ValidationError, ValueError, TypeError) as e:
+        first = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
+        field = ".".join(["deepspeed.zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"{field}: {first['msg']} (DeepSpeed's own check); correct it.") from None
+
+
+def _holds(section: dict[str, Any], dotted: str, even_off: bool = False) -> bool:
+    """Whether the key is set, to anything but a plain 'off' unless `even_off`."""
     node: Any = section
     for part in dotted.split("."):
         if not isinstance(node, dict) or part not in node:
             return False
         node = node[part]
     off = {"enabled": False}
-    return node is not False and node is not None and node != off
+    return even_off or node is not False and node is not None and node != off
 
 
 def deepspeed_config(

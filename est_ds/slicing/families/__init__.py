@@ -48,6 +48,9 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     family = family_of(model_type)
     plain = AutoConfig.for_model(model_type)
     known = set(plain.to_dict()) | set(plain.attribute_map) | family.extra_keys
+    for key in ("dtype", "torch_dtype"):
+        if key in section:
+            raise UserError(f"model.{key} is set by est_ds; remove it and set precision instead.")
     for key in section:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -71,7 +74,16 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
 
 
 def _check_divides(shape: Any, config: Any) -> None:
+    if not shape.layers or shape.hidden < 1:
+        raise UserError(
+            f"model: {shape.num_layers} layers of width {shape.hidden}; a model needs at least 1."
+        )
     attention = shape.layers[0][0]
+    if min(attention.heads, attention.groups, attention.head_dim, shape.vocabulary) < 1:
+        raise UserError(
+            f"model: {attention.heads} heads of width {attention.head_dim}, {attention.groups} "
+            f"key/value heads and a vocabulary of {shape.vocabulary}; use at least 1 of each."
+        )
     if attention.heads % attention.groups:
         raise UserError(
             f"model.num_key_value_heads={attention.groups} does not divide "

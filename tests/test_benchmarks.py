@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import run_command
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent / "benchmarks"
 SMALL = ("--hidden", "128", "--layers", "2", "--batch", "1", "--sequence", "32", "--rounds", "1")
 

@@ -48,7 +48,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
             f"sequences x {config.data.sequence:,}",
         ),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
-        ("FLOPs saved", f"{fractions['blocks']:.2%} blocks, {fractions['model']:.2%} model"),
+        ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         (
             "batch",
             f"global_batch {config.batch.global_} = micro_batch {config.batch.micro} x "
@@ -165,3 +165,8 @@ def gibibytes(size_bytes: float) -> str:
     if size_bytes >= 2**30:
         return f"{size_bytes / 2**30:.2f} GiB"
     return f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _saving(name: str, fraction: float) -> str:
+    """For example `26.67% blocks (1.364x)`: dense FLOPs are that many times the run's."""
+    return f"{fraction:.2%} {name} ({1 / (1 - fraction):.3f}x)"

@@ -245,7 +245,7 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     _read_sections(tree, file.parent)
     for override in overrides or []:
         _override(tree, override)
-    _read_sections(tree, Path())
+        _read_sections(tree, Path())
     return checked(RunConfig, tree)
 
 

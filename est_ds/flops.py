@@ -142,6 +142,7 @@ def activation_bytes(
     the allocator's slack come on top. Of the toy Llama torch keeps 1.10 to 1.13 times as much.
     """
     per_layer = [0.0] * shape.num_layers
+    in_whole = [0.0] * shape.num_layers  # of a layer that is kept, for the one recomputed
     for i, part, chance, units, groups in _parts(shape, loads):
         if not units:
             continue
@@ -152,11 +153,13 @@ def activation_bytes(
         else:
             values += units * (4 if part.matrices == 3 else 2)
         copies = sum(kept for kept, whole in _matrices(part, units, groups) if kept < whole)
-        per_layer[i] += chance * (tokens * (values * value_bytes + sums) + copies * value_bytes)
+        of_part = tokens * (values * value_bytes + sums) + copies * value_bytes
+        per_layer[i] += chance * of_part
+        in_whole[i] += of_part if chance else 0.0
     blocks = sum(per_layer)
     if checkpointing:
         kept_layers = sum(load.probability for load in loads)
-        blocks = kept_layers * tokens * shape.hidden * value_bytes + max(per_layer)
+        blocks = kept_layers * tokens * shape.hidden * value_bytes + max(in_whole)
     head = tokens * (2 * shape.hidden * value_bytes + 4 * shape.vocabulary)
     return Bytes(blocks, blocks + head)
 

@@ -74,7 +74,8 @@ def launch(arguments: list[str], processes: int) -> int:
         _signal_group(launcher, signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, end)
     code = launcher.wait()
     _signal_group(launcher, signal.SIGKILL)  # whatever outlived the launcher
     if received:

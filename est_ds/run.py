@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from dataclasses import dataclass
@@ -227,6 +228,10 @@ def lock_run_dir(config: RunConfig) -> TextIO:
             f"run_dir={config.run_dir!r} is being trained by another process; wait for it, stop "
             f"it, or choose another run_dir."
         ) from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        # Some shared file systems have no locks: the run then goes unguarded.
     return lock
 
 

@@ -35,9 +35,9 @@ def train(run: Run, world: World) -> None:
     """
     config, method, directory = run.config, run.method, run.directory
     checkpoints = directory / "checkpoints"
-    start = latest_step(checkpoints) or 0
     lock = lock_run_dir(config) if world.is_first else None
     start_processes(world)
+    start = latest_step(checkpoints) or 0
     if world.is_first:
         write_config(config)
     engine = build_engine(

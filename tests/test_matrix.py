@@ -17,7 +17,7 @@ from test_slicing_reference import (
 from est_ds.errors import UserError
 from est_ds.plans.methods import METHODS, build_method
 
-FAMILIES = ("llama", "gpt2", "bert", "t5")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
 STEPS = 100
 
 

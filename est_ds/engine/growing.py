@@ -1,7 +1,8 @@
 """Copies layers, with their optimizer state, inside a running engine.
 
-Works on the full tensors of one layer at a time, whatever ZeRO has sharded: DeepSpeed assembles
-them over the replicas, and a pipe stage that needs another stage's layer gets them broadcast.
+Works on the full tensors of a layer, whatever ZeRO has sharded: DeepSpeed assembles them over the
+replicas, and a pipe stage that needs another stage's layer gets them broadcast. What a process is
+to write waits in host memory until all is read: 12 bytes for every parameter of its new layers.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ class LayerStates:
                 for tensors in state.values():
                     for key in MOMENTS:
                         tensors[key].zero_()
-            taken[target] = state
+            taken[target] = {
+                name: {key: tensor.cpu() for key, tensor in tensors.items()}
+                for name, tensors in state.items()
+            }
         # Only now: a layer that is written may have been another's source.
         for target, state in taken.items():
             self._write(target, state)

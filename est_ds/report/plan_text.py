@@ -77,7 +77,7 @@ def _phases(plan: RunPlan) -> Table:
         "model\nFLOPs",
         "blocks\nFLOPs",
     ):
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(name, justify="right", no_wrap=name == "steps", overflow="fold")
     for phase in plan.json["phases"]:
         first, end = phase["from_step"], phase["until_step"]
         table.add_row(

@@ -40,7 +40,8 @@ class StackingSettings(Strict):
             last layers again on top (gradual stacking, arXiv 2402.05913 section 2); `midas`: the
             middle block again in the middle (arXiv 2409.19044); `fresh`: new layers on top that
             start as the identity, from depth 0 or 1 on (arXiv 2511.04981).
-        moments: AdamW's moments are copied with the weights, or start fresh.
+        moments: AdamW's moments are copied with the weights, or start at zero. The optimizer's
+            step count goes on, so that its bias correction does not start again.
     """
 
     name: Literal["stacking"]

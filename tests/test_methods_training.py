@@ -1,0 +1,41 @@
+"""Every method through the real launcher: layouts agree, and a resumed run goes on the same.
+
+    launch/test.sh -m slow tests/test_methods_training.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from conftest import est_ds
+from test_matrix import fitting
+from test_methods import SECTIONS
+from test_training import assert_close
+
+from est_ds.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+# static_sublayer is left out: its first phase is longer than these runs.
+@pytest.mark.parametrize("name", [n for n in SECTIONS if n != "static_sublayer"])
+def test_layouts_agree_and_a_resumed_run_goes_on_the_same(name, tiny_run, tmp_path):
+    section = fitting(SECTIONS[name], num_layers=4)
+    section.pop("balance_groups", None)
+    tree = yaml.safe_load(tiny_run.read_text()) | {"steps": 10, "method": section}
+    tree["checkpoint"] = {"every": 4, "keep": 0}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    losses = []
+    for pipe, processes in ((1, 1), (2, 4)):
+        run_dir = tmp_path / f"run{pipe}"
+        done = est_ds(
+            "train", file, f"run_dir={run_dir}", f"parallel.pipe={pipe}", "--processes", processes
+        )
+        assert done.returncode == 0, done.stderr
+        losses.append([e["loss"] for e in read_metrics(run_dir)[0]])
+    assert_close(losses[1], losses[0])
+    (run_dir / "checkpoints" / "latest").write_text("step_00000004\n")
+    again = est_ds("train", run_dir, "--processes", "4")
+    assert again.returncode == 0, again.stderr
+    assert [e["loss"] for e in read_metrics(run_dir)[0]] == losses[1]

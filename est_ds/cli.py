@@ -8,7 +8,7 @@ from pathlib import Path
 
 import est_ds
 from est_ds import runtime
-from est_ds.errors import UserError
+from est_ds.errors import Failure, UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +21,10 @@ def main(arguments: list[str] | None = None) -> None:
         if runtime.world().is_first:
             print(f"est-ds: error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Failure as e:
+        if runtime.world().is_first:
+            print(f"est-ds: failed: {e}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -71,8 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
 
-    export = verb("export", _export, "write the latest checkpoint as a Hugging Face folder")
+    export = verb("export", _export, "write a checkpoint as a Hugging Face folder")
     overrides(export)
+    export.add_argument(
+        "--checkpoint", default="latest", help="latest (default), best, or a number of steps"
+    )
     export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export")
     export.add_argument("--prompt", default="def ", help="start of the sample (default: 'def ')")
 
@@ -97,8 +104,9 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.checkpoints.store import LATEST, Store
     from est_ds.config import load_run
-    from est_ds.engine.checkpoint import check_resumable, latest_step
+    from est_ds.engine.setup import leave_processes
     from est_ds.launching import check_processes, default_processes, launch
     from est_ds.run import lock_run_dir, prepare
     from est_ds.train import train
@@ -110,18 +118,14 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         train(prepare(config, world.size), world)
         if world.is_first:
             _summary(config.run_dir)
-        return
+        leave_processes()
     processes = parsed.processes or default_processes(config)
     check_processes(processes)
     run = prepare(config, processes)
-    checkpoints = run.directory / "checkpoints"
-    step = latest_step(checkpoints)
-    if step == config.steps:
+    if Store(run.directory / "checkpoints").named(LATEST) == config.steps:
         print(f"{config.run_dir} is done: all {config.steps} steps are trained.")
         _summary(config.run_dir)
         return
-    if step is not None:
-        check_resumable(checkpoints, step, config.layout(processes))
     lock_run_dir(config).close()
     sys.exit(launch(arguments, processes))
 
@@ -130,7 +134,8 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config import load_run
     from est_ds.export import export
 
-    done = export(load_run(parsed.run, parsed.overrides), parsed.out, parsed.prompt)
+    config = load_run(parsed.run, parsed.overrides)
+    done = export(config, parsed.out, parsed.prompt, parsed.checkpoint)
     print(f"exported step {done.step} to {done.folder}")
     print(
         f"largest difference of logits, reloaded folder against the engine's weights: "

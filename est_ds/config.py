@@ -53,12 +53,14 @@ class Batch(Strict):
 class Parallel(Strict):
     """Pipe stages, and the ZeRO stage that shards over the replicas.
 
-    `processes` is how many `est-ds train` starts on a machine without GPUs when --processes does
+    `offload` keeps optimizer state (and its step) in host memory: ZeRO 2 and 3. `processes` is how
+    many `est-ds train` starts on a machine without GPUs when --processes does
     not say (default: one replica).
     """
 
     pipe: Positive = 1
-    zero: Literal[0, 1, 2] = 1
+    zero: Literal[0, 1, 2, 3] = 1
+    offload: bool = False
     processes: Positive | None = None
 
     @model_validator(mode="after")
@@ -67,6 +69,11 @@ class Parallel(Strict):
             raise ValueError(
                 f"zero={self.zero} with pipe={self.pipe}: DeepSpeed's pipeline works with ZeRO 0 "
                 f"or 1; set parallel.zero=1, or parallel.pipe=1"
+            )
+        if self.offload and self.zero < 2:
+            raise ValueError(
+                f"offload=True with zero={self.zero}: it works with ZeRO 2 and 3; set "
+                f"parallel.zero=2 (and parallel.pipe=1), or parallel.offload=false"
             )
         return self
 
@@ -108,10 +115,18 @@ class Wsd(Strict):
 
 
 class Checkpoint(Strict):
-    """Every `every` steps and at phase boundaries; the newest `keep` stay (0: all)."""
+    """Every `every` steps and at phase boundaries.
+
+    The newest `keep_last` stay (0: all), with every one whose step is a multiple of `keep_every`,
+    and with `keep_best` the one with the lowest held-out loss. `asynchronous` writes in the
+    background, from a copy in host memory, where there is room for it.
+    """
 
     every: Positive
-    keep: Annotated[int, Field(ge=0)] = 2
+    keep_last: Annotated[int, Field(ge=0)] = 2
+    keep_every: Positive | None = None
+    keep_best: bool = True
+    asynchronous: bool = True
 
 
 class Evaluate(Strict):
@@ -142,6 +157,8 @@ class RunConfig(Strict):
     optimizer: Optimizer
     schedule: Annotated[Cosine | Wsd, Field(discriminator="name")] = Cosine()
     checkpoint: Checkpoint
+    # auto: from the newest good checkpoint; latest: from the one that `latest` names, or not at all
+    resume: Literal["auto", "latest"] = "auto"
     evaluate: Evaluate
     log: Log = Log()
     activation_checkpointing: bool = False

@@ -1,8 +1,15 @@
-"""The one exception type that means: the user's input is wrong."""
+"""What ends a command with one clear line."""
 
 
 class UserError(ValueError):
-    """Wrong input: the message names field, value, what is allowed and what to do.
+    """Wrong input; the text names field, value, what is allowed and what to do.
 
-    The command line prints the message alone and exits with code 2.
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+class Failure(RuntimeError):
+    """The run cannot go on, though its input was right; every rank raises the same.
+
+    The command line prints it once, without a traceback, and exits with code 1.
     """

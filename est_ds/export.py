@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from est_ds.config import RunConfig
+from est_ds.checkpoints.reader import Checkpoint, damage
+from est_ds.checkpoints.store import LATEST, Store
 from est_ds.data.indexed import Corpus
-from est_ds.engine.checkpoint import latest_step
-from est_ds.engine.weights import read_weights
 from est_ds.errors import UserError
-from est_ds.model import build_model
+from est_ds.model import build_model, empty_model
 from est_ds.run import Planned, check_run_dir, plan_run
 from est_ds.slicing.families import hf_config
 
@@ -43,11 +43,12 @@ class Exported:
     sample: str | None
 
 
-def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
-    """Exports the latest checkpoint of a run directory.
+def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = LATEST) -> Exported:
+    """Exports a checkpoint of a run directory, in the precision of the run.
 
     Args:
         out: folder to write; default `run_dir/export`. A former export there is replaced.
+        checkpoint: `latest`, `best`, or a number of steps.
 
     Raises:
         UserError: no checkpoint, an incomplete one, or `out` holds something else.
@@ -57,13 +58,8 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
 
     logging.disable_progress_bar()
     planned = plan_run(config)
-    checkpoints = Path(config.run_dir) / "checkpoints"
-    step = latest_step(checkpoints)
-    if step is None:
-        raise UserError(
-            f"run_dir={config.run_dir!r} holds no checkpoint to export; train it first: "
-            f"est-ds train {config.run_dir}"
-        )
+    store = Store(Path(config.run_dir) / "checkpoints")
+    step = store.find(checkpoint)
     check_run_dir(config)
     folder = out or Path(config.run_dir) / "export"
     if folder.exists() and not (folder / MARK).is_file():
@@ -78,9 +74,7 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
             f"data.tokenizer={config.data.tokenizer!r} holds no tokenizer.model; point it to the "
             f"tokenizer that the corpus was packed with."
         )
-    weights = read_weights(
-        checkpoints / f"step_{step:08d}", planned.family.pieces(planned.hf_config)
-    )
+    weights = _weights(store.path(step), planned)
     planned, weights = _as_deep_as(planned, step, weights)
     model = build_model(planned.hf_config, config.seed)
     model.load_state_dict(weights, strict=True, assign=True)
@@ -112,6 +106,17 @@ def export(config: RunConfig, out: Path | None, prompt: str) -> Exported:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, step, difference, sample)
+
+
+def _weights(checkpoint: Path, planned: Planned) -> dict[str, Tensor]:
+    """The weights that the engine computed with, tied ones under all their names."""
+    if wrong := damage(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another --checkpoint.")
+    dtype = torch.bfloat16 if planned.config.precision == "bf16" else torch.float32
+    with Checkpoint(checkpoint) as held:
+        weights = {name: tensor.to(dtype) for name, tensor in held.weights().items()}
+    tied = empty_model(planned.hf_config).all_tied_weights_keys
+    return weights | {name: weights[source] for name, source in tied.items()}
 
 
 def _as_deep_as(

@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "parallel",
     "batch.micro",
     "checkpoint",
+    "resume",
     "evaluate",
     "log",
     "activation_checkpointing",

@@ -5,25 +5,28 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-import est_ds
+from est_ds.agreement import check_agreement
+from est_ds.checkpoints.index import read_index
+from est_ds.checkpoints.store import Store
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
-from est_ds.engine.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
 from est_ds.engine.setup import start_processes
-from est_ds.errors import UserError
+from est_ds.errors import Failure, UserError
 from est_ds.flops import Flops, dense_flops, step_flops
 from est_ds.lr import learning_rate
 from est_ds.metrics import MetricsFile
 from est_ds.plans.methods.base import plan_loads
+from est_ds.plans.plan import Plan
 from est_ds.progress import Progress
 from est_ds.run import Run, lock_run_dir, write_config
 from est_ds.runtime import World, say
+
+VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 
 
 def train(run: Run, world: World) -> None:
@@ -31,27 +34,31 @@ def train(run: Run, world: World) -> None:
 
     Raises:
         UserError: the checkpoint does not fit the run.
-        RuntimeError: the loss is no number, or ranks disagree about plan or data.
+        Failure: the loss is no number, ranks disagree, or a checkpoint cannot be written.
     """
     config, method, directory = run.config, run.method, run.directory
-    checkpoints = directory / "checkpoints"
+    store = Store(directory / "checkpoints")
     lock = lock_run_dir(config) if world.is_first else None
     start_processes(world)
-    start = latest_step(checkpoints) or 0
+    start = choose_checkpoint(store, config.resume) or 0
+    if start:
+        _check_state(run, read_index(store.path(start)).state)
     if world.is_first:
         write_config(config)
     engine = build_engine(
         config, run.hf_config, run.family, method, world, str(directory / "tensorboard")
     )
     if start:
-        _check_state(run, load_checkpoint(engine, checkpoints, start))
+        load_checkpoint(engine, store.path(start))
     metrics = MetricsFile(directory, start) if world.is_first else None
     _say_start(run, engine, start)
-    _check_agreement(run, start)
+    check_agreement(run, start)
 
     work = _work_by_phase(run)
     ends = {phase.until_step for phase in method.phases}
-    with Progress(config.steps, start, _remaining(run, start, work), world.is_first) as progress:
+    progress = Progress(config.steps, start, _remaining(run, start, work), world.is_first)
+    with progress, Saver(engine, store) as saver:
+        saver.check_space()
         for step in range(start, config.steps):
             began = time.perf_counter()
             if growth := method.growth(step):
@@ -67,50 +74,58 @@ def train(run: Run, world: World) -> None:
                 loss = engine.train_batch(batches)
             step_s = time.perf_counter() - began
             if not math.isfinite(loss):
-                raise RuntimeError(
+                raise Failure(
                     f"the loss of step {step} is {loss}; resume from an earlier checkpoint with a "
                     f"lower optimizer.lr, or with precision=fp32"
                 )
 
             done = step + 1
             phase = method.phases[plan.phase].name
-            tokens_per_s = run.tokens_per_step / step_s
-            progress.step(step, phase, loss, tokens_per_s)
+            progress.step(step, phase, loss, run.tokens_per_step / step_s)
             if done % config.log.every == 0 or done in ends:
-                active, dense = _flops(run, plan)
-                entry = {
-                    "step": step,
-                    "phase": phase,
-                    "loss": loss,
-                    "lr": rate,
-                    "grad_norm": engine.grad_norm,
-                    "tokens": done * run.tokens_per_step,
-                    "step_s": step_s,
-                    "tokens_per_s": tokens_per_s,
-                    "flops_active": active.model,
-                    "flops_dense": dense.model,
-                    "blocks_active": active.blocks,
-                    "blocks_dense": dense.blocks,
-                    "kept_layers": len(plan.kept_layers),
-                    "plan_digest": plan.digest,
-                    "data_digest": run.train.digest(step),
-                }
+                entry = _entry(run, engine, step, plan, loss, rate, step_s)
                 if metrics:
                     metrics.write(**entry)
                 _to_monitor(engine, entry, done * config.batch.global_)
+            eval_loss = None
             if done % config.evaluate.every == 0 or done == config.steps:
                 eval_loss = evaluate(run, engine, step)
                 if metrics:
                     metrics.write(step=step, eval_loss=eval_loss)
                 progress.note(f"step {done}: held-out loss of the full model {eval_loss:.4f}")
                 engine.write_events({"eval/loss": eval_loss}, done * config.batch.global_)
+            saver.poll()
             if done % config.checkpoint.every == 0 or done in ends:
-                _check_agreement(run, step)
-                save_checkpoint(engine, checkpoints, done, _state(run, done))
+                check_agreement(run, done)
+                saver.save(done, _state(run, done), eval_loss)
     if metrics:
         metrics.close()
     if lock:
         lock.close()
+
+
+def _entry(
+    run: Run, engine: Engine, step: int, plan: Plan, loss: float, rate: float, step_s: float
+) -> dict[str, Any]:
+    """A training line of `metrics.jsonl`."""
+    active, dense = _flops(run, plan)
+    return {
+        "step": step,
+        "phase": run.method.phases[plan.phase].name,
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": engine.grad_norm,
+        "tokens": (step + 1) * run.tokens_per_step,
+        "step_s": step_s,
+        "tokens_per_s": run.tokens_per_step / step_s,
+        "flops_active": active.model,
+        "flops_dense": dense.model,
+        "blocks_active": active.blocks,
+        "blocks_dense": dense.blocks,
+        "kept_layers": len(plan.kept_layers),
+        "plan_digest": plan.digest,
+        "data_digest": run.train.digest(step),
+    }
 
 
 def evaluate(run: Run, engine: Engine, step: int) -> float:
@@ -136,41 +151,44 @@ def evaluate(run: Run, engine: Engine, step: int) -> float:
 def _state(run: Run, done: int) -> dict[str, Any]:
     """What a checkpoint holds besides weights and optimizer."""
     return {
-        "est_ds": est_ds.__version__,
-        "step": done,
+        "versions": {name: version(name) for name in VERSIONS},
         "config": run.config.model_dump(mode="json", by_alias=True),
         "corpus": run.train.corpus.fingerprint,
+        "tokens": done * run.tokens_per_step,
+        "next": _next(run, done),
+    }
+
+
+def _next(run: Run, step: int) -> dict[str, Any] | None:
+    """What the step after a checkpoint does, as far as it can be said beforehand."""
+    config = run.config
+    if step == config.steps:
+        return None
+    return {
+        "lr": learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
+        "plan_digest": run.method.plan(step).digest,
+        "data_digest": run.train.digest(step),
     }
 
 
 def _check_state(run: Run, state: dict[str, Any]) -> None:
-    if state["corpus"] != run.train.corpus.fingerprint:
+    corpus = run.train.corpus.fingerprint
+    if state["corpus"] != corpus:
         raise UserError(
             f"data.train={run.config.data.train!r} is not the corpus that the checkpoint was "
-            f"trained on (fingerprint {run.train.corpus.fingerprint}, not {state['corpus']}); "
-            f"point it to that corpus, or start a new run_dir."
+            f"trained on (fingerprint {corpus}, not {state['corpus']}); point it to that corpus, "
+            f"or start a new run_dir."
+        )
+    then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
+    if then != now:
+        raise UserError(
+            f"the checkpoint's next step was to be {then}, and is now {now}: the checkpoint is of "
+            f"{state['versions']}, and this version goes on otherwise; use that version, or start "
+            f"a new run_dir."
         )
 
 
-def _check_agreement(run: Run, step: int) -> None:
-    """All ranks must draw the same plan and read the same data.
-
-    Raises:
-        RuntimeError: they do not; DeepSpeed would silently mix gradients of different layers.
-    """
-    step = min(step, run.config.steps - 1)
-    mine = (run.method.plan(step).digest, run.train.digest(step), run.config.steps)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    if odd:
-        raise RuntimeError(
-            f"ranks {odd} disagree with rank 0 about the plan or the data of step {step}: "
-            f"they run another version of est_ds, of the run file or of the corpus"
-        )
-
-
-def _flops(run: Run, plan) -> tuple[Flops, Flops]:
+def _flops(run: Run, plan: Plan) -> tuple[Flops, Flops]:
     shape, size = run.method.shape, run.flops_size(run.config.batch.global_)
     active = step_flops(shape, plan_loads(plan, shape), **size)
     return active, dense_flops(shape, **size)

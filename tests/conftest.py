@@ -41,7 +41,7 @@ TINY_RUN = {
     "parallel": {"pipe": 2, "zero": 1, "processes": 4},
     "optimizer": {"lr": 3e-3},
     "schedule": {"name": "cosine", "warmup": 2},
-    "checkpoint": {"every": 5, "keep": 0},
+    "checkpoint": {"every": 5, "keep_last": 0},
     "evaluate": {"every": 10, "sequences": 10},
 }
 

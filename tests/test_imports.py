@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
 LAYERS = [
     {"errors", "config", "runtime"},
     {"plans", "flops", "lr"},
-    {"slicing", "data", "model"},
+    {"slicing", "data", "model", "checkpoints"},
     {"engine"},
-    {"run", "metrics", "progress", "planning", "export", "report", "launching"},
+    {"run", "metrics", "progress", "planning", "export", "report", "launching", "agreement"},
     {"train"},
     {"cli"},
 ]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import yaml
 from conftest import est_ds
+from reference import assert_close
 from test_matrix import fitting
 from test_methods import SECTIONS
-from test_training import assert_close
 
 from est_ds.metrics import read_metrics
 
@@ -23,7 +23,7 @@ def test_layouts_agree_and_a_resumed_run_goes_on_the_same(name, tiny_run, tmp_pa
     section = fitting(SECTIONS[name], num_layers=4)
     section.pop("balance_groups", None)
     tree = yaml.safe_load(tiny_run.read_text()) | {"steps": 10, "method": section}
-    tree["checkpoint"] = {"every": 4, "keep": 0}
+    tree["checkpoint"] = {"every": 4, "keep_last": 0}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree))
     losses = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_MODEL, est_ds
-from test_training import assert_close
+from reference import assert_close
 
 from est_ds.config import load_run
 from est_ds.engine.base import adamw
@@ -49,7 +49,7 @@ def run_file(tiny_run, tmp_path_factory):
         tree |= {"model": model, "objective": objective, "steps": STEPS}
         tree["method"] = {"name": "raptr", "phases": phases}
         tree |= {"evaluate": {"every": 3, "sequences": 5}, "schedule": {"name": "cosine"}}
-        tree["checkpoint"] = {"every": 2, "keep": 0}
+        tree["checkpoint"] = {"every": 2, "keep_last": 0}
         file = tmp_path_factory.mktemp(case) / "run.yaml"
         file.write_text(yaml.safe_dump(tree))
         return file

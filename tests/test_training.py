@@ -1,4 +1,4 @@
-"""Training through the real launcher: every layout equals one process with plain AdamW."""
+"""Training through the real launcher."""
 
 from __future__ import annotations
 
@@ -13,60 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import est_ds
+from reference import assert_close, plain_adamw
 
 from est_ds.config import load_run
-from est_ds.engine.base import token_loss
-from est_ds.lr import learning_rate
 from est_ds.metrics import read_metrics
-from est_ds.model import build_model
-from est_ds.run import prepare
-from est_ds.slicing.subnetwork import Subnetwork
-
-LAYOUTS = {
-    "pipe 2 x data 2, ZeRO 1": ("parallel.pipe=2", "parallel.zero=1", 4),
-    "pipe 2 x data 1, ZeRO 0": ("parallel.pipe=2", "parallel.zero=0", 2),
-    "data 2, ZeRO 2": ("parallel.pipe=1", "parallel.zero=2", 2),
-    "data 2, ZeRO 1": ("parallel.pipe=1", "parallel.zero=1", 2),
-    "data 1, ZeRO 0": ("parallel.pipe=1", "parallel.zero=0", 1),
-}
-
 
 @pytest.fixture(scope="session")
 def reference(tiny_run, tmp_path_factory):
-    """Losses and held-out losses of one process: plain torch, AdamW, zero-filled gradients."""
-    torch.set_num_threads(1)
-    config = load_run(tiny_run, ["parallel.pipe=1", f"run_dir={tmp_path_factory.mktemp('r')}/r"])
-    run = prepare(config, 1)
-    model = build_model(run.hf_config, config.seed)
-    subnetwork = Subnetwork(
-        run.family, run.method.shape, dict(enumerate(run.family.layers(model)))
-    )
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-    )
-    losses, norms, held_out = [], [], {}
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        with subnetwork.active(run.method.plan(step)):
-            [(ids, labels)] = run.train.micro_batches(step, rank=0, world=1, micro=8)
-            loss = torch.nn.functional.cross_entropy(
-                model(input_ids=ids).logits.flatten(0, 1), labels.flatten()
-            )
-            loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % config.evaluate.every == 0:
-            [(ids, labels)] = run.valid.held_out(10, rank=0, world=1, micro=10)
-            with torch.no_grad():
-                held_out[step] = token_loss(model(input_ids=ids).logits, labels).item()
-    return losses, norms, held_out, model
+    """The tiny run in one process of plain torch."""
+    folder = tmp_path_factory.mktemp("reference")
+    return plain_adamw(load_run(tiny_run, [f"run_dir={folder}/run", "parallel={}"]))
 
 
 @pytest.fixture(scope="session")
@@ -80,28 +36,11 @@ def trained(tiny_run, tmp_path_factory) -> Path:
     return run_dir
 
 
-def assert_close(found: list[float], expected: list[float], within: float = 1e-5) -> None:
-    assert len(found) == len(expected)
-    for step, (a, b) in enumerate(zip(found, expected)):
-        assert abs(a - b) <= within * abs(b), f"step {step}: {a} against {b}"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_equals_one_process_with_plain_adamw(layout, tiny_run, reference, tmp_path, request):
-    pipe, zero, processes = LAYOUTS[layout]
-    if processes == 4:
-        run_dir = request.getfixturevalue("trained")
-    else:
-        run_dir = tmp_path / "run"
-        done = est_ds(
-            "train", tiny_run, f"run_dir={run_dir}", pipe, zero, "--processes", str(processes)
-        )
-        assert done.returncode == 0, done.stderr
-    losses, norms, held_out, _ = reference
-    steps, evaluations = read_metrics(run_dir)
-    assert_close([e["loss"] for e in steps], losses)
-    assert_close([e["grad_norm"] for e in steps], norms, within=1e-4)
-    assert_close([e["eval_loss"] for e in evaluations], list(held_out.values()))
+def test_the_launched_run_equals_plain_adamw(trained, reference):
+    steps, evaluations = read_metrics(trained)
+    assert_close([e["loss"] for e in steps], reference.losses)
+    assert_close([e["grad_norm"] for e in steps], reference.norms, within=1e-4)
+    assert_close([e["eval_loss"] for e in evaluations], list(reference.held_out.values()))
 
 
 @pytest.mark.parametrize("zero", [0, 1])
@@ -173,25 +112,6 @@ def test_finished_run_is_not_trained_over(trained):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_layout_is_refused_with_the_command_that_works(trained, tmp_path):
-    run_dir = shutil.copytree(trained, tmp_path / "run")
-    (run_dir / "checkpoints" / "latest").write_text("step_00000015\n")
-    done = est_ds("train", run_dir, "--processes", "2")
-    assert done.returncode == 2
-    assert "--processes 4 parallel.pipe=2 parallel.zero=1" in done.stderr
-
-
-def test_truncated_checkpoint_is_refused(trained, tmp_path):
-    run_dir = shutil.copytree(trained, tmp_path / "run")
-    (run_dir / "checkpoints" / "latest").write_text("step_00000015\n")
-    with (run_dir / "checkpoints" / "step_00000015" / "layer_01-model_states.pt").open("r+b") as f:
-        f.truncate(100)
-    done = est_ds("train", run_dir)
-    assert done.returncode == 2
-    assert "layer_01-model_states.pt has 100 bytes" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_export_is_the_trained_model(trained, reference, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -201,7 +121,7 @@ def test_export_is_the_trained_model(trained, reference, tmp_path):
         done.stdout
     )
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
-    for name, weight in reference[3].state_dict().items():
+    for name, weight in reference.model.state_dict().items():
         torch.testing.assert_close(exported[name], weight, rtol=1e-3, atol=1e-4)
     ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("def f():\n    return 1\n")["input_ids"]
     assert len(ids) > 4
@@ -236,15 +156,3 @@ def wait_until(true, limit_s: float = 90) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.2)
-
-
-def test_bf16_trains_in_both_engines(tiny_run, tmp_path):
-    for pipe in (1, 2):
-        run_dir = tmp_path / f"run{pipe}"
-        done = est_ds(
-            "train", tiny_run, f"run_dir={run_dir}", f"parallel.pipe={pipe}", "precision=bf16",
-            "schedule={name: wsd, warmup: 2, decay: 0.3}", "--processes", "2",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        losses = [e["loss"] for e in read_metrics(run_dir)[0]]
-        assert losses[-1] < losses[0] - 0.3

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,13 @@ from torch.nn.functional import cross_entropy
 
 from est_ds.config import Optimizer, RunConfig
 from est_ds.data.loader import Inputs, Labels
+from est_ds.engine.fragments import Fragments
+from est_ds.engine.growing import grow
+from est_ds.engine.settings import deepspeed_config
+from est_ds.engine.setup import quiet
 from est_ds.plans.growth import Growth
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
-
-if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
-    from est_ds.engine.growing import LayerStates
 
 MicroBatch = tuple[Inputs, Labels]
 
@@ -65,14 +67,14 @@ class Engine(ABC):
     Attributes:
         subnetwork: slicing on the layers that live in this process.
         layers: these layers, by their index in the plan.
-        layer_states: weights and moments of these layers.
+        fragments: weights and moments that live in this process, as no layout has cut them.
         replica: this process's data-parallel rank.
         num_replicas: data-parallel size.
     """
 
     subnetwork: Subnetwork
     layers: dict[int, nn.Module]
-    layer_states: LayerStates
+    fragments: Fragments
     hf_config: Any
     family: Family
     replica: int
@@ -87,10 +89,6 @@ class Engine(ABC):
     @abstractmethod
     def mean_loss(self, batches: list[MicroBatch]) -> float:
         """The mean of `token_loss` over all replicas' micro-batches, without gradients."""
-
-    @abstractmethod
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights that live in this process, by their Hugging Face names."""
 
     @property
     def layout(self) -> dict[str, int]:
@@ -113,29 +111,17 @@ class Engine(ABC):
 
     def grow(self, growth: Growth) -> None:
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
-        from est_ds.engine.growing import identity_layers
-
-        mine = [i for i in growth.fresh if i in self.layers]
-        self.layer_states.grow(
-            growth, identity_layers(self.hf_config, self.family, self.config.seed, mine)
-        )
+        grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Every rank writes its part of a checkpoint to folder/tag."""
-        self.deepspeed.save_checkpoint(
-            str(folder), tag=tag, client_state={"est_ds": state}, save_latest=False
-        )
-
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Every rank reads its part; returns what `save` was given as state."""
-        path, state = self.deepspeed.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint at {folder / tag}")
-        return state["est_ds"]
+    def set_steps_done(self, steps: int) -> None:
+        """Sets DeepSpeed's counters, which it shows to its monitor."""
+        self.deepspeed.global_steps = steps
+        self.deepspeed.global_samples = steps * self.config.batch.global_
+        self.deepspeed.micro_steps = steps * self.deepspeed.gradient_accumulation_steps()
 
     def write_events(self, events: dict[str, float], samples: int) -> None:
         """Sends figures to DeepSpeed's monitor (TensorBoard and whatever else is configured)."""
@@ -158,14 +144,39 @@ def _clip(engine: Any, group: Any | None) -> None:
     )
 
 
-def keep_float32_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that must survive DeepSpeed's cast of the whole module (rotary frequencies)."""
-    return {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+def start_deepspeed(
+    module: nn.Module, config: RunConfig, data_parallel: int, tensorboard_dir: str
+) -> Any:
+    """The DeepSpeed engine around a module, with AdamW and the settings of the run."""
+    import deepspeed
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-
-def restore_float32_buffers(module: nn.Module, kept: dict[str, Tensor]) -> None:
-    """Puts back what `keep_float32_buffers` kept, on the device where the module now is."""
-    for name, buffer in kept.items():
+    settings = deepspeed_config(
+        config,
+        data_parallel=data_parallel,
+        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()),
+        tensorboard_dir=tensorboard_dir,
+    )
+    # DeepSpeed casts the whole module to bf16; rotary frequencies must survive that.
+    buffers = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        if config.parallel.zero:
+            # For bf16 and ZeRO 1 DeepSpeed would take its BF16_Optimizer, which reduces the
+            # gradients of skipped layers too and fails where a pipe stage skips all its layers.
+            # Its ZeRO optimizer does the same with fp32 accumulation, without either.
+            choose = patch.object(
+                DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION
+            )
+            stack.enter_context(choose)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=adamw(module.parameters(), config.optimizer),
+            config=settings,
+            dist_init_required=False,
+        )
+    for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         setattr(parent, leaf, buffer.to(getattr(parent, leaf).device))
+    return engine

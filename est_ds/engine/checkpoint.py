@@ -1,144 +1,280 @@
-"""Checkpoints that are complete or absent.
+"""Writes an engine's state as a checkpoint without a layout, and loads it into any engine.
 
-DeepSpeed writes into `.step_XXXXXXXX.partial`; when every rank is done, rank 0 adds
-`checkpoint.json` (sizes of all files, the layout) and renames the folder; `latest` moves last.
+DeepSpeed's own checkpoints do not serve: their files belong to a layout, are no checkpoint until a
+converter of the whole run has gone over them, name the parameters of a pipeline and of a plain
+engine differently, and are neither atomic nor asynchronous. Only its tables of who holds what are
+used (`fragments.py`).
+
+Every rank writes its ranges into `.step_XXXXXXXX.partial`, on a thread, and then their size and
+hash. Once all have, rank 0 adds `checkpoint.json`, renames the folder and moves `latest`: a
+checkpoint is complete or absent.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
+import socket
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
+from est_ds.checkpoints import index
+from est_ds.checkpoints.files import describe, replace_text, sync_file, sync_folder
+from est_ds.checkpoints.index import Index
+from est_ds.checkpoints.reader import Checkpoint, damage, fragment_key
+from est_ds.checkpoints.store import Store, tag_of
 from est_ds.engine.base import Engine
-from est_ds.engine.setup import quiet
-from est_ds.errors import UserError
+from est_ds.errors import Failure, UserError
+from est_ds.runtime import say
 
-INDEX = "checkpoint.json"
-TAG = re.compile(r"step_(\d{8})")
+LAST_WAIT_S = 60.0  # for a write that is under way when training fails
 
 
-def latest_step(folder: Path) -> int | None:
-    """The step (number of steps done) that `latest` names; None without a checkpoint.
+@dataclass(frozen=True)
+class _Content:
+    """What rank 0 adds to the files of the ranks."""
 
-    Raises:
-        UserError: `latest` names nothing that is there.
+    partial: Path
+    step: int
+    state: dict[str, Any]
+    eval_loss: float | None
+
+
+class Saver:
+    """Writes checkpoints; every rank has one and calls its methods together.
+
+    To be used in a `with`, at whose end nothing is being written any more.
     """
-    pointer = folder / "latest"
-    if not pointer.exists():
-        return None
-    tag = pointer.read_text().strip()
-    match = TAG.fullmatch(tag)
-    if not match or not (folder / tag / INDEX).is_file():
-        there = sorted(p.name for p in folder.glob("step_*") if (p / INDEX).is_file())
-        raise UserError(
-            f"{pointer} names {tag!r}, which is no complete checkpoint; write one of "
-            f"{there or 'none (start a new run directory)'} into it."
-        )
-    return int(match[1])
 
+    def __init__(self, engine: Engine, store: Store) -> None:
+        self._engine, self._store = engine, store
+        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        own_bytes, host = engine.fragments.num_bytes, socket.gethostname()
+        everyone = _gathered((host, own_bytes))
+        self._host_bytes = sum(n for name, n in everyone if name == host)
+        self._total_bytes = sum(n for _, n in everyone)
+        self._content: _Content | None = None  # of the checkpoint that is being written
+        self._thread: threading.Thread | None = None
+        self._error: OSError | SafetensorError | None = None
+        if self._rank == 0:
+            store.folder.mkdir(parents=True, exist_ok=True)
+            store.clean()
+        dist.barrier()
 
-def save_checkpoint(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Saves after `step` steps. Every rank calls it."""
-    tag = f"step_{step:08d}"
-    partial = f".{tag}.partial"
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
-    dist.barrier()
-    with quiet():
-        engine.save(folder, partial, state)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-            # DeepSpeed's converters, which fail on pipelines; `est-ds export` does not.
-            (folder / script).unlink(missing_ok=True)
-        _complete(folder / partial, folder / tag, step, engine.layout)
-        replace_text(folder / "latest", tag + "\n")
-        _forget(folder, keep=engine.config.checkpoint.keep)
-    dist.barrier()
+    def __enter__(self) -> Saver:
+        return self
 
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None:
+            # Other ranks may be gone: no communication.
+            self._thread.join(LAST_WAIT_S)
+            deadline = time.monotonic() + LAST_WAIT_S
+            while self._content and not self.poll() and time.monotonic() < deadline:
+                time.sleep(0.1)
 
-def load_checkpoint(engine: Engine, folder: Path, step: int) -> dict[str, Any]:
-    """Loads the checkpoint after `step` steps; returns the state given to `save_checkpoint`.
+    def check_space(self) -> None:
+        """Compares free disk space with what a checkpoint takes.
 
-    Raises:
-        UserError: a file is missing or truncated, or another layout wrote it.
-    """
-    check_resumable(folder, step, engine.layout)
-    with quiet():
-        return engine.load(folder, f"step_{step:08d}")
-
-
-def check_resumable(folder: Path, step: int, layout: dict[str, int]) -> None:
-    """Checks a checkpoint before anything is started.
-
-    Raises:
-        UserError: a file is missing or truncated, or another layout wrote it.
-    """
-    checkpoint = folder / f"step_{step:08d}"
-    check_files(checkpoint)
-    written = json.loads((checkpoint / INDEX).read_text())["layout"]
-    if written != layout:
-        raise UserError(
-            f"{checkpoint} was written with {_words(written)}, and this start has "
-            f"{_words(layout)}; start it with --processes {written['pipe'] * written['replicas']} "
-            f"parallel.pipe={written['pipe']} parallel.zero={written['zero']}."
-        )
-
-
-def check_files(checkpoint: Path) -> None:
-    """Compares the files with `checkpoint.json`.
-
-    Raises:
-        UserError: one is missing or has another size.
-    """
-    for name, size in json.loads((checkpoint / INDEX).read_text())["files"].items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, not {size}"
-            raise UserError(
-                f"checkpoint {checkpoint}: {name} {state}; write the name of another checkpoint "
-                f"into {checkpoint.parent / 'latest'}."
+        Raises:
+            Failure: there is less.
+        """
+        free = shutil.disk_usage(self._store.folder).free if self._rank == 0 else 0
+        free = _gathered(free)[0]
+        if free < self._total_bytes:
+            raise Failure(
+                f"a checkpoint takes {_gb(self._total_bytes)} and {self._store.folder} has "
+                f"{_gb(free)} free; make room there, or lower checkpoint.keep_last, and start the "
+                f"run again: it resumes from its last checkpoint."
             )
 
+    def save(self, step: int, state: dict[str, Any], eval_loss: float | None) -> None:
+        """Saves after `step` steps; the writing itself may go on after the call.
 
-def replace_text(file: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text(text)
-    os.replace(beside, file)
+        Raises:
+            Failure: this or the former checkpoint cannot be written.
+        """
+        self.finish()
+        self.check_space()
+        fragments = self._engine.fragments
+        state = {**state, "optimizer_steps": fragments.optimizer_steps}
+        partial = self._store.folder / f".{tag_of(step)}.partial"
+        self._content = _Content(partial, step, state, eval_loss)
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        dist.barrier()
+        aside = self._engine.config.checkpoint.asynchronous and self._has_memory()
+        tensors = {
+            fragment_key(key, fragment.start, fragment.name): tensor.to("cpu", copy=aside)
+            for fragment in fragments.owned()
+            for key, tensor in fragment.states.items()
+        }
+        self._thread = threading.Thread(target=self._write, args=(partial, tensors), daemon=True)
+        self._thread.start()
+        if not aside:
+            self._thread.join()
+
+    def poll(self) -> bool:
+        """Completes the checkpoint if every rank has written its part; whether there is none left.
+
+        Costs nothing but on rank 0 while one is being written.
+        """
+        if self._rank == 0 and self._content is not None:
+            markers = [self._marker(rank) for rank in range(self._num_ranks)]
+            if all(marker.exists() for marker in markers):
+                self._complete(markers)
+        return self._content is None
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that is being written is complete.
+
+        Raises:
+            Failure: it could not be written; every rank raises it.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        self._raise_everywhere()
+        try:
+            self.poll()
+        except OSError as e:
+            self._error = e
+        self._raise_everywhere()
+        self._content = None
+
+    def _raise_everywhere(self) -> None:
+        errors = _gathered(self._error and f"{type(self._error).__name__}: {self._error}")
+        for rank, text in enumerate(errors):
+            if text:
+                raise Failure(
+                    f"rank {rank} could not write the checkpoint in {self._store.folder} ({text}); "
+                    f"mend that and start the run again: it resumes from its last checkpoint."
+                )
+
+    def _marker(self, rank: int) -> Path:
+        return self._content.partial / f"rank_{rank:05d}.json"
+
+    def _write(self, partial: Path, tensors: dict[str, Tensor]) -> None:
+        """On the thread."""
+        try:
+            file = partial / f"rank_{self._rank:05d}.safetensors"
+            save_file(tensors, file)
+            tensors.clear()
+            sync_file(file)
+            written = {
+                "file": describe(file).model_dump(),
+                "parameters": self._engine.fragments.shapes,
+            }
+            replace_text(file.with_suffix(".json"), json.dumps(written))
+        except (OSError, SafetensorError) as e:
+            self._error = e
+
+    def _complete(self, markers: list[Path]) -> None:
+        content, files, parameters = self._content, {}, {}
+        for marker in markers:
+            written = json.loads(marker.read_text())
+            files[f"{marker.stem}.safetensors"] = written["file"]
+            parameters |= written["parameters"]
+            marker.unlink()
+        whole = Index(
+            step=content.step,
+            layout=self._engine.layout,
+            parameters=parameters,
+            files=files,
+            state=content.state,
+            eval_loss=content.eval_loss,
+        )
+        replace_text(content.partial / index.FILE, whole.to_json())
+        final = self._store.path(content.step)
+        if final.exists():  # of a run that went back
+            shutil.rmtree(final)
+        os.replace(content.partial, final)
+        sync_folder(self._store.folder)
+        self._content = None
+        self._store.keep(content.step, self._engine.config.checkpoint)
+
+    def _has_memory(self) -> bool:
+        """Whether this host can hold what its ranks copy, and as much again for training."""
+        return psutil.virtual_memory().available > 2 * self._host_bytes
 
 
-def _complete(partial: Path, final: Path, step: int, layout: dict[str, Any]) -> None:
-    files = {
-        str(p.relative_to(partial)): p.stat().st_size
-        for p in sorted(partial.rglob("*"))
-        if p.is_file()
-    }
-    index = {"format": 1, "step": step, "layout": layout, "files": files}
-    replace_text(partial / INDEX, json.dumps(index, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
+    """Loads weights, moments and counters into an engine of any layout. Every rank calls it.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    with Checkpoint(checkpoint) as held:
+        written = held.index.parameters
+        for name, shape in engine.fragments.shapes.items():
+            if written.get(name) != shape:
+                raise UserError(
+                    f"{checkpoint} holds {name} as {written.get(name)}, and the model of this run "
+                    f"has it as {shape}; choose another run_dir."
+                )
+        with torch.no_grad():
+            for fragment in engine.fragments.held():
+                for key, tensor in fragment.states.items():
+                    tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
+        engine.fragments.commit(held.index.state["optimizer_steps"])
+        engine.set_steps_done(held.index.step)
 
 
-def _forget(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints (0: removes none)."""
-    tags = sorted(p for p in folder.glob("step_*") if TAG.fullmatch(p.name))
-    for old in tags[: len(tags) - keep] if keep else []:
-        shutil.rmtree(old)
+def choose_checkpoint(store: Store, resume: str) -> int | None:
+    """The checkpoint to resume from, its files hashed; every rank calls it, sharing the work.
 
+    Args:
+        resume: `auto` goes back to the newest good one and says so; `latest` takes only what
+            `latest` names.
 
-def _words(layout: dict[str, Any]) -> str:
-    return (
-        f"parallel.pipe={layout['pipe']}, parallel.zero={layout['zero']} and "
-        f"{layout['replicas']} replicas"
+    Returns:
+        Its step; None where there is none.
+
+    Raises:
+        UserError: none is good, or with `latest` that one is not.
+    """
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    candidates = _gathered(store.candidates())[0]
+    broken = []
+    for step in candidates:
+        found = _gathered(damage(store.path(step), (rank, num_ranks)))
+        wrong = next((text for text in found if text), None)
+        if wrong is None:
+            for text in broken:
+                say(f"warning: {text}; resuming from step {step} instead")
+            return step
+        broken.append(f"checkpoint {store.path(step)} is damaged: {wrong}")
+        if resume == "latest":
+            break
+    if not broken:
+        return None
+    raise UserError(
+        f"{'; '.join(broken)}. Set resume=auto to use the newest good one, or start a new run_dir."
+        if resume == "latest"
+        else f"no checkpoint of the run is good: {'; '.join(broken)}. Start a new run_dir."
     )
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -11,13 +11,11 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
-import deepspeed
 from est_ds.config import RunConfig
 from est_ds.engine import base, setup
-from est_ds.engine.growing import LayerStates
-from est_ds.engine.layout import pipe_cuts, pipe_stage
-from est_ds.engine.settings import deepspeed_config
-from est_ds.model import count_parameters, empty_model, initialise
+from est_ds.engine.fragments import Fragments
+from est_ds.engine.layout import pipe_cuts
+from est_ds.model import empty_model, initialise
 from est_ds.plans.methods.base import Method
 from est_ds.runtime import World
 from est_ds.slicing.families.base import Family, Piece
@@ -39,12 +37,11 @@ class PieceModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.piece.forward(*self.held, x)
 
-    def named_weights(self, parameters: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Weights by their Hugging Face names; as parameters, or as the state dict has them."""
+    def parameters_by_common_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by their Hugging Face names; a tied one by that of the one it is tied to."""
         for path, module in zip(self.piece.modules, self.held):
-            held = dict(module.named_parameters()) if parameters else module.state_dict()
-            for name, tensor in held.items():
-                yield f"{path}.{name}", tensor
+            for name, parameter in module.named_parameters():
+                yield self.piece.tied.get(f"{path}.{name}", f"{path}.{name}"), parameter
 
 
 class CutPipeline(PipelineModule):
@@ -71,17 +68,16 @@ class CutPipeline(PipelineModule):
                 ranks = [self._grid.stage_to_global(stage, data=replica) for stage in stages]
                 group = dist.new_group(ranks)
                 if self.global_rank in ranks:
-                    parameter = self._held(common)
+                    parameter = self.parameters_by_common_name()[common]
                     # DeepSpeed then counts it once in the norm of the gradients.
                     parameter.ds_pipe_replicated = self.global_rank != ranks[0]
                     self._tied.append((parameter, group))
 
-    def _held(self, common: str) -> nn.Parameter:
-        for module in self.forward_funcs:
-            for own, name in module.piece.tied.items():
-                if name == common:
-                    return dict(module.named_weights(parameters=True))[own]
-        raise AssertionError(f"no piece of this pipe stage holds {common}")
+    def parameters_by_common_name(self) -> dict[str, nn.Parameter]:
+        """The parameters of this pipe stage by their Hugging Face names."""
+        return dict(
+            pair for module in self.forward_funcs for pair in module.parameters_by_common_name()
+        )
 
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
         """DeepSpeed sums the gradients of these over their groups before it reduces any."""
@@ -118,32 +114,24 @@ class PipelineEngine(base.Engine):
                 loss_fn=base.token_loss,
             )
             self.pipeline.tie(pieces)
-            self._pieces = list(self.pipeline.forward_funcs)
             self.hf_config, self.family = hf_config, family
             self.layers = {
-                p.piece.layer: p.held[0] for p in self._pieces if p.piece.layer is not None
+                p.piece.layer: p.held[0]
+                for p in self.pipeline.forward_funcs
+                if p.piece.layer is not None
             }
             self.subnetwork = Subnetwork(family, method.shape, self.layers)
-            buffers = base.keep_float32_buffers(self.pipeline)
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=self.pipeline,
-                optimizer=base.adamw(self.pipeline.parameters(), config.optimizer),
-                config=deepspeed_config(
-                    config,
-                    data_parallel=self.num_replicas,
-                    parameters=count_parameters(self.pipeline),
-                    tensorboard_dir=tensorboard_dir,
-                ),
-                dist_init_required=False,
-            )
-            base.restore_float32_buffers(self.pipeline, buffers)
+        self.deepspeed = base.start_deepspeed(
+            self.pipeline, config, self.num_replicas, tensorboard_dir
+        )
         grid = self.deepspeed.grid
         self.clip_over(grid.get_pipe_parallel_group())
-        owners = [grid.stage_to_global(pipe_stage(cuts, i)) for i in range(cuts[-1])]
-        self.layer_states = LayerStates(
-            self.deepspeed, self.layers, owners, grid.get_pipe_parallel_group()
+        self.replica = grid.get_data_parallel_rank()
+        named = self.pipeline.parameters_by_common_name()
+        is_first = {n: not getattr(p, "ds_pipe_replicated", False) for n, p in named.items()}
+        self.fragments = Fragments(
+            self.deepspeed, named, self.replica, self.num_replicas, is_first
         )
-        self.replica = self.deepspeed.grid.get_data_parallel_rank()
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         if self.config.parallel.zero == 0:
@@ -157,10 +145,6 @@ class PipelineEngine(base.Engine):
     def mean_loss(self, batches: list[base.MicroBatch]) -> float:
         loss = self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches))
         return loss.item()
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for piece in self._pieces:
-            yield from piece.named_weights()
 
 
 def _piece_cuts(pieces: list[Piece], layer_cuts: list[int]) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import torch
+
 from est_ds.config import RunConfig
 from est_ds.errors import UserError
 
@@ -21,6 +23,9 @@ OWNED = {
     "bfloat16": "precision",
     "fp16": "precision (fp32 or bf16)",
     "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_force_ds_cpu_optimizer": "parallel.offload",
+    "data_types.grad_accum_dtype": "precision (gradients are accumulated in fp32)",
     "tensorboard": "run_dir (TensorBoard's files stand in run_dir/tensorboard)",
     "pipeline.activation_checkpoint_interval": "activation_checkpointing",
     "checkpoint": "checkpoint",
@@ -37,10 +42,6 @@ REFUSED = {
     "amp": "DeepSpeed 0.19 removed it; set precision",
     "data_efficiency": "its samplers would replace the data order, a function of seed and step",
     "zero_optimization.round_robin_gradients": "its universal checkpoints restore wrong weights",
-    "zero_optimization.offload_optimizer": (
-        "with it DeepSpeed applies the last gradient of a skipped layer again at every step"
-    ),
-    "zero_optimization.offload_param": "it needs ZeRO 3",
 }
 
 REFUSED_WITH_PIPELINE = {
@@ -66,6 +67,11 @@ def check_deepspeed_section(config: RunConfig) -> None:
     Raises:
         UserError: such a key is set.
     """
+    if config.precision == "bf16" and config.parallel.zero == 0:
+        raise UserError(
+            "precision='bf16' with parallel.zero=0: DeepSpeed then accumulates gradients in bf16; "
+            "set parallel.zero=1, which takes no more memory."
+        )
     section = config.deepspeed
     for key, field in OWNED.items():
         if _holds(section, key, even_off=True):
@@ -117,6 +123,14 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` takes."""
     bucket = min(500_000_000, max(1, parameters))
+    zero: dict[str, Any] = {
+        "stage": config.parallel.zero,
+        # DeepSpeed allocates buckets whole: no larger than the model.
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if config.parallel.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     ours = {
         "train_batch_size": config.batch.global_,
         "train_micro_batch_size_per_gpu": config.batch.micro,
@@ -124,12 +138,11 @@ def deepspeed_config(
         "gradient_clipping": config.optimizer.clip,
         "steps_per_print": None,
         "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": {
-            "stage": config.parallel.zero,
-            # DeepSpeed allocates buckets whole: no larger than the model.
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        # torch's fused AdamW also serves on the host, and needs no compiler there.
+        "zero_force_ds_cpu_optimizer": False,
         "tensorboard": {"enabled": True, "output_path": tensorboard_dir, "job_name": "."},
     }
     return _merged(ours, config.deepspeed)

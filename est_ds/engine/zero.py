@@ -1,4 +1,4 @@
-"""The plain ZeRO engine (stages 0 to 2) around the whole Hugging Face model."""
+"""The plain ZeRO engine (stages 0 to 3) around the whole Hugging Face model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from est_ds.config import RunConfig
-from est_ds.engine import base, setup
-from est_ds.model import build_model, count_parameters
-from est_ds.engine.growing import LayerStates
-from est_ds.engine.settings import deepspeed_config
+from est_ds.engine import base
+from est_ds.engine.fragments import Fragments
+from est_ds.model import build_model
 from est_ds.plans.shape import ModelShape
 from est_ds.runtime import World
 from est_ds.slicing.families.base import Family
@@ -20,7 +19,7 @@ from est_ds.slicing.subnetwork import Subnetwork
 
 
 class ZeroEngine(base.Engine):
-    """Every process holds the whole model; ZeRO shards optimizer state and gradients."""
+    """Every process holds the whole model, or under ZeRO 3 its share of every parameter."""
 
     def __init__(
         self,
@@ -31,8 +30,6 @@ class ZeroEngine(base.Engine):
         world: World,
         tensorboard_dir: str,
     ) -> None:
-        import deepspeed
-
         self.config, self.replica, self.num_replicas = config, world.rank, world.size
         model = build_model(hf_config, config.seed)
         if config.activation_checkpointing:
@@ -40,25 +37,16 @@ class ZeroEngine(base.Engine):
         self.hf_config, self.family = hf_config, family
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(family, shape, self.layers)
-        buffers = base.keep_float32_buffers(model)
-        with setup.quiet():
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=base.adamw(model.parameters(), config.optimizer),
-                config=deepspeed_config(
-                    config,
-                    data_parallel=world.size,
-                    parameters=count_parameters(model),
-                    tensorboard_dir=tensorboard_dir,
-                ),
-                dist_init_required=False,
-            )
-        base.restore_float32_buffers(model, buffers)
+        self.deepspeed = base.start_deepspeed(model, config, world.size, tensorboard_dir)
         self.clip_over(None)
-        self.layer_states = LayerStates(self.deepspeed, self.layers)
+        self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None
+        self.fragments = Fragments(
+            self.deepspeed, dict(model.named_parameters()), self.replica, self.num_replicas
+        )
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         self.deepspeed.train()
+        self._forget_trace()
         total = torch.zeros((), device=self.deepspeed.device)
         count = self.deepspeed.gradient_accumulation_steps()
         for _ in range(count):
@@ -66,16 +54,43 @@ class ZeroEngine(base.Engine):
             total += loss.detach() / count
             self.deepspeed.backward(loss)
             self.deepspeed.step()
+        self._forget_gradients()
         return self._mean_over_replicas(total)
 
     @torch.no_grad()
     def mean_loss(self, batches: list[base.MicroBatch]) -> float:
         self.deepspeed.eval()
+        self._forget_trace()
         losses = [self._loss(*batch) for batch in batches]
         return self._mean_over_replicas(torch.stack(losses).mean())
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.deepspeed.module.state_dict().items()
+    def _forget_trace(self) -> None:
+        """Where other layers run than before, lets ZeRO 3 forget in what order it gathered them:
+        it would gather skipped ones too, until it noticed."""
+        if self.config.parallel.zero < 3:
+            return
+        runs = (self.deepspeed.training, self.subnetwork.skipped)
+        if runs != self._traced:
+            coordinator = self.deepspeed.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+            self._traced = runs
+
+    def _forget_gradients(self) -> None:
+        """Zeroes what DeepSpeed keeps of a step's gradients: under ZeRO 3, and with the optimizer
+        on the host, a layer that the next plan leaves out would be trained with them again."""
+        optimizer, parallel = self.deepspeed.optimizer, self.config.parallel
+        if parallel.offload:
+            groups = (
+                optimizer.fp32_partitioned_groups_flat
+                if parallel.zero == 3
+                else optimizer.single_partition_of_fp32_groups
+            )
+            for group in groups:
+                group.grad.zero_()
+            optimizer.norm_for_param_grads.clear()
+        if parallel.zero == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
 
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))

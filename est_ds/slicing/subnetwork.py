@@ -61,6 +61,12 @@ class Subnetwork:
         finally:
             self._clear()
 
+    @property
+    def skipped(self) -> tuple[nn.Module, ...]:
+        """The layers and parts that do not run under the active plan."""
+        parts = [module for slot in self._all_slots() for module, _ in slot.skippable]
+        return tuple(m for m in [*self._layers.values(), *parts] if m.est_skipped)
+
     def uninstall(self) -> None:
         """Gives every module its own class back."""
         for slot in self._all_slots():

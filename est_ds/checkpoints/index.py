@@ -1,0 +1,82 @@
+"""`checkpoint.json`: what a checkpoint holds, and how to know that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FILE = "checkpoint.json"
+
+
+class Damaged(Exception):
+    """A checkpoint is not whole; says which file, and what is wrong with it."""
+
+
+class File(BaseModel):
+    """Size and hash of a file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Index(BaseModel):
+    """Contents of `checkpoint.json`.
+
+    Attributes:
+        step: optimizer steps done.
+        layout: the layout that wrote it; for people, nothing depends on it.
+        parameters: shapes by Hugging Face names.
+        files: all other files.
+        state: what training needs besides weights and moments: position in data and schedule,
+            the AdamW's own count of steps, config, digests, versions.
+        eval_loss: held-out loss after these steps, if it was measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[2] = 2
+    step: int = Field(ge=0)
+    layout: dict[str, int]
+    parameters: dict[str, tuple[int, ...]]
+    files: dict[str, File]
+    state: dict[str, Any]
+    eval_loss: float | None = None
+
+    def to_json(self) -> str:
+        """JSON that ends with a hash of the rest."""
+        tree = self.model_dump(mode="json")
+        return json.dumps({**tree, "sha256": _digest(tree)}, indent=1) + "\n"
+
+
+def read_index(checkpoint: Path) -> Index:
+    """Reads and checks `checkpoint.json`.
+
+    Raises:
+        Damaged: it is missing or not what was written.
+    """
+    file = checkpoint / FILE
+    try:
+        tree = json.loads(file.read_bytes())
+        digest = tree.pop("sha256")
+        index = Index.model_validate(tree)
+    except FileNotFoundError:
+        raise Damaged(f"{FILE} is missing") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise Damaged(f"{FILE} is not of this format ({where}: {first['msg']})") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        raise Damaged(f"{FILE} cannot be read ({type(e).__name__})") from None
+    if digest != _digest(tree):
+        raise Damaged(f"{FILE} is not what was written (its sha256 differs)")
+    return index
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,100 @@
+"""The checkpoints of a run: which there are, which is the latest, which are kept."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from est_ds.checkpoints.files import replace_text
+from est_ds.checkpoints.index import FILE, Damaged, read_index
+from est_ds.config import Checkpoint as Settings
+from est_ds.errors import UserError
+
+LATEST, BEST = "latest", "best"
+TAG = re.compile(r"step_(\d{8})")
+
+
+def tag_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+class Store:
+    """The folder `run_dir/checkpoints`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that claim to be complete, in order."""
+        matches = [TAG.fullmatch(p.name) for p in self.folder.glob("step_*") if (p / FILE).exists()]
+        return sorted(int(m[1]) for m in matches if m)
+
+    def path(self, step: int) -> Path:
+        return self.folder / tag_of(step)
+
+    def named(self, pointer: str) -> int | None:
+        """The step that `latest` or `best` names; None without such a file, or if it names none."""
+        try:
+            match = TAG.fullmatch((self.folder / pointer).read_text().strip())
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        return int(match[1]) if match else None
+
+    def candidates(self) -> list[int]:
+        """Steps to resume from, the best choice first: what `latest` names, then what is before it.
+
+        Without a `latest` that names a checkpoint, all, newest first.
+        """
+        steps, latest = self.steps(), self.named(LATEST)
+        return [s for s in reversed(steps) if latest not in steps or s <= latest]
+
+    def find(self, wanted: str) -> int:
+        """The step of `latest`, `best`, or a number of steps.
+
+        Raises:
+            UserError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        step = int(wanted) if wanted.isdecimal() else self.named(wanted)
+        if step in steps:
+            return step
+        there = ", ".join(map(str, steps)) or "none: train the run first"
+        raise UserError(
+            f"checkpoint {wanted!r} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or the "
+            f"steps of one of these: {there}."
+        )
+
+    def keep(self, newest: int, settings: Settings) -> None:
+        """Moves `latest` and `best`, and removes what the settings do not keep.
+
+        Args:
+            newest: the checkpoint just completed. Later ones, of a run that went back, are left.
+        """
+        replace_text(self.folder / LATEST, tag_of(newest) + "\n")
+        steps = [step for step in self.steps() if step <= newest]
+        losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
+        kept = set(steps[-settings.keep_last :] if settings.keep_last else steps)
+        if losses:
+            best = min(losses, key=lambda step: (losses[step], step))
+            replace_text(self.folder / BEST, tag_of(best) + "\n")
+            if settings.keep_best:
+                kept.add(best)
+        if settings.keep_every:
+            kept.update(step for step in steps if step % settings.keep_every == 0)
+        for step in set(steps) - kept:
+            # Out of sight first: a removal cut short must not leave half a checkpoint.
+            dropped = self.folder / f".{tag_of(step)}.dropped"
+            self.path(step).rename(dropped)
+            shutil.rmtree(dropped)
+
+    def clean(self) -> None:
+        """Removes what a killed process left half-written or half-removed."""
+        for left in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.dropped")]:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+
+    def _eval_loss(self, step: int) -> float | None:
+        try:
+            return read_index(self.path(step)).eval_loss
+        except Damaged:
+            return None

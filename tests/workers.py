@@ -1,0 +1,106 @@
+"""Trains many runs in one start of processes: what costs most in a test of layouts is the start.
+
+As a script it is one rank: it reads jobs from a JSON file and runs them one after the other,
+each through `est_ds.train.train`, as `est-ds train` does inside a launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def train_all(folder: Path, processes: int, jobs: list[dict], timeout_s: float = 600) -> str:
+    """Runs jobs in one group of gloo processes; returns what they said.
+
+    Args:
+        folder: where the jobs' file and the log go.
+        jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
+            the bytes that rank 0 communicates in every step are written there, if the overrides
+            turn DeepSpeed's communication logger on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs, default=str))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    logs = [folder / f"rank{rank}.log" for rank in range(processes)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(file)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdin=subprocess.DEVNULL,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [rank.wait(timeout_s) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = "\n".join(log.read_text() for log in logs)
+    assert not any(codes), f"exit codes {codes}\n{said}"
+    return said
+
+
+def main(file: str) -> None:
+    from est_ds import runtime
+    from est_ds import train as training
+    from est_ds.config import load_run
+    from est_ds.engine.setup import leave_processes
+    from est_ds.run import prepare
+
+    world = runtime.world()
+    build = training.build_engine
+    for job in json.loads(Path(file).read_text()):
+        runtime.say(f"=== {job['overrides']}")
+        if groups := sys.modules.get("deepspeed.utils.groups"):
+            groups.mpu = None  # a pipeline's, which a plain engine after it would take for its own
+        traffic: list[dict[str, int]] = []
+        training.build_engine = partial(_counted, build, traffic) if "traffic" in job else build
+        training.train(prepare(load_run(job["run"], job["overrides"]), world.size), world)
+        if "traffic" in job and world.is_first:
+            Path(job["traffic"]).write_text(json.dumps(traffic))
+    leave_processes()
+
+
+def _counted(build, traffic: list[dict[str, int]], *arguments):
+    """An engine that notes the bytes of every collective operation of each step, as DeepSpeed's
+    communication logger counts them."""
+    from deepspeed.comm import comm
+
+    engine = build(*arguments)
+    train_batch = engine.train_batch
+
+    def counting(batches):
+        comm.comms_logger.comms_dict.clear()
+        loss = train_batch(batches)
+        sizes = comm.comms_logger.comms_dict.items()
+        traffic.append({op: sum(size * n[0] for size, n in by.items()) for op, by in sizes})
+        return loss
+
+    engine.train_batch = counting
+    return engine
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -29,8 +29,9 @@ BF16_LAYOUTS = [
     "pipe 2 x data 2, ZeRO 1",
     "pipe 4, ZeRO 1",
 ]
-# Weights in bf16 have 8 bits: a sum in another order may round one of them the other way.
-BF16_BOUND = 1e-4
+# Weights in bf16 have 8 bits: a sum in another order may round one of them the other way, and these
+# losses fall by a third in five steps.
+BF16_BOUND = 1e-3
 
 
 def write_run(folder: Path) -> Path:
@@ -125,6 +126,8 @@ def test_bf16_equals_plain_adamw_on_fp32_weights_within_the_bound(layout, traine
     assert_close(
         [e["eval_loss"] for e in evaluations], list(expected.held_out.values()), BF16_BOUND
     )
+    # As long as the weights are the same: gradients are added up and reduced in fp32.
+    assert_close([e["grad_norm"] for e in steps[:2]], expected.norms[:2], within=1e-6)
 
 
 def test_some_plan_of_raptr_leaves_a_pipe_stage_without_layers(synthetic_run):

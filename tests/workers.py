@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def train_all(folder: Path, processes: int, jobs: list[dict], timeout_s: float =
         folder: where the jobs' file and the log go.
         jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
             the bytes that rank 0 communicates in every step are written there, if the overrides
-            turn DeepSpeed's communication logger on.
+            turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
+            takes that much longer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
@@ -77,10 +79,34 @@ def main(file: str) -> None:
             groups.mpu = None  # a pipeline's, which a plain engine after it would take for its own
         traffic: list[dict[str, int]] = []
         training.build_engine = partial(_counted, build, traffic) if "traffic" in job else build
+        if "slow_disk_s" in job:
+            _slow_disk(job)
         training.train(prepare(load_run(job["run"], job["overrides"]), world.size), world)
         if "traffic" in job and world.is_first:
             Path(job["traffic"]).write_text(json.dumps(traffic))
     leave_processes()
+
+
+def _slow_disk(job: dict) -> None:
+    """Every file of weights takes seconds more; notes when each was written, and each step done."""
+    from est_ds import train as training
+    from est_ds.engine import checkpoint
+
+    run_dir = job["overrides"][0].removeprefix("run_dir=")
+    marks: dict = {"steps": {}, "written": []}
+    save_file, learning_rate = checkpoint.save_file, training.learning_rate
+
+    def slow(*arguments):
+        time.sleep(job["slow_disk_s"])
+        save_file(*arguments)
+        marks["written"].append(time.monotonic())
+        Path(run_dir, "marks.json").write_text(json.dumps(marks))
+
+    def noting(schedule, peak, step, steps):
+        marks["steps"].setdefault(str(step), time.monotonic())
+        return learning_rate(schedule, peak, step, steps)
+
+    checkpoint.save_file, training.learning_rate = slow, noting
 
 
 def _counted(build, traffic: list[dict[str, int]], *arguments):

@@ -174,6 +174,8 @@ class Saver:
             file = partial / f"rank_{self._rank:05d}.safetensors"
             save_file(tensors, file)
             tensors.clear()
+            # Readable by whoever may read the folder; the library makes it private.
+            file.chmod(partial.stat().st_mode & 0o666)
             sync_file(file)
             written = {
                 "file": describe(file).model_dump(),

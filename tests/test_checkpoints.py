@@ -1,0 +1,280 @@
+"""Checkpoints belong to no layout, are complete or absent, and never resume wrongly."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import est_ds
+from layouts import LAYOUTS, METHODS, name_of, train_in
+from reference import assert_close
+from workers import train_all
+
+from est_ds.checkpoints.index import FILE, Damaged, read_index
+from est_ds.checkpoints.reader import Checkpoint, damage
+from est_ds.checkpoints.store import Store
+from est_ds.config import Checkpoint as Settings
+from est_ds.metrics import read_metrics
+from test_layouts import synthetic_run  # noqa: F401  a fixture
+
+EST = [f"method={METHODS['est']}"]
+OFFLOAD = ["parallel.zero=2", "parallel.offload=true"]
+# Each layout saves for another one: ten steps and a phase boundary to go.
+PAIRS = [
+    ("1 process", "data 2, ZeRO 3", []),
+    ("data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1", []),
+    ("pipe 2 x data 2, ZeRO 1", "data 2, ZeRO 2", ["batch.micro=1"]),
+    ("data 2, ZeRO 2", "pipe 4, ZeRO 1", []),
+    ("pipe 4, ZeRO 1", "1 process", ["batch.micro=8"]),
+    ("pipe 2 x data 2, ZeRO 1", "1 process", []),
+    ("data 2, ZeRO 0", "pipe 2, ZeRO 0", []),
+    ("pipe 2, ZeRO 0", "data 2, ZeRO 1", []),
+    ("data 2, ZeRO 1", "data 2, ZeRO 3", ["parallel.offload=true"]),
+    ("data 2, ZeRO 3", "data 2, ZeRO 2", OFFLOAD),
+]
+SAME = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
+SAVED = 10
+KEPT = ("step", "loss", "grad_norm", "lr", "tokens", "plan_digest", "data_digest")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(synthetic_run, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
+    """Finished runs with all their checkpoints, by layout; those in bf16 as `LAYOUT, bf16`."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    cases = [(layout, "fp32", EST) for layout in LAYOUTS]
+    cases += [(layout, "bf16", [*EST, "precision=bf16"]) for layout in SAME]
+    runs = train_in(folder, synthetic_run, cases)
+    return {
+        layout if name == "fp32" else f"{layout}, {name}": run
+        for (layout, name, _), run in zip(cases, runs)
+    }
+
+
+def back_to(run: Path, step: int, target: Path) -> Path:
+    """A copy of a run as it was when `step` was its newest checkpoint."""
+    shutil.copytree(run, target)
+    for tag in (target / "checkpoints").glob("step_*"):
+        if int(tag.name[5:]) > step:
+            shutil.rmtree(tag)
+    (target / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+    return target
+
+
+@pytest.fixture(scope="session")
+def resumed(uninterrupted, synthetic_run, tmp_path_factory) -> dict[tuple[str, str], Path]:  # noqa: F811
+    """Runs resumed at step 10 in another layout, and in their own."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cases = [(there, here, [*EST, *extra]) for there, here, extra in PAIRS]
+    for layout in SAME:
+        cases.append((layout, layout, EST))
+        cases.append((f"{layout}, bf16", layout, [*EST, "precision=bf16"]))
+    jobs: dict[int, list[dict]] = {}
+    found = {}
+    for there, here, overrides in cases:
+        run = found[there, here] = back_to(
+            uninterrupted[there], SAVED, folder / name_of(there, "to", here)
+        )
+        processes, arguments = LAYOUTS[here]
+        job = {"run": synthetic_run, "overrides": [f"run_dir={run}", *arguments, *overrides]}
+        jobs.setdefault(processes, []).append(job)
+    for processes, some in jobs.items():
+        said = train_all(folder / f"processes_{processes}", processes, some)
+        assert said.count(f"resuming at step {SAVED} of 20") == len(some)
+    return found
+
+
+@pytest.mark.parametrize(("there", "here"), [pair[:2] for pair in PAIRS])
+def test_run_resumed_in_another_layout_goes_on_the_same(there, here, resumed, uninterrupted):
+    steps, evaluations = read_metrics(resumed[there, here])
+    expected, expected_evaluations = read_metrics(uninterrupted[there])
+    assert [e["step"] for e in steps] == list(range(20))
+    assert_close([e["loss"] for e in steps], [e["loss"] for e in expected])
+    assert_close([e["grad_norm"] for e in steps], [e["grad_norm"] for e in expected], within=1e-4)
+    assert_close(
+        [e["eval_loss"] for e in evaluations], [e["eval_loss"] for e in expected_evaluations]
+    )
+    digests = [[(e["plan_digest"], e["data_digest"]) for e in run] for run in (steps, expected)]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("precision", ["", ", bf16"])
+@pytest.mark.parametrize("layout", SAME)
+def test_run_resumed_in_its_own_layout_is_bit_identical(layout, precision, resumed, uninterrupted):
+    run, whole = resumed[layout + precision, layout], uninterrupted[layout + precision]
+    steps, evaluations = read_metrics(run)
+    expected, expected_evaluations = read_metrics(whole)
+    assert [[e[k] for k in KEPT] for e in steps] == [[e[k] for k in KEPT] for e in expected]
+    assert evaluations == expected_evaluations
+    for step in (14, 15, 20):
+        files = [read_index(r / "checkpoints" / f"step_{step:08d}").files for r in (run, whole)]
+        assert files[0] == files[1]  # sizes and hashes of weights and moments
+
+
+def test_checkpoints_of_all_layouts_hold_the_same(uninterrupted):
+    with Checkpoint(uninterrupted["1 process"] / "checkpoints/step_00000005") as one:
+        expected = one.weights()
+    for run in uninterrupted.values():
+        folder = run / "checkpoints" / "step_00000005"
+        with Checkpoint(folder) as held:
+            assert held.index.state["optimizer_steps"] == 5
+            weights = held.weights()
+        assert weights.keys() == expected.keys()
+        close = 0.1 if "bf16" in run.name else 1e-3
+        for name, weight in weights.items():
+            assert (weight - expected[name]).abs().max() < close
+
+
+@pytest.fixture
+def run_at_15(uninterrupted, tmp_path) -> Path:
+    return back_to(uninterrupted["data 2, ZeRO 1"], 15, tmp_path / "run")
+
+
+FILES = (FILE, "rank_00000.safetensors", "rank_00001.safetensors")
+
+
+def harm(file: Path, how: str) -> None:
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        with file.open("r+b") as f:
+            f.truncate(file.stat().st_size // 2)
+    else:
+        content = bytearray(file.read_bytes())
+        content[random.Random(f"{file.name}{how}").randrange(len(content))] ^= 4
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "one bit flipped"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_found_and_named(name, how, run_at_15):
+    checkpoint = run_at_15 / "checkpoints" / "step_00000015"
+    assert damage(checkpoint) is None
+    harm(checkpoint / name, how)
+    assert name in damage(checkpoint)
+
+
+def test_damaged_checkpoint_gives_way_to_the_newest_good_one(run_at_15, uninterrupted):
+    for step, (name, how) in {15: (FILES[1], "flipped"), 14: (FILES[0], "truncated")}.items():
+        harm(run_at_15 / "checkpoints" / f"step_{step:08d}" / name, how)
+    done = est_ds("train", run_at_15, "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step 10 of 20" in done.stdout
+    for step, name in ((15, FILES[1]), (14, FILES[0])):
+        [line] = [x for x in done.stdout.splitlines() if f"step_{step:08d} is damaged: {name}" in x]
+        assert line.startswith("warning: ") and line.endswith("resuming from step 10 instead")
+    steps, _ = read_metrics(run_at_15)
+    expected, _ = read_metrics(uninterrupted["data 2, ZeRO 1"])
+    assert [e["loss"] for e in steps] == [e["loss"] for e in expected]
+
+
+def test_damaged_checkpoint_is_an_error_where_the_latest_was_asked_for(run_at_15):
+    harm(run_at_15 / "checkpoints" / "step_00000015" / FILES[2], "flipped")
+    done = est_ds("train", run_at_15, "resume=latest", "--processes", "2")
+    assert done.returncode == 2
+    assert "rank_00001.safetensors is not what was written" in done.stderr
+    assert "resume=auto" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_run_without_any_good_checkpoint_does_not_begin_anew(run_at_15):
+    for checkpoint in (run_at_15 / "checkpoints").glob("step_*"):
+        harm(checkpoint / FILES[1], "missing")
+    before = (run_at_15 / "metrics.jsonl").read_bytes()
+    done = est_ds("train", run_at_15, "--processes", "2")
+    assert done.returncode == 2 and "no checkpoint of the run is good" in done.stderr
+    assert (run_at_15 / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("latest", ["", "step_99999999", "\x00garbage"])
+def test_lost_pointer_is_made_up_for(latest, run_at_15):
+    (run_at_15 / "checkpoints" / "latest").write_text(latest)
+    assert Store(run_at_15 / "checkpoints").candidates() == [15, 14, 10, 8, 5]
+
+
+def test_checkpoints_are_kept_as_the_settings_say(uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted["1 process"], tmp_path / "run")
+    store = Store(run / "checkpoints")
+    losses = {step: read_index(store.path(step)).eval_loss for step in store.steps()}
+    assert {step for step, loss in losses.items() if loss is not None} == {10, 20}
+    best = min((10, 20), key=losses.get)
+    store.keep(20, Settings(every=1, keep_last=1, keep_every=7, keep_best=False))
+    assert store.steps() == [14, 20]
+    assert (store.named("latest"), store.named("best")) == (20, best if best == 20 else 20)
+
+
+def test_bytes_are_the_same_whether_written_aside_or_not(uninterrupted, synthetic_run, tmp_path):  # noqa: F811
+    layout = "data 2, ZeRO 1"
+    processes, arguments = LAYOUTS[layout]
+    overrides = [f"run_dir={tmp_path}/run", *arguments, *EST, "checkpoint.asynchronous=false"]
+    train_all(tmp_path / "log", processes, [{"run": synthetic_run, "overrides": overrides}])
+    for step in Store(tmp_path / "run" / "checkpoints").steps():
+        tag = f"checkpoints/step_{step:08d}"
+        for name in FILES[1:]:
+            written = (tmp_path / "run" / tag / name).read_bytes()
+            assert written == (uninterrupted[layout] / tag / name).read_bytes()
+
+
+def test_slow_disk_does_not_stop_training(synthetic_run, tmp_path):  # noqa: F811
+    overrides = [f"run_dir={tmp_path}/run", *LAYOUTS["1 process"][1], *EST]
+    overrides += ["checkpoint.every=100", "steps=20"]  # saved at 8, 14 and 20
+    job = {"run": synthetic_run, "overrides": overrides, "slow_disk_s": 4.0}
+    began = time.monotonic()
+    train_all(tmp_path / "log", 1, [job])
+    assert time.monotonic() - began > 3 * 4.0
+    marks = json.loads((tmp_path / "run" / "marks.json").read_text())
+    # Eight steps are written down within the four seconds that the file of step 8 takes.
+    assert marks["steps"]["13"] < marks["written"][0]
+
+
+def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(run_at_15):
+    """The limit of a file's size stands for the disk's: writing fails in the same place."""
+    command = f"ulimit -f 300; exec {sys.executable} -m est_ds.cli train {run_at_15} --processes 2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "could not write the checkpoint" in done.stderr and "Traceback" not in done.stderr
+    assert Store(run_at_15 / "checkpoints").candidates()[0] == 15
+    assert damage(run_at_15 / "checkpoints" / "step_00000015") is None
+    again = est_ds("train", run_at_15, "--processes", "2")
+    assert again.returncode == 0 and "resuming at step 15" in again.stdout
+
+
+def test_killed_while_saving_a_run_goes_on_bit_identically(uninterrupted, synthetic_run, tmp_path):  # noqa: F811
+    layout, draw = "data 2, ZeRO 1", random.Random(7)
+    processes, arguments = LAYOUTS[layout]
+    run_dir = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "est_ds.cli", "train", synthetic_run, f"run_dir={run_dir}"),
+        *(*arguments, *EST, "checkpoint.every=1", "--processes", str(processes)),
+    ]
+    for _ in range(3):
+        started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # A folder is there for about as long as a rank writes.
+        until = time.monotonic() + 120
+        while not list(run_dir.glob("checkpoints/.step_*.partial")):
+            assert started.poll() is None and time.monotonic() < until
+        time.sleep(draw.random() * 0.05)
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+        while subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True).stdout:
+            time.sleep(0.1)
+        store = Store(run_dir / "checkpoints")
+        assert all(damage(store.path(step)) is None for step in store.steps())
+    done = subprocess.run([*command, "checkpoint.every=5"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    final = "checkpoints/step_00000020"
+    assert read_index(run_dir / final).files == read_index(uninterrupted[layout] / final).files
+    assert not list(run_dir.glob("checkpoints/.step_*"))
+
+
+def test_checkpoint_of_another_format_says_so(run_at_15):
+    checkpoint = run_at_15 / "checkpoints" / "step_00000015"
+    tree = json.loads((checkpoint / FILE).read_text())
+    (checkpoint / FILE).write_text(json.dumps({**tree, "format": 1}))
+    with pytest.raises(Damaged, match="format"):
+        read_index(checkpoint)

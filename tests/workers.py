@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +20,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def train_all(folder: Path, processes: int, jobs: list[dict], timeout_s: float = 600) -> str:
-    """Runs jobs in one group of gloo processes; returns what they said.
+    """As `start`; returns what the ranks said, if every one ended well."""
+    codes, logs = start(folder, processes, jobs, timeout_s)
+    said = "\n".join(logs)
+    assert not any(codes), f"exit codes {codes}\n{said}"
+    return said
+
+
+def start(
+    folder: Path, processes: int, jobs: list[dict], timeout_s: float = 600
+) -> tuple[list[int], list[str]]:
+    """Runs jobs in one group of gloo processes; returns exit codes and logs of the ranks.
 
     Args:
         folder: where the jobs' file and the log go.
         jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
             the bytes that rank 0 communicates in every step are written there, if the overrides
             turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
-            takes that much longer.
+            takes that much longer. With `odd_from` the last rank draws another plan from that step
+            on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
@@ -59,9 +71,7 @@ def train_all(folder: Path, processes: int, jobs: list[dict], timeout_s: float =
     finally:
         for rank in ranks:
             rank.kill()
-    said = "\n".join(log.read_text() for log in logs)
-    assert not any(codes), f"exit codes {codes}\n{said}"
-    return said
+    return codes, [log.read_text() for log in logs]
 
 
 def main(file: str) -> None:
@@ -81,10 +91,24 @@ def main(file: str) -> None:
         training.build_engine = partial(_counted, build, traffic) if "traffic" in job else build
         if "slow_disk_s" in job:
             _slow_disk(job)
-        training.train(prepare(load_run(job["run"], job["overrides"]), world.size), world)
+        run = prepare(load_run(job["run"], job["overrides"]), world.size)
+        if "odd_from" in job and world.rank == world.size - 1:
+            _draw_otherwise(run.method, job["odd_from"])
+        training.train(run, world)
         if "traffic" in job and world.is_first:
             Path(job["traffic"]).write_text(json.dumps(traffic))
     leave_processes()
+
+
+def _draw_otherwise(method, odd_from: int) -> None:
+    """As if this rank ran another version of the code."""
+    plan = method.plan
+
+    def other(step):
+        drawn = plan(step)
+        return drawn if step < odd_from else replace(plan(step + 1), step=step)
+
+    object.__setattr__(method, "plan", other)
 
 
 def _slow_disk(job: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Failure as e:
         if runtime.world().is_first:
             print(f"est-ds: failed: {e}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except BrokenPipeError:  # `est-ds plan RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -53,6 +53,7 @@ class Batch(Strict):
 class Parallel(Strict):
     """Pipe stages, and the ZeRO stage that shards over the replicas.
 
+    `pipe_layers` are the layers of every pipe stage (default: cut by FLOPs, head included).
     `offload` keeps optimizer state (and its step) in host memory: ZeRO 2 and 3. `processes` is how
     many `est-ds train` starts on a machine without GPUs when --processes does
     not say (default: one replica).
@@ -60,6 +61,7 @@ class Parallel(Strict):
 
     pipe: Positive = 1
     zero: Literal[0, 1, 2, 3] = 1
+    pipe_layers: list[Positive] | None = None
     offload: bool = False
     processes: Positive | None = None
 
@@ -69,6 +71,11 @@ class Parallel(Strict):
             raise ValueError(
                 f"zero={self.zero} with pipe={self.pipe}: DeepSpeed's pipeline works with ZeRO 0 "
                 f"or 1; set parallel.zero=1, or parallel.pipe=1"
+            )
+        if self.pipe_layers is not None and len(self.pipe_layers) != self.pipe:
+            raise ValueError(
+                f"pipe_layers={self.pipe_layers} with pipe={self.pipe}: give one number of layers "
+                f"for every pipe stage, or leave parallel.pipe_layers out"
             )
         if self.offload and self.zero < 2:
             raise ValueError(

@@ -44,7 +44,7 @@ class Bytes:
     model: float
 
 
-def step_flops(
+def flops_by_layer(
     shape: ModelShape,
     loads: Sequence[Load],
     *,
@@ -52,12 +52,15 @@ def step_flops(
     sequence: int,
     target_tokens: float | None = None,
     target_sequence: int | None = None,
-) -> Flops:
+) -> tuple[list[Flops], float]:
     """FLOPs of forward and backward over `tokens` tokens in sequences of `sequence`.
 
     Args:
         target_tokens: tokens of an encoder-decoder's target stream (default: as many).
         target_sequence: their sequence length (default: the same).
+
+    Returns:
+        Of every layer, and of the output head.
     """
     source = tokens, sequence
     target = source
@@ -66,24 +69,34 @@ def step_flops(
             tokens if target_tokens is None else target_tokens,
             sequence if target_sequence is None else target_sequence,
         )
-    projections = scores = 0.0
+    projections, scores = [0.0] * shape.num_layers, [0.0] * shape.num_layers
     for i, part, chance, units, groups in _parts(shape, loads):
         stream = source if i < shape.encoder_layers else target
         per_unit = 2.0 * chance * part.hidden
         if not isinstance(part, Attention):
-            projections += stream[0] * per_unit * part.matrices * units
+            projections[i] += stream[0] * per_unit * part.matrices * units
             continue
         keys = source if part.cross else stream
-        projections += per_unit * part.head_dim * 2 * (stream[0] * units + keys[0] * groups)
+        projections[i] += per_unit * part.head_dim * 2 * (stream[0] * units + keys[0] * groups)
         # Queries against keys, and weights against values, over the whole sequence.
-        scores += stream[0] * chance * 4.0 * keys[1] * units * part.head_dim
+        scores[i] += stream[0] * chance * 4.0 * keys[1] * units * part.head_dim
     head = 2.0 * target[0] * (shape.hidden * shape.vocabulary + shape.head_inner)
-    blocks = FORWARD_AND_BACKWARD * projections
-    return Flops(blocks, blocks + FORWARD_AND_BACKWARD * (scores + head))
+    layers = [
+        Flops(FORWARD_AND_BACKWARD * p, FORWARD_AND_BACKWARD * (p + s))
+        for p, s in zip(projections, scores)
+    ]
+    return layers, FORWARD_AND_BACKWARD * head
+
+
+def step_flops(shape: ModelShape, loads: Sequence[Load], **size) -> Flops:
+    """FLOPs of a step; the sizes are those of `flops_by_layer`."""
+    layers, head = flops_by_layer(shape, loads, **size)
+    blocks = sum(layer.blocks for layer in layers)
+    return Flops(blocks, sum(layer.model for layer in layers) + head)
 
 
 def dense_flops(shape: ModelShape, **size) -> Flops:
-    """FLOPs of a step of the full model; the sizes are those of `step_flops`."""
+    """FLOPs of a step of the full model; the sizes are those of `flops_by_layer`."""
     return step_flops(shape, full_loads(shape), **size)
 
 

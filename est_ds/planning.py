@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from est_ds.config import RunConfig
-from est_ds.engine.layout import pipe_cuts
 from est_ds.flops import dense_flops, phase_ratios, saved
 from est_ds.model import count_parameters, empty_model
 from est_ds.plans.methods.base import Load, full_loads
@@ -35,11 +34,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process of the fullest pipe stage needs, activations and buffers aside."""
+    """Bytes that one process of the fullest pipe stage needs, activations and buffers aside; and
+    on the host, with `parallel.offload`."""
 
     weights_bytes: float
     gradients_bytes: float
     optimizer_bytes: float
+    host_bytes: float = 0.0
 
     @property
     def total_bytes(self) -> float:
@@ -156,25 +157,29 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> Kept:
 
 
 def memory_per_process(
-    parameters: int, *, precision: str, zero: int, data_parallel: int
+    parameters: int, *, precision: str, zero: int, data_parallel: int, offload: bool = False
 ) -> Memory:
     """Model states of a process that holds `parameters`, as DeepSpeed keeps them.
 
-    With w = 2 bytes (bf16) or 4 (fp32) a parameter and d replicas: weights w; gradients w, or
-    w / d from ZeRO 2; AdamW's two moments 8 and a float32 copy of the weights 4 (ZeRO keeps one
-    for float32 weights too; fp32 without ZeRO has none), divided by d from ZeRO 1. From ZeRO 3
-    the weights are divided by d as well (arXiv 1910.02054, figure 1).
+    With w = 2 bytes (bf16) or 4 (fp32) a parameter and d replicas: weights w; gradients, which are
+    added up in float32, 4, or 4 / d from ZeRO 2; AdamW's two moments 8 and a float32 copy of the
+    weights 4 (ZeRO 1 and 2 keep one for float32 weights too), divided by d from ZeRO 1. From ZeRO
+    3 the weights are divided by d as well (arXiv 1910.02054, figure 1). With the optimizer on the
+    host its state and the float32 gradients are there.
     """
     width = 2 if precision == "bf16" else 4
-    has_copy = precision == "bf16" or zero >= 1
+    has_copy = precision == "bf16" or zero in (1, 2) or offload
 
     def share(first_stage: int) -> float:
         return parameters / (data_parallel if zero >= first_stage else 1)
 
+    optimizer_bytes = (12 if has_copy else 8) * share(1)
+    gradients_bytes = 4 * share(2)
     return Memory(
         weights_bytes=width * share(3),
-        gradients_bytes=width * share(2),
-        optimizer_bytes=(12 if has_copy else 8) * share(1),
+        gradients_bytes=gradients_bytes,
+        optimizer_bytes=0 if offload else optimizer_bytes,
+        host_bytes=optimizer_bytes + gradients_bytes if offload else 0,
     )
 
 
@@ -182,7 +187,7 @@ def _stage_parameters(planned: Planned, model: Any) -> tuple[int, ...]:
     pipe = planned.config.parallel.pipe
     if pipe == 1:
         return (count_parameters(model),)
-    starts = {0, *pipe_cuts(planned.method, pipe)[:-1]}
+    starts = {0, *planned.cuts[:-1]}
     stages: list[dict[int, int]] = []
     for piece in planned.family.pieces(planned.hf_config):
         if not stages or (piece.layer in starts and piece.layer != 0):

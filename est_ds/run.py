@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,6 +64,15 @@ class Planned:
             return None
         return self.objective.target_sequence(self.config.data.sequence)
 
+    @cached_property
+    def cuts(self) -> list[int]:
+        """Ends of the layer ranges of the pipe stages.
+
+        Raises:
+            UserError: the method's runs of layers, or their number, do not allow it.
+        """
+        return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
+
     def flops_size(self, sequences: float) -> dict[str, float | None]:
         """The sizes that `flops.step_flops` takes, of that many sequences."""
         sequence, target = self.config.data.sequence, self.target_sequence
@@ -111,9 +121,9 @@ def plan_run(config: RunConfig) -> Planned:
         model_type=hf.model_type,
         encoder_decoder=shape.encoder_layers > 0,
     )
-    if config.parallel.pipe > 1:
-        pipe_cuts(method, config.parallel.pipe)
-    return Planned(config, hf, family, method, objective)
+    planned = Planned(config, hf, family, method, objective)
+    planned.cuts
+    return planned
 
 
 def _check_builds(hf: Any) -> None:
@@ -161,7 +171,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
     windows = Windows(valid, sequence=data.sequence, objective=objective)
     windows.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     check_run_dir(config)
-    return Run(**vars(planned), processes=processes, train=batches, valid=windows)
+    return Run(**{f.name: getattr(planned, f.name) for f in fields(planned)}, processes=processes, train=batches, valid=windows)
 
 
 def _objective(planned: Planned, corpus: Corpus) -> Objective:

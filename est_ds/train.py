@@ -7,13 +7,14 @@ import time
 from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from est_ds.agreement import check_agreement
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
+from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
 from est_ds.engine.setup import start_processes
 from est_ds.errors import Failure, UserError
@@ -25,6 +26,9 @@ from est_ds.plans.plan import Plan
 from est_ds.progress import Progress
 from est_ds.run import Run, lock_run_dir, write_config
 from est_ds.runtime import World, say
+
+if TYPE_CHECKING:
+    from est_ds.engine.pipe_clock import PipeShares
 
 VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 
@@ -46,7 +50,13 @@ def train(run: Run, world: World) -> None:
     if world.is_first:
         write_config(config)
     engine = build_engine(
-        config, run.hf_config, run.family, method, world, str(directory / "tensorboard")
+        config,
+        run.hf_config,
+        run.family,
+        method,
+        run.cuts,
+        world,
+        str(directory / "tensorboard"),
     )
     if start:
         load_checkpoint(engine, store.path(start))
@@ -84,6 +94,9 @@ def train(run: Run, world: World) -> None:
             progress.step(step, phase, loss, run.tokens_per_step / step_s)
             if done % config.log.every == 0 or done in ends:
                 entry = _entry(run, engine, step, plan, loss, rate, step_s)
+                if done in ends and (shares := engine.pipe_shares()):
+                    entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
+                    progress.note(_pipe_note(run, engine, plan.phase, shares))
                 if metrics:
                     metrics.write(**entry)
                 _to_monitor(engine, entry, done * config.batch.global_)
@@ -126,6 +139,18 @@ def _entry(
         "plan_digest": plan.digest,
         "data_digest": run.train.digest(step),
     }
+
+
+def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
+    """How evenly the pipe stages shared the work of a phase, beside what FLOPs and schedule say."""
+    config = run.config
+    expected = imbalance(stage_costs(run.method, phase, run.cuts, **run.flops_size(1)))
+    waits = bubble(config.parallel.pipe, config.batch.accumulation(engine.num_replicas))
+    return (
+        f"phase {run.method.phases[phase].name}: pipe stages compute {' '.join(f'{b:.2f}' for b in shares.busy)} of the "
+        f"time; slowest over mean {shares.imbalance:.2f} (by FLOPs {expected:.2f}), waiting "
+        f"{shares.waiting:.2f} (bubble alone {waits:.2f})"
+    )
 
 
 def evaluate(run: Run, engine: Engine, step: int) -> float:

@@ -102,6 +102,11 @@ def test_only_rank_0_speaks_and_only_to_the_point(trained):
     assert "4 processes = 2 pipe stages x 2 replicas" in lines[0]
     assert "global_batch 8 = micro_batch 2 x accumulation 2 x data_parallel 2" in lines[1]
     assert len([line for line in lines if line.startswith("step 1/20")]) == 1
+    for phase in ("small", "narrow", "full"):
+        [line] = [line for line in lines if line.startswith(f"phase {phase}: pipe stages compute")]
+        busy = [float(word) for word in line.split("compute ")[1].split(" of ")[0].split()]
+        assert len(busy) == 2 and all(0 < share < 1 for share in busy)
+        assert "bubble alone 0.33" in line
 
 
 def test_finished_run_is_not_trained_over(trained):

@@ -37,7 +37,7 @@ class Store:
         """The step that `latest` or `best` names; None without such a file, or if it names none."""
         try:
             match = TAG.fullmatch((self.folder / pointer).read_text().strip())
-        except (FileNotFoundError, UnicodeDecodeError):
+        except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
             return None
         return int(match[1]) if match else None
 
@@ -59,10 +59,14 @@ class Store:
         step = int(wanted) if wanted.isdecimal() else self.named(wanted)
         if step in steps:
             return step
-        there = ", ".join(map(str, steps)) or "none: train the run first"
+        if not steps:
+            raise UserError(
+                f"{str(self.folder)!r} holds no checkpoint; train the run first: "
+                f"est-ds train {self.folder.parent}"
+            )
         raise UserError(
-            f"checkpoint {wanted!r} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or the "
-            f"steps of one of these: {there}."
+            f"checkpoint {wanted!r} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or one of "
+            f"the steps {', '.join(map(str, steps))}."
         )
 
     def keep(self, newest: int, settings: Settings) -> None:

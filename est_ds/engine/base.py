@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -27,6 +27,9 @@ from est_ds.engine.setup import quiet
 from est_ds.plans.growth import Growth
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
+    from est_ds.engine.pipe_clock import PipeShares
 
 MicroBatch = tuple[Inputs, Labels]
 
@@ -89,6 +92,11 @@ class Engine(ABC):
     @abstractmethod
     def mean_loss(self, batches: list[MicroBatch]) -> float:
         """The mean of `token_loss` over all replicas' micro-batches, without gradients."""
+
+    def pipe_shares(self) -> PipeShares | None:
+        """How busy the pipe stages were since the last call; None without a pipeline. Every
+        process calls it."""
+        return None
 
     @property
     def layout(self) -> dict[str, int]:

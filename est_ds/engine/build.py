@@ -16,14 +16,21 @@ def build_engine(
     hf_config: Any,
     family: Family,
     method: Method,
+    cuts: list[int],
     world: World,
     tensorboard_dir: str,
 ) -> Engine:
-    """A pipeline where `parallel.pipe` is above 1, otherwise plain ZeRO."""
+    """A pipeline where `parallel.pipe` is above 1, otherwise plain ZeRO.
+
+    Args:
+        cuts: ends of the layer ranges of the pipe stages.
+    """
     if config.parallel.pipe > 1:
         from est_ds.engine.pipeline import PipelineEngine
 
-        return PipelineEngine(config, hf_config, family, method, world, tensorboard_dir)
+        return PipelineEngine(
+            config, hf_config, family, method.shape, cuts, world, tensorboard_dir
+        )
     from est_ds.engine.zero import ZeroEngine
 
     return ZeroEngine(config, hf_config, family, method.shape, world, tensorboard_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from est_ds.config import RunConfig
 from est_ds.engine import base, setup
 from est_ds.engine.fragments import Fragments
-from est_ds.engine.layout import pipe_cuts
+from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.model import empty_model, initialise
-from est_ds.plans.methods.base import Method
+from est_ds.plans.shape import ModelShape
 from est_ds.runtime import World
 from est_ds.slicing.families.base import Family, Piece
 from est_ds.slicing.subnetwork import Subnetwork
@@ -92,7 +93,8 @@ class PipelineEngine(base.Engine):
         config: RunConfig,
         hf_config: Any,
         family: Family,
-        method: Method,
+        shape: ModelShape,
+        cuts: list[int],
         world: World,
         tensorboard_dir: str,
     ) -> None:
@@ -101,7 +103,6 @@ class PipelineEngine(base.Engine):
         self.num_replicas = config.data_parallel(world.size)
         model = empty_model(hf_config)
         pieces = family.pieces(hf_config)
-        cuts = pipe_cuts(method, pipe)
         specs = [
             LayerSpec(PieceModule, model, piece, config.seed, config.activation_checkpointing)
             for piece in pieces
@@ -120,10 +121,11 @@ class PipelineEngine(base.Engine):
                 for p in self.pipeline.forward_funcs
                 if p.piece.layer is not None
             }
-            self.subnetwork = Subnetwork(family, method.shape, self.layers)
+            self.subnetwork = Subnetwork(family, shape, self.layers)
         self.deepspeed = base.start_deepspeed(
             self.pipeline, config, self.num_replicas, tensorboard_dir
         )
+        self._clock = PipeClock(self.deepspeed)
         grid = self.deepspeed.grid
         self.clip_over(grid.get_pipe_parallel_group())
         self.replica = grid.get_data_parallel_rank()
@@ -140,11 +142,18 @@ class PipelineEngine(base.Engine):
             for parameter in self.pipeline.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        return self.deepspeed.train_batch(batches).item()
+        began = time.perf_counter()
+        loss = self.deepspeed.train_batch(batches).item()
+        self._clock.step_done(time.perf_counter() - began)
+        return loss
 
     def mean_loss(self, batches: list[base.MicroBatch]) -> float:
         loss = self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches))
+        self._clock.drop()
         return loss.item()
+
+    def pipe_shares(self) -> PipeShares:
+        return self._clock.shares()
 
 
 def _piece_cuts(pieces: list[Piece], layer_cuts: list[int]) -> list[int]:

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from est_ds.config import RunConfig
 from est_ds.errors import UserError
+from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.planning import RunPlan, memory_per_process
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -60,7 +61,22 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
             f"replica{'s' * (replicas > 1)}, ZeRO {config.parallel.zero}, "
             f"{config.precision}{assumed}",
         ),
+        *([("pipeline", _pipeline(plan, accumulation))] if pipe > 1 else []),
     ]
+
+
+def _pipeline(plan: RunPlan, accumulation: int) -> str:
+    """The layers of the pipe stages, and how well they share the work of every phase."""
+    planned = plan.planned
+    method, cuts = planned.method, planned.cuts
+    stages = " | ".join(f"{a}-{b - 1}" for a, b in zip([0, *cuts], cuts))
+    size = planned.flops_size(1)
+    loads = ", ".join(
+        f"{phase.name} {imbalance(stage_costs(method, i, cuts, **size)):.2f}"
+        for i, phase in enumerate(method.phases)
+    )
+    waits = bubble(len(cuts), accumulation)
+    return f"layers {stages}; slowest stage over mean: {loads}; bubble {waits:.2f}"
 
 
 def _phases(plan: RunPlan) -> Table:
@@ -107,12 +123,15 @@ def _layouts(plan: RunPlan) -> Table:
         "memory of\na process",
     ):
         table.add_column(name, justify="right", vertical="bottom")
+    if config.parallel.offload:
+        table.add_column("on the\nhost", justify="right", vertical="bottom")
     for processes, accumulation in layouts(config):
         memory = memory_per_process(
             max(plan.stage_parameters),
             precision=config.precision,
             zero=config.parallel.zero,
             data_parallel=config.data_parallel(processes),
+            offload=config.parallel.offload,
         )
         table.add_row(
             f"{processes}",
@@ -122,6 +141,7 @@ def _layouts(plan: RunPlan) -> Table:
             gibibytes(memory.gradients_bytes),
             gibibytes(memory.optimizer_bytes),
             gibibytes(memory.total_bytes),
+            *([gibibytes(memory.host_bytes)] if config.parallel.offload else []),
         )
     return table
 

@@ -95,13 +95,18 @@ class Data(Strict):
 
 
 class Optimizer(Strict):
-    """AdamW; `lr` is the peak. Norms and biases do not decay."""
+    """AdamW; `lr` is the peak. Norms and biases do not decay.
+
+    What the step's subnetwork leaves out has a zero gradient (`zero_grad`: its moments decay, and
+    weight decay applies) or rests (`freeze`).
+    """
 
     lr: Annotated[float, Field(gt=0.0)]
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip: Annotated[float, Field(ge=0.0)] = 1.0
+    inactive: Literal["zero_grad", "freeze"] = "zero_grad"
 
 
 class Cosine(Strict):

@@ -70,7 +70,16 @@ def plain_adamw(config: RunConfig) -> Reference:
                         master.grad += parameter.grad.float()
                         parameter.grad = None
         found.norms.append(nn.utils.clip_grad_norm_(masters, config.optimizer.clip).item())
+        idle = [(m, m.grad == 0, m.detach().clone()) for m in masters]
+        moments = {m: {k: t.clone() for k, t in optimizer.state[m].items()} for m in masters}
         optimizer.step()
+        if config.optimizer.inactive == "freeze":
+            for master, rests, before in idle:
+                master.data = torch.where(rests, before, master.data)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    now = optimizer.state[master]
+                    then = moments[master].get(key, torch.zeros_like(before))
+                    now[key] = torch.where(rests, then, now[key])
         with torch.no_grad():
             for parameter, master in zip(parameters, masters):
                 parameter.copy_(master)

@@ -22,7 +22,7 @@ from est_ds.config import Optimizer, RunConfig
 from est_ds.data.loader import Inputs, Labels
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
-from est_ds.engine.settings import deepspeed_config
+from est_ds.engine.inactive import FreezingAdamW
 from est_ds.engine.setup import quiet
 from est_ds.plans.growth import Growth
 from est_ds.slicing.families.base import Family
@@ -54,12 +54,17 @@ def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.opti
     Every pipe stage has both groups, even if one held nothing: DeepSpeed reduces norms group by
     group, and hangs where stages differ in their number.
     """
-    trained = [p for p in parameters if p.requires_grad]
+    matrices, vectors = [], []
+    for parameter in parameters:
+        # ZeRO 3 has flattened what it has cut into shares.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    kind = FreezingAdamW if settings.inactive == "freeze" else torch.optim.AdamW
+    return kind(
         groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
     )
 
@@ -152,19 +157,11 @@ def _clip(engine: Any, group: Any | None) -> None:
     )
 
 
-def start_deepspeed(
-    module: nn.Module, config: RunConfig, data_parallel: int, tensorboard_dir: str
-) -> Any:
-    """The DeepSpeed engine around a module, with AdamW and the settings of the run."""
+def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`."""
     import deepspeed
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
-    settings = deepspeed_config(
-        config,
-        data_parallel=data_parallel,
-        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()),
-        tensorboard_dir=tensorboard_dir,
-    )
     # DeepSpeed casts the whole module to bf16; rotary frequencies must survive that.
     buffers = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
     with ExitStack() as stack:

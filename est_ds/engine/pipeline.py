@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from est_ds.config import RunConfig
 from est_ds.engine import base, setup
 from est_ds.engine.fragments import Fragments
+from est_ds.engine.inactive import fill_missing_gradients
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
-from est_ds.model import empty_model, initialise
+from est_ds.engine.settings import deepspeed_config
+from est_ds.model import count_parameters, empty_model, initialise
 from est_ds.plans.shape import ModelShape
 from est_ds.runtime import World
 from est_ds.slicing.families.base import Family, Piece
@@ -122,9 +124,13 @@ class PipelineEngine(base.Engine):
                 if p.piece.layer is not None
             }
             self.subnetwork = Subnetwork(family, shape, self.layers)
-        self.deepspeed = base.start_deepspeed(
-            self.pipeline, config, self.num_replicas, tensorboard_dir
+        settings = deepspeed_config(
+            config,
+            data_parallel=self.num_replicas,
+            parameters=count_parameters(self.pipeline),
+            tensorboard_dir=tensorboard_dir,
         )
+        self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
         self._clock = PipeClock(self.deepspeed)
         grid = self.deepspeed.grid
         self.clip_over(grid.get_pipe_parallel_group())
@@ -137,11 +143,7 @@ class PipelineEngine(base.Engine):
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         if self.config.parallel.zero == 0:
-            # Without ZeRO and with one replica DeepSpeed leaves the gradients of what a plan leaves
-            # out unset, and AdamW then skips them: no decay of their moments.
-            for parameter in self.pipeline.parameters():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+            fill_missing_gradients(self.pipeline)
         began = time.perf_counter()
         loss = self.deepspeed.train_batch(batches).item()
         self._clock.step_done(time.perf_counter() - began)

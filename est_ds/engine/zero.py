@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from est_ds.config import RunConfig
-from est_ds.engine import base
+from est_ds.engine import base, setup
 from est_ds.engine.fragments import Fragments
-from est_ds.model import build_model
+from est_ds.engine.inactive import forget_gradients
+from est_ds.engine.settings import deepspeed_config
+from est_ds.model import build_model, count_parameters, empty_model, initialise
 from est_ds.plans.shape import ModelShape
 from est_ds.runtime import World
 from est_ds.slicing.families.base import Family
@@ -31,13 +33,23 @@ class ZeroEngine(base.Engine):
         tensorboard_dir: str,
     ) -> None:
         self.config, self.replica, self.num_replicas = config, world.rank, world.size
-        model = build_model(hf_config, config.seed)
+        settings = deepspeed_config(
+            config,
+            data_parallel=world.size,
+            parameters=count_parameters(empty_model(hf_config)),
+            tensorboard_dir=tensorboard_dir,
+        )
+        model = (
+            _sharded_model(config, hf_config, family, settings)
+            if config.parallel.zero == 3
+            else build_model(hf_config, config.seed)
+        )
         if config.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.hf_config, self.family = hf_config, family
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(family, shape, self.layers)
-        self.deepspeed = base.start_deepspeed(model, config, world.size, tensorboard_dir)
+        self.deepspeed = base.start_deepspeed(model, config, settings)
         self.clip_over(None)
         self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None
         self.fragments = Fragments(
@@ -54,7 +66,7 @@ class ZeroEngine(base.Engine):
             total += loss.detach() / count
             self.deepspeed.backward(loss)
             self.deepspeed.step()
-        self._forget_gradients()
+        forget_gradients(self.deepspeed.optimizer, self.config.parallel)
         return self._mean_over_replicas(total)
 
     @torch.no_grad()
@@ -76,22 +88,6 @@ class ZeroEngine(base.Engine):
                 coordinator._invalidate_trace()
             self._traced = runs
 
-    def _forget_gradients(self) -> None:
-        """Zeroes what DeepSpeed keeps of a step's gradients: under ZeRO 3, and with the optimizer
-        on the host, a layer that the next plan leaves out would be trained with them again."""
-        optimizer, parallel = self.deepspeed.optimizer, self.config.parallel
-        if parallel.offload:
-            groups = (
-                optimizer.fp32_partitioned_groups_flat
-                if parallel.zero == 3
-                else optimizer.single_partition_of_fp32_groups
-            )
-            for group in groups:
-                group.grad.zero_()
-            optimizer.norm_for_param_grads.clear()
-        if parallel.zero == 3:
-            optimizer.grad_partitions_flat_buffer.zero_()
-
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
         ids = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -103,6 +99,28 @@ class ZeroEngine(base.Engine):
 
         comm.all_reduce(value)
         return (value / self.num_replicas).item()
+
+
+def _sharded_model(
+    config: RunConfig, hf_config: Any, family: Family, settings: dict[str, Any]
+) -> nn.Module:
+    """The initialised model, every parameter cut into shares as soon as its layer is drawn, so that
+    no process holds the whole. A model with tied weights is drawn in whole first."""
+    import deepspeed
+
+    model = empty_model(hf_config)
+    paths = [path for piece in family.pieces(hf_config) for path in piece.modules]
+    if model.all_tied_weights_keys or hf_config.is_encoder_decoder:
+        paths = [""]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    for path in dict.fromkeys(paths):
+        initialise(model, [path], config.seed)
+        module = model.get_submodule(path)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)  # and not the buffers
+        with setup.quiet():
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+    return model
 
 
 def _moved(part: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:

@@ -1,0 +1,62 @@
+"""What a step does to parameters outside its subnetwork; decided here, the same in every layout.
+
+`optimizer.inactive: zero_grad` (default): they have a gradient of zero, and AdamW steps them like
+all others: their moments decay, decoupled weight decay applies, and they drift on while a moment is
+left. `freeze`: an element whose gradient is exactly zero rests, weight and moments, without decay;
+the rows of tokens that a batch does not hold rest too. The bias correction goes by the steps of the
+run in both.
+
+DeepSpeed does neither by itself everywhere. Without ZeRO and with one replica its pipeline leaves
+gradients unset, which AdamW skips; under ZeRO 3, and with the optimizer on the host, the last
+gradient that a parameter had stays and is applied again at every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from est_ds.config import Parallel
+
+
+class FreezingAdamW(torch.optim.AdamW):
+    """AdamW that leaves elements without a gradient as they are (`freeze`)."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        resting = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    tensors = [parameter, *(state[k] for k in ("exp_avg", "exp_avg_sq") if state)]
+                    where = parameter.grad == 0
+                    resting.append((where, tensors, [t[where] for t in tensors]))
+        super().step(closure)
+        for where, tensors, before in resting:
+            for tensor, values in zip(tensors, before):
+                tensor[where] = values
+
+
+def fill_missing_gradients(module: nn.Module) -> None:
+    """Before the step of a pipeline without ZeRO."""
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def forget_gradients(optimizer: Any, parallel: Parallel) -> None:
+    """After a step: zeroes what DeepSpeed's ZeRO optimizer keeps of its gradients."""
+    if parallel.offload:
+        groups = (
+            optimizer.fp32_partitioned_groups_flat
+            if parallel.zero == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
+        for group in groups:
+            group.grad.zero_()
+        optimizer.norm_for_param_grads.clear()
+    if parallel.zero == 3:
+        optimizer.grad_partitions_flat_buffer.zero_()

@@ -1,0 +1,88 @@
+"""What a subnetwork leaves out is not communicated, as DeepSpeed's own logger counts it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from layouts import LAYOUTS, METHODS
+from test_layouts import synthetic_run  # noqa: F401  a fixture
+from workers import train_all
+
+CASES = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
+OVERRIDES = [
+    f"method={METHODS['est']}",
+    "evaluate.every=100",
+    "checkpoint.every=100",
+    "deepspeed.comms_logger={enabled: true, prof_all: true, verbose: false}",
+]
+# Without these ZeRO 3 keeps parameters as small as these for good, and gathers nothing.
+GATHER_ALL = "{stage3_param_persistence_threshold: 0, stage3_max_reuse_distance: 0}"
+
+# Parameters of the synthetic run's model: a layer of hidden 64 with 8 heads, 4 key/value heads and
+# 96 columns, and its two norms; the embedding, the head as large, and the last norm.
+LAYER = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
+EMBEDDING = 512 * 64
+GRADIENTS = ("all_reduce", "reduce", "reduce_scatter_tensor")
+
+
+@pytest.fixture(scope="session")
+def logged(synthetic_run, tmp_path_factory) -> tuple[dict[tuple[str, str], list], str]:  # noqa: F811
+    """Bytes by operation of rank 0 for every step, and what was said."""
+    folder: Path = tmp_path_factory.mktemp("traffic")
+    jobs: dict[int, list[dict]] = {}
+    for layout in CASES:
+        processes, arguments = LAYOUTS[layout]
+        zero3 = [f"deepspeed.zero_optimization={GATHER_ALL}"] if "ZeRO 3" in layout else []
+        for precision in ("fp32", "bf16"):
+            jobs.setdefault(processes, []).append(
+                {
+                    "run": synthetic_run,
+                    "overrides": [
+                        f"run_dir={folder}/{layout}-{precision}",
+                        *(*arguments, *OVERRIDES, *zero3, f"precision={precision}"),
+                    ],
+                    "traffic": folder / f"{layout}-{precision}.json",
+                }
+            )
+    said = "".join(train_all(folder / f"{n}", n, some) for n, some in jobs.items())
+    steps = {
+        (layout, precision): json.loads((folder / f"{layout}-{precision}.json").read_text())
+        for layout in CASES
+        for precision in ("fp32", "bf16")
+    }
+    return steps, said
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", CASES)
+def test_half_the_layers_reduce_half_the_gradients(layout, precision, logged):
+    steps = logged[0][layout, precision]
+    # Of rank 0: two micro-batches each; ZeRO 2 and 3 reduce every one of them.
+    times = 2 if "ZeRO 2" in layout or "ZeRO 3" in layout else 1
+    outside = EMBEDDING if "pipe" in layout else 2 * EMBEDDING + 64
+    layers = 4 if "pipe" in layout else 8
+    reduced = [sum(step.get(op, 0) for op in GRADIENTS) for step in steps]
+    small, full = (reduced[i] - 4 * times * outside for i in (0, 19))
+    assert full == pytest.approx(4 * times * layers * LAYER, abs=64)  # and a few scalars
+    assert small / full == pytest.approx(0.5, abs=0.001)
+    assert len(set(reduced[:8])) == 1 and len(set(reduced[14:])) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_gathers_no_skipped_layer(precision, logged):
+    steps = logged[0]["data 2, ZeRO 3", precision]
+    # A process sends its half of each parameter: once in a micro-batch, or, as long as the order of
+    # the layers is new, in the forward and again in the backward of the first of two.
+    value_bytes = 4 if precision == "fp32" else 2
+    for i, step in enumerate(steps):
+        layers = 4 if i < 8 else 8
+        once = value_bytes * (layers * LAYER + 2 * EMBEDDING + 64)
+        new = 1.5 if steps[i] != steps[i - 1] or i < 8 else 1
+        assert step["all_gather_into_tensor"] in (once, pytest.approx(new * once, rel=0.001))
+    assert steps[8]["all_gather_into_tensor"] > 1.4 * steps[9]["all_gather_into_tensor"]
+
+
+def test_nothing_warns(logged):
+    assert "warn" not in logged[1].lower()

@@ -174,6 +174,7 @@ class RunConfig(Strict):
     evaluate: Evaluate
     log: Log = Log()
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of every layer
     deepspeed: dict[str, Any] = {}
 
     def data_parallel(self, processes: int) -> int:

@@ -40,6 +40,7 @@ FREE_TO_CHANGE = (
     "evaluate",
     "log",
     "activation_checkpointing",
+    "compile",
     "data.train",
     "data.valid",
     "data.tokenizer",

@@ -67,7 +67,7 @@ REFUSED = {
     ),
     "unknown DeepSpeed key": (
         ["deepspeed.zero_optimisation.overlap_comm=true"],
-        ["'deepspeed.zero_optimisation'", "'zero_optimization'"],
+        ["deepspeed.zero_optimisation", "'zero_optimization'"],
     ),
     "unknown DeepSpeed sub-key": (["deepspeed.zero_optimization.stge=1"], ["stge"]),
     "DeepSpeed section that is no mapping": (["deepspeed.zero_optimization=3"], ["mapping"]),

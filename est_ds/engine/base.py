@@ -126,6 +126,12 @@ class Engine(ABC):
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
         grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
 
+    def compile_layers(self) -> None:
+        """Compiles each layer by itself: one graph serves all layers, and all plans of a phase."""
+        if self.config.compile:
+            for layer in self.layers.values():
+                layer.compile()
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate

@@ -133,6 +133,7 @@ class PipelineEngine(base.Engine):
         self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
         self._clock = PipeClock(self.deepspeed)
         grid = self.deepspeed.grid
+        self.compile_layers()
         self.clip_over(grid.get_pipe_parallel_group())
         self.replica = grid.get_data_parallel_rank()
         named = self.pipeline.parameters_by_common_name()

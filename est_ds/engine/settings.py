@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,17 +32,45 @@ OWNED = {
     "checkpoint": "checkpoint",
 }
 
-# Keys that would silently train something else, crash, or do nothing, and why.
+_REMOVED = "DeepSpeed 0.19 removed it"
+_CHECKPOINTS = "est_ds writes its own checkpoints, so that it has no effect"
+
+# Keys that would silently train something else, crash, hang, or do nothing, and why.
 REFUSED = {
-    "progressive_layer_drop": "DeepSpeed 0.19 removed it; choose a method under `method`",
-    "elasticity": "DeepSpeed 0.19 removed it",
-    "eigenvalue": "DeepSpeed 0.19 removed it",
-    "curriculum_learning": "DeepSpeed 0.19 removed it",
-    "compression_training": "DeepSpeed 0.19 removed it",
-    "nebula": "DeepSpeed 0.19 removed it",
-    "amp": "DeepSpeed 0.19 removed it; set precision",
+    "progressive_layer_drop": f"{_REMOVED}; choose a method under `method`",
+    "elasticity": f"{_REMOVED}; a run resumes with any number of processes",
+    "eigenvalue": _REMOVED,
+    "curriculum_learning": _REMOVED,
+    "compression_training": _REMOVED,
+    "nebula": _REMOVED,
+    "sparse_gradients": _REMOVED,
+    "graph_harvesting": _REMOVED,
+    "amp": f"{_REMOVED}; set precision",
+    "torch_autocast": "with it training hangs; set precision",
+    "compile": "DeepCompile takes a static graph, which a plan changes; set compile=true",
     "data_efficiency": "its samplers would replace the data order, a function of seed and step",
-    "zero_optimization.round_robin_gradients": "its universal checkpoints restore wrong weights",
+    "pipeline": "est_ds cuts the pipeline; see parallel.pipe and parallel.pipe_layers",
+    "aio": "it is for offloading to NVMe, which is not supported; see parallel.offload",
+    "zero_allow_untested_optimizer": "the optimizer is est_ds's AdamW, so that it has no effect",
+    "seq_parallel_communication_data_type": "there is no sequence parallelism here",
+    "disable_allgather": "it has no effect in DeepSpeed 0.19",
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed's universal checkpoints then restore wrong weights, from tables that est_ds reads"
+    ),
+    "zero_optimization.zenflow": (
+        "it updates a parameter from gradients of several steps, in which it need not be trained"
+    ),
+    "zero_optimization.leaf_module": "what is in a leaf is gathered together, skipped or not",
+    "zero_optimization.stage3_module_granularity_threshold": (
+        "what is in a leaf is gathered together, skipped or not"
+    ),
+    "zero_optimization.compute_grad_norm": "optimizer.clip and metrics.jsonl need the norm",
+    "zero_optimization.load_from_fp32_weights": _CHECKPOINTS,
+    "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
+    "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
+    "zero_optimization.cpu_offload": "DeepSpeed 0.19 deprecates it; set parallel.offload",
+    "zero_optimization.mics_shard_size": _REMOVED,
 }
 
 REFUSED_WITH_PIPELINE = {
@@ -49,25 +78,56 @@ REFUSED_WITH_PIPELINE = {
     "flops_profiler": "DeepSpeed's profiler fails in the pipeline engine; see `est-ds plan`",
 }
 
-
-# Other top-level keys that DeepSpeed 0.19 reads; it ignores unknown ones without a word.
-KNOWN = (
-    "aio", "comet", "comms_logger", "communication_data_type", "compile", "csv_monitor",
-    "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor",
-    "graph_harvesting", "memory_breakdown", "pipeline", "prescale_gradients",
-    "seq_parallel_communication_data_type", "sparse_gradients", "timers", "torch_autocast", "wandb",
-    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)  # fmt: skip
+# Keys that are passed on, and the ZeRO stages under which they take effect; a pipeline counts as
+# its ZeRO stage. `configs/LAYOUTS.md` says which of them have been tried where.
+_ALL, _SHARDED = (0, 1, 2, 3), (1, 2, 3)
+WORKS = {
+    "comet": _ALL,
+    "comms_logger": _ALL,
+    "communication_data_type": _ALL,
+    "csv_monitor": _ALL,
+    "dump_state": _ALL,
+    "flops_profiler": _ALL,
+    "gradient_predivide_factor": (0, 1),
+    "memory_breakdown": _ALL,
+    "prescale_gradients": (0, 1),
+    "timers": _ALL,
+    "wall_clock_breakdown": _ALL,
+    "wandb": _ALL,
+    "zero_optimization": _ALL,
+}
+ZERO_WORKS = {
+    "allgather_bucket_size": (1, 2),
+    "allgather_partitions": (1, 2),
+    "contiguous_gradients": _SHARDED,
+    "overlap_comm": _SHARDED,
+    "reduce_bucket_size": _SHARDED,
+    "reduce_scatter": _SHARDED,
+    "use_multi_rank_bucket_allreduce": (1, 2),
+    "memory_efficient_linear": (3,),
+    "offload_param": (3,),
+    "stage3_max_live_parameters": (3,),
+    "stage3_max_reuse_distance": (3,),
+    "stage3_model_persistence_threshold": (3,),
+    "stage3_param_persistence_threshold": (3,),
+    "stage3_prefetch_bucket_size": (3,),
+    "sub_group_size": (3,),
+    "use_all_reduce_for_fetch_params": (3,),
+    "zero_hpz_partition_size": (3,),
+    "zero_quantized_gradients": (3,),
+    "zero_quantized_weights": (3,),
+}
+NEEDS_GPU = ("zero_quantized_gradients", "zero_quantized_weights")
 
 
 def check_deepspeed_section(config: RunConfig) -> None:
-    """Refuses keys of `deepspeed:` that est_ds owns or that cannot work.
+    """Refuses keys of `deepspeed:` that est_ds owns, that cannot work, or that have no effect.
 
     Raises:
-        UserError: such a key is set.
+        UserError: such a key is set, or a precision that a layout has not.
     """
-    if config.precision == "bf16" and config.parallel.zero == 0:
+    zero = config.parallel.zero
+    if config.precision == "bf16" and zero == 0:
         raise UserError(
             "precision='bf16' with parallel.zero=0: DeepSpeed then accumulates gradients in bf16; "
             "set parallel.zero=1, which takes no more memory."
@@ -80,22 +140,49 @@ def check_deepspeed_section(config: RunConfig) -> None:
     if config.parallel.pipe > 1:
         refused |= REFUSED_WITH_PIPELINE
     for key, reason in refused.items():
-        if _holds(section, key):
+        if _holds(section, key, even_off=key == "zero_optimization.compute_grad_norm"):
             raise UserError(f"deepspeed.{key} is refused: {reason}; remove it.")
+    _check_keys(section, "deepspeed", WORKS, REFUSED, zero)
+    if "zero_optimization" in section:
+        _check_zero_section(section["zero_optimization"], zero)
+
+
+def _check_keys(
+    section: dict[str, Any],
+    where: str,
+    works: dict[str, tuple[int, ...]],
+    refused: Iterable[str],
+    zero: int,
+) -> None:
     for key in section:
-        if key not in KNOWN and key not in refused:
-            near = difflib.get_close_matches(str(key), KNOWN, n=1)
+        if key not in works and key not in refused:
+            near = difflib.get_close_matches(str(key), works, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UserError(
-                f"unknown key 'deepspeed.{key}'; {hint}Known here: {', '.join(KNOWN)}."
+                f"{where}.{key} is not passed on to DeepSpeed; {hint}Passed on are: "
+                f"{', '.join(works)}."
             )
-    if "zero_optimization" in section:
-        _check_zero_section(section["zero_optimization"])
+        if zero not in works.get(key, (zero,)):
+            stages = " or ".join(map(str, works[key]))
+            raise UserError(
+                f"{where}.{key} takes effect with ZeRO {stages} only, and parallel.zero={zero}; "
+                f"remove it, or change parallel.zero."
+            )
 
 
-def _check_zero_section(section: Any) -> None:
+def _check_zero_section(section: Any, zero: int) -> None:
+    where = "deepspeed.zero_optimization"
     if not isinstance(section, dict):
-        raise UserError(f"deepspeed.zero_optimization={section!r}: must be a mapping of keys.")
+        raise UserError(f"{where}={section!r}: must be a mapping of keys.")
+    prefix = "zero_optimization."
+    refused = [k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix)]
+    _check_keys(section, where, ZERO_WORKS, refused, zero)
+    for key in NEEDS_GPU:
+        if section.get(key) and not torch.cuda.is_available():
+            raise UserError(f"{where}.{key} needs a GPU: DeepSpeed has no kernel for CPUs.")
+    device = (section.get("offload_param") or {}).get("device", "none")
+    if device not in ("none", "cpu"):
+        raise UserError(f"{where}.offload_param.device={device!r}: use 'cpu'; remove the key.")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -103,7 +190,7 @@ def _check_zero_section(section: Any) -> None:
         DeepSpeedZeroConfig(**section)
     except (ValidationError, ValueError, TypeError) as e:
         first = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
-        field = ".".join(["deepspeed.zero_optimization", *map(str, first["loc"])])
+        field = ".".join([where, *map(str, first["loc"])])
         raise UserError(f"{field}: {first['msg']} (DeepSpeed's own check); correct it.") from None
 
 

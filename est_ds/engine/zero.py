@@ -50,6 +50,7 @@ class ZeroEngine(base.Engine):
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(family, shape, self.layers)
         self.deepspeed = base.start_deepspeed(model, config, settings)
+        self.compile_layers()
         self.clip_over(None)
         self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None
         self.fragments = Fragments(
@@ -105,12 +106,14 @@ def _sharded_model(
     config: RunConfig, hf_config: Any, family: Family, settings: dict[str, Any]
 ) -> nn.Module:
     """The initialised model, every parameter cut into shares as soon as its layer is drawn, so that
-    no process holds the whole. A model with tied weights is drawn in whole first."""
+    no process holds the whole, but where weights are tied."""
     import deepspeed
 
     model = empty_model(hf_config)
     paths = [path for piece in family.pieces(hf_config) for path in piece.modules]
-    if model.all_tied_weights_keys or hf_config.is_encoder_decoder:
+    # ZeRO++'s second sharding can be started only once.
+    twice = settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+    if twice or model.all_tied_weights_keys or hf_config.is_encoder_decoder:
         paths = [""]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     for path in dict.fromkeys(paths):

@@ -1,0 +1,105 @@
+"""The table of `configs/LAYOUTS.md`: every cell that says works trains, every other is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from layouts import LAYOUTS, METHODS
+from reference import assert_close, plain_adamw
+from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
+from workers import train_all
+
+from est_ds.config import load_run
+from est_ds.errors import UserError
+from est_ds.metrics import read_metrics
+from est_ds.run import plan_run
+
+COLUMNS = {
+    "ZeRO 0": "data 2, ZeRO 0",
+    "ZeRO 1": "data 2, ZeRO 1",
+    "ZeRO 2": "data 2, ZeRO 2",
+    "ZeRO 3": "data 2, ZeRO 3",
+    "pipe, ZeRO 0": "pipe 2, ZeRO 0",
+    "pipe, ZeRO 1": "pipe 2 x data 2, ZeRO 1",
+}
+# What est_ds itself offers is tried by the fast tests: test_layouts.py has the others.
+FAST = ("activation_checkpointing=true", "parallel.offload=true")
+
+
+def cells() -> list[tuple[tuple[str, ...], str, str]]:
+    """(overrides, column, works or refused) of the table."""
+    text = (ROOT / "configs" / "LAYOUTS.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    heading = [name.strip() for name in lines[0].strip("|").split("|")][1:]
+    assert heading == list(COLUMNS)
+    found = []
+    for line in lines[2:]:
+        first, *words = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(words) == len(heading):
+            overrides = tuple(re.findall("`([^`]+)`", first))
+            found += [(overrides, column, word) for column, word in zip(heading, words)]
+    assert {word for *_, word in found} == {"works", "refused"}
+    return found
+
+
+def arguments(column: str, overrides: tuple[str, ...]) -> list[str]:
+    return [*LAYOUTS[COLUMNS[column]][1], f"method={METHODS['est']}", *overrides]
+
+
+REFUSED = [(o, c) for o, c, word in cells() if word == "refused"]
+WORKS = [(o, c) for o, c, word in cells() if word == "works"]
+
+
+@pytest.mark.parametrize(("overrides", "column"), REFUSED)
+def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run):  # noqa: F811
+    with pytest.raises(UserError) as refused:
+        plan_run(load_run(synthetic_run, arguments(column, overrides)))
+    field = overrides[0].split("=")[0]
+    assert field.split(".")[-1] in str(refused.value)
+    assert re.search("remove|set |change|use ", str(refused.value))
+
+
+@pytest.fixture(scope="session")
+def expected(synthetic_run, tmp_path_factory):  # noqa: F811
+    """Losses of one process of plain torch by what changes them."""
+    folder = tmp_path_factory.mktemp("expected")
+    kinds = {(): [], ("bf16",): ["precision=bf16"], ("freeze",): ["optimizer.inactive=freeze"]}
+    found = {}
+    for i, (kind, extra) in enumerate(kinds.items()):
+        overrides = [f"run_dir={folder}/{i}", "parallel={}", f"method={METHODS['est']}", *extra]
+        found[kind] = plain_adamw(load_run(synthetic_run, overrides)).losses
+    return found
+
+
+def check(some, folder: Path, run: Path, expected) -> None:
+    """Trains the cells of one number of processes in one start, and compares their losses."""
+    jobs: dict[int, list] = {}
+    for i, (overrides, column) in enumerate(some):
+        directory = folder / str(i)
+        job = {"run": run, "overrides": [f"run_dir={directory}", *arguments(column, overrides)]}
+        jobs.setdefault(LAYOUTS[COLUMNS[column]][0], []).append(job)
+    for processes, of_them in jobs.items():
+        train_all(folder / f"processes_{processes}", processes, of_them)
+    for i, (overrides, column) in enumerate(some):
+        kind = tuple(k for k in ("bf16", "freeze") if any(k in o for o in overrides))
+        bound = BF16_BOUND if "bf16" in kind else 1e-5
+        losses = [e["loss"] for e in read_metrics(folder / str(i))[0]]
+        assert_close(losses, expected[kind], within=bound)
+
+
+@pytest.mark.parametrize("option", FAST)
+def test_own_options_train_the_same(option, synthetic_run, expected, tmp_path):  # noqa: F811
+    check([(o, c) for o, c in WORKS if o == (option,)], tmp_path, synthetic_run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", sorted({o for o, _ in WORKS}), ids=" ".join)
+def test_option_trains_the_same_wherever_it_works(overrides, synthetic_run, expected, tmp_path):  # noqa: F811
+    if "compile=true" in overrides and not shutil.which("g++"):
+        pytest.skip("compile=true needs a C++ compiler on a CPU")
+    some = [(o, c) for o, c in WORKS if o == overrides]
+    check(some, tmp_path, synthetic_run, expected)

@@ -15,7 +15,7 @@ import pytest
 from conftest import est_ds
 from layouts import LAYOUTS, METHODS, name_of, train_in
 from reference import assert_close
-from workers import train_all
+from workers import start, train_all
 
 from est_ds.checkpoints.index import FILE, Damaged, read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
@@ -242,6 +242,17 @@ def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(run_at_15):
     assert damage(run_at_15 / "checkpoints" / "step_00000015") is None
     again = est_ds("train", run_at_15, "--processes", "2")
     assert again.returncode == 0 and "resuming at step 15" in again.stdout
+
+
+def test_too_little_disk_space_is_found_before_training(run_at_15):
+    files = (run_at_15 / "checkpoints" / "step_00000015").glob("*.safetensors")
+    needed = sum(file.stat().st_size for file in files)
+    job = {"run": run_at_15, "overrides": LAYOUTS["data 2, ZeRO 1"][1], "free_bytes": needed // 2}
+    codes, logs = start(run_at_15.parent / "log", 2, [job])
+    assert codes == [1, 1]
+    for log in logs:
+        assert "a checkpoint takes" in log and "make room there" in log
+    assert len(read_metrics(run_at_15)[0]) == 15
 
 
 def test_killed_while_saving_a_run_goes_on_bit_identically(uninterrupted, synthetic_run, tmp_path):  # noqa: F811

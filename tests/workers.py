@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def start(
         jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
             the bytes that rank 0 communicates in every step are written there, if the overrides
             turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
-            takes that much longer. With `odd_from` the last rank draws another plan from that step
+            takes that much longer. With `free_bytes` the disk has no more. With `odd_from` the last rank draws another plan from that step
             on.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +92,9 @@ def main(file: str) -> None:
         training.build_engine = partial(_counted, build, traffic) if "traffic" in job else build
         if "slow_disk_s" in job:
             _slow_disk(job)
+        if "free_bytes" in job:
+            usage = shutil.disk_usage(".")._replace(free=job["free_bytes"])
+            shutil.disk_usage = lambda path, usage=usage: usage
         run = prepare(load_run(job["run"], job["overrides"]), world.size)
         if "odd_from" in job and world.rank == world.size - 1:
             _draw_otherwise(run.method, job["odd_from"])

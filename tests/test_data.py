@@ -33,7 +33,7 @@ def write_corpus(prefix, documents, dtype=np.uint16):
 
 
 def write_manifest(prefix, **changes):
-    header = Corpus.open(prefix).header
+    header = Corpus.open(prefix).shards[0].header
     digest = {e: sha256(Path(f"{prefix}.{e}").read_bytes()).hexdigest() for e in ("bin", "idx")}
     content = {
         "format_version": 1, "num_tokens": header.num_tokens,
@@ -80,7 +80,7 @@ def test_windows_read_the_stream_across_documents(prefix, stream):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, np.uint64])
 def test_every_token_type_reads_the_same(tmp_path, documents, stream, dtype):
     corpus = Corpus.open(write_corpus(tmp_path / "c", documents, dtype))
-    assert corpus.header.dtype == dtype
+    assert corpus.shards[0].header.dtype == dtype
     assert corpus.window(3, 900).tolist() == stream[3:903].tolist()
 
 

@@ -233,7 +233,7 @@ def test_packed_documents_are_bos_text_eos_in_order(prepared):
     stream = corpus.window(0, corpus.num_tokens)
     expected = [[1, *model.encode(r["text"]), 2] for r in records(prepared / "text.train.jsonl")]
     assert stream.tolist() == [token for document in expected for token in document]
-    lengths, _, boundaries = corpus.header.arrays()
+    lengths, _, boundaries = corpus.shards[0].index
     assert lengths.tolist() == [len(document) for document in expected]
     assert boundaries.tolist() == list(range(len(expected) + 1))
 

@@ -38,7 +38,7 @@ def test_imports_go_down(file):
         if parts[0] == "est_ds" and len(parts) > 1:
             assert LEVEL[parts[1]] <= own, f"{file} imports {name}, which is above it"
         if parts[0] == "deepspeed":
-            # The indexed dataset is DeepSpeed's; everything else of it stays in engine/.
-            assert file.parts[0] == "engine" or file.parts == ("data", "indexed.py")
+            # All of it stays in engine/.
+            assert file.parts[0] == "engine"
         if parts[0] == "torch":
             assert file.parts[0] not in ("plans", "flops.py", "lr.py", "config.py")

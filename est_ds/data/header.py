@@ -1,4 +1,4 @@
-"""The header of Megatron's `.idx` files, checked against the files it describes.
+"""Megatron's `.idx` files: written, and read with a check against the file they describe.
 
 Layout, little endian: magic (9 bytes), version (u64), type code (u8), number of
 sequences S (u64), number of document boundaries D (u64), then S lengths in tokens
@@ -32,6 +32,10 @@ _DTYPES = {
 }
 
 
+# Type codes as DeepSpeed reads them, of the types that `data_prep pack` writes.
+_WRITTEN_CODES = {"int32": 4, "uint16": 6}
+
+
 @dataclass(frozen=True)
 class Header:
     """What an `.idx` file says, after `read_header` found it consistent.
@@ -57,15 +61,41 @@ class Header:
     def num_tokens(self) -> int:
         return self.bin_bytes // self.dtype.itemsize
 
+    @property
+    def num_documents(self) -> int:
+        return self.num_boundaries - 1
+
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Memory maps of the lengths [S], byte offsets [S] and boundaries [D]."""
         return _arrays(f"{self.prefix}.idx", self.num_sequences, self.num_boundaries)
 
+    def tokens(self) -> np.ndarray:
+        """Memory map of the tokens [num_tokens]."""
+        return np.memmap(f"{self.prefix}.bin", self.dtype, mode="r")
+
+
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """Writes the `.idx` of documents that lie in `.bin` one after the other.
+
+    Args:
+        dtype: uint16 or int32.
+        lengths: Tokens of every document, at most 2**31 - 1, int [documents].
+    """
+    count = len(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    with path.open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, _WRITTEN_CODES[dtype.name], count, count + 1))
+        file.write(lengths.astype("<i4").tobytes())
+        file.write((ends - lengths.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
+        file.write(np.arange(count + 1, dtype="<i8").tobytes())
+
 
 def _arrays(path, num_sequences, num_boundaries):
+    # One map for the three: a map holds a file descriptor, and a corpus may have many shards.
+    index = np.memmap(path, np.uint8, mode="r")
     arrays, offset = [], _HEADER.size
     for dtype, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_boundaries)):
-        arrays.append(np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)))
+        arrays.append(np.frombuffer(index, dtype, count, offset))
         offset += arrays[-1].nbytes
     return tuple(arrays)
 

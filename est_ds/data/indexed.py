@@ -1,70 +1,51 @@
-"""Packed corpora: Megatron's indexed dataset as one stream of tokens."""
+"""Packed corpora: Megatron's indexed dataset, in one pair of files or many, as one stream."""
 
-import contextlib
 import hashlib
-import io
-import logging
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from est_ds.data.header import Header, read_header
-from est_ds.data.manifest import Manifest, manifest_path, read_manifest
+from est_ds.data.manifest import Manifest, Shard, manifest_path, read_manifest
+from est_ds.data.tokenizer import file_sha256, tokenizer_sha256
 from est_ds.errors import UserError
 
 _PROBE_TOKENS = 1 << 14
 _NUM_PROBES = 64
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex characters."""
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-
-def tokenizer_sha256(directory: str | Path) -> str:
-    """SHA-256 of `DIRECTORY/tokenizer.model`.
-
-    Raises:
-        UserError: There is no such file.
-    """
-    path = Path(directory) / "tokenizer.model"
-    if not path.is_file():
-        raise UserError(
-            f"tokenizer {directory}: {path} does not exist; give a folder that holds a "
-            f"sentencepiece tokenizer.model, or train one with `python -m data_prep tokenizer`."
-        )
-    return file_sha256(path)
+_AGAIN = "copy the files again or pack the corpus again with `python -m data_prep pack`."
 
 
 class Corpus:
     """A packed corpus, memory-mapped. Open it with `Corpus.open`.
 
     Attributes:
-        prefix: Common path of `.bin`, `.idx` and `.manifest.json`.
+        prefix: Common path of the shards and of `.manifest.json`.
+        shards: One for each pair of files, in the order of the stream.
+        manifest: None of a corpus made elsewhere.
         num_tokens: Length of the stream of all documents, one after the other.
         num_documents: Number of documents.
         vocabulary: Vocabulary size of the tokenizer; None without a manifest.
-        tokenizer_sha256: Of `tokenizer.model`; None without a manifest.
+        tokenizer_sha256: Of the tokenizer's defining file; None without a manifest.
         unigram_entropy: In nats per token; None without a manifest.
         fingerprint: 16 hex characters that name the contents: from the manifest's
             hashes, or from `.idx` and the size of `.bin` where there is no manifest.
     """
 
-    def __init__(self, header: Header, manifest: Manifest | None, dataset) -> None:
-        self.prefix = header.prefix
-        self.header = header
+    def __init__(self, prefix: str, headers: Sequence[Header], manifest: Manifest | None) -> None:
+        self.prefix = prefix
+        self.shards = tuple(_OpenShard(header) for header in headers)
         self.manifest = manifest
-        self.num_tokens = header.num_tokens
-        self.num_documents = header.num_boundaries - 1
+        # Where the shards begin in the stream, and its end.
+        self._first_tokens = np.cumsum([0, *(h.num_tokens for h in headers)])
+        self._first_documents = np.cumsum([0, *(h.num_documents for h in headers)])
+        self.num_tokens = int(self._first_tokens[-1])
+        self.num_documents = int(self._first_documents[-1])
         self.vocabulary = manifest.vocabulary if manifest else None
         self.tokenizer_sha256 = manifest.tokenizer_sha256 if manifest else None
         self.unigram_entropy = manifest.unigram_entropy if manifest else None
-        self.fingerprint = manifest.fingerprint if manifest else _foreign_fingerprint(header)
-        self._dataset = dataset
+        self.fingerprint = manifest.fingerprint if manifest else _foreign_fingerprint(headers[0])
 
     @classmethod
     def open(cls, prefix: str | Path) -> "Corpus":
@@ -72,16 +53,26 @@ class Corpus:
 
         Raises:
             UserError: Files missing, truncated, or not matching each other or the
-                manifest. Hashes are not computed here: `data_prep verify` does that.
+                manifest. Hashes are not computed here: `check_hashes` does that.
         """
-        header = read_header(str(prefix))
-        manifest = read_manifest(header.prefix)
-        if manifest is not None:
-            _check_manifest(header, manifest)
-        return cls(header, manifest, _open_dataset(header))
+        prefix = str(prefix)
+        manifest = read_manifest(prefix)
+        if manifest is None:
+            return cls(prefix, [read_header(prefix)], None)
+        headers = [read_header(prefix + shard.suffix) for shard in manifest.shards]
+        for header, shard in zip(headers, manifest.shards, strict=True):
+            _check_shard(prefix, header, shard, manifest.dtype)
+        for name in ("num_tokens", "num_documents"):
+            total, stated = sum(getattr(h, name) for h in headers), getattr(manifest, name)
+            if total != stated:
+                raise UserError(
+                    f"{manifest_path(prefix)}: {name}={stated}, but its shards have {total}; "
+                    f"{_AGAIN}"
+                )
+        return cls(prefix, headers, manifest)
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of the stream, across documents.
+        """Tokens [start, start + length) of the stream, across documents and shards.
 
         Returns:
             int64 [length], a copy.
@@ -89,26 +80,66 @@ class Corpus:
         Raises:
             IndexError: The window does not lie in the stream.
         """
+        start, length = int(start), int(length)
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"window [{start}, {start + length}) of {self.num_tokens} tokens")
-        # The first sequence begins at byte 0 and the others follow without a gap, so an
-        # offset from it addresses the whole stream without a search.
-        tokens = self._dataset.get(0, offset=int(start), length=int(length))
-        return tokens.astype(np.int64)
+        window, done = np.empty(length, np.int64), 0
+        shard = int(np.searchsorted(self._first_tokens, start, side="right")) - 1
+        while done < length:
+            inside = start + done - int(self._first_tokens[shard])
+            part = self.shards[shard].tokens[inside : inside + length - done]
+            window[done : done + len(part)] = part
+            done, shard = done + len(part), shard + 1
+        return window
 
-    def check_tokenizer(self, directory: str | Path) -> None:
-        """Checks that `DIRECTORY/tokenizer.model` made this corpus.
+    def document_start(self, documents: np.ndarray) -> np.ndarray:
+        """Where documents begin in the stream, in tokens.
+
+        Args:
+            documents: Numbers of documents, int64 of any shape, each from 0 to `num_documents`:
+                the last stands for the end of the stream.
+
+        Returns:
+            int64 of the same shape.
+        """
+        documents = np.asarray(documents)
+        starts = np.full(documents.shape, self.num_tokens, np.int64)
+        numbers = np.searchsorted(self._first_documents, documents, side="right") - 1
+        for number in np.unique(numbers):
+            if number < len(self.shards):  # else the end of the stream
+                chosen = numbers == number
+                inside = documents[chosen] - self._first_documents[number]
+                first = self._first_tokens[number]
+                starts[chosen] = first + self.shards[number].document_start(inside)
+        return starts
+
+    def check_hashes(self) -> None:
+        """Reads every byte and compares it with the manifest's hashes, at about 1 GB/s.
+
+        Raises:
+            UserError: A file changed since it was packed, or there is no manifest.
+        """
+        if self.manifest is None:
+            raise UserError(
+                f"corpus {self.prefix}: {manifest_path(self.prefix)} does not exist, so there are "
+                f"no hashes to check; copy the manifest beside the corpus, or do not ask for it."
+            )
+        for shard in self.manifest.shards:
+            check_shard_hashes(self.prefix, shard)
+
+    def check_tokenizer(self, tokenizer: str | Path) -> None:
+        """Checks that this tokenizer made this corpus.
 
         A corpus without a manifest does not name its tokenizer and passes.
 
         Raises:
             UserError: Made by another tokenizer, or the folder has none.
         """
-        found = tokenizer_sha256(directory)
+        found = tokenizer_sha256(tokenizer)
         if self.tokenizer_sha256 not in (None, found):
             raise UserError(
-                f"tokenizer {directory}: its tokenizer.model has sha256 {found[:12]}..., but the "
-                f"corpus {self.prefix} was made with {self.tokenizer_sha256[:12]}...; give that "
+                f"tokenizer {tokenizer}: it has sha256 {found[:12]}..., but the corpus "
+                f"{self.prefix} was made with {self.tokenizer_sha256[:12]}...; give that "
                 f"tokenizer, or pack the corpus again with `python -m data_prep pack`."
             )
 
@@ -135,44 +166,63 @@ class Corpus:
         return 1 + max(int(self.window(start, length).max()) for start in np.unique(starts))
 
 
+class _OpenShard:
+    """One pair of files, mapped when it is first read."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        return self.header.tokens()
+
+    @cached_property
+    def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths [S], byte offsets [S] and boundaries [D]."""
+        return self.header.arrays()
+
+    def document_start(self, documents: np.ndarray) -> np.ndarray:
+        """First tokens of documents [n], all of them below `num_documents`."""
+        _, offsets, boundaries = self.index
+        sequences = boundaries[documents]
+        # An empty document may begin behind the last sequence.
+        inside = sequences < self.header.num_sequences
+        starts = offsets[np.where(inside, sequences, 0)] // self.header.dtype.itemsize
+        return np.where(inside, starts, self.header.num_tokens)
+
+
+def check_shard_hashes(prefix: str, shard: Shard) -> None:
+    """Compares both files of a shard with its hashes.
+
+    Raises:
+        UserError: A file changed since it was packed.
+    """
+    for ending, expected in (("bin", shard.bin_sha256), ("idx", shard.idx_sha256)):
+        path = Path(f"{prefix}{shard.suffix}.{ending}")
+        found = file_sha256(path)
+        if found != expected:
+            raise UserError(
+                f"{path}: sha256 {found[:12]}..., but the manifest has {expected[:12]}...: changed "
+                f"since it was packed; {_AGAIN}"
+            )
+
+
 def _foreign_fingerprint(header: Header) -> str:
     digest = file_sha256(Path(f"{header.prefix}.idx"))
     return hashlib.sha256(f"{digest}{header.bin_bytes}".encode()).hexdigest()[:16]
 
 
-def _check_manifest(header: Header, manifest: Manifest) -> None:
+def _check_shard(prefix: str, header: Header, shard: Shard, dtype: str) -> None:
     facts = {
-        "bin_bytes": header.bin_bytes,
-        "idx_bytes": header.idx_bytes,
-        "num_tokens": header.num_tokens,
-        "num_documents": header.num_boundaries - 1,
-        "dtype": header.dtype.name,
+        "bin_bytes": (shard.bin_bytes, header.bin_bytes),
+        "idx_bytes": (shard.idx_bytes, header.idx_bytes),
+        "num_tokens": (shard.num_tokens, header.num_tokens),
+        "num_documents": (shard.num_documents, header.num_documents),
+        "dtype": (dtype, header.dtype.name),
     }
-    for name, found in facts.items():
-        stated = getattr(manifest, name)
+    for name, (stated, found) in facts.items():
         if stated != found:
             raise UserError(
-                f"{manifest_path(header.prefix)}: {name}={stated}, but the .bin and .idx files "
-                f"beside it have {found}; copy all three again or pack the corpus again with "
-                f"`python -m data_prep pack`."
+                f"{manifest_path(prefix)}: {name}={stated}, but {header.prefix}.bin and .idx "
+                f"beside it have {found}; {_AGAIN}"
             )
-
-
-def _open_dataset(header: Header):
-    """DeepSpeed's reader, silent, with Megatron's meaning of type code 8 where it holds."""
-    # A first import of deepspeed reports the accelerator it found, which is no news here.
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        from deepspeed.runtime.data_pipeline.data_sampling import indexed_dataset
-    finally:
-        logging.disable(disabled)
-
-    deepspeed_types = dict(indexed_dataset.dtypes)
-    try:
-        if header.dtype == np.uint16:
-            indexed_dataset.dtypes[header.type_code] = (np.uint16, None)
-        with contextlib.redirect_stdout(io.StringIO()):
-            return indexed_dataset.MMapIndexedDataset(header.prefix, skip_warmup=True)
-    finally:
-        indexed_dataset.dtypes.update(deepspeed_types)

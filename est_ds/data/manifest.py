@@ -2,53 +2,100 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from est_ds.errors import UserError
 
-FORMAT_VERSION = 1
-_Sha256 = Field(pattern="^[0-9a-f]{64}$")
+FORMAT_VERSION = 2
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+# Fields of a shard that stood in the manifest itself while a corpus was one pair of files.
+_FIELDS_OF_ONE_PAIR = ("bin_bytes", "idx_bytes", "bin_sha256", "idx_sha256")
 
 
-class Manifest(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Shard(_Strict):
+    """One pair of files, `PREFIX + suffix` + `.bin` and `.idx`.
+
+    Attributes:
+        suffix: empty for a corpus of one pair, else a dash and five digits.
+        num_tokens: Tokens in `.bin`.
+        num_documents: Documents; none lies in two shards.
+    """
+
+    suffix: Annotated[str, Field(pattern="^(-[0-9]{5,})?$")]
+    num_tokens: Positive
+    num_documents: Positive
+    bin_bytes: Positive
+    idx_bytes: Positive
+    bin_sha256: Sha256
+    idx_sha256: Sha256
+
+
+class Manifest(_Strict):
     """Contents of `PREFIX.manifest.json`; unknown or missing fields are refused.
 
     Attributes:
-        num_tokens: Tokens in `.bin`, BOS and EOS included.
+        num_tokens: Tokens of all shards, BOS and EOS included.
         num_documents: Documents; each is BOS + text + EOS.
         dtype: Type of one token in `.bin`.
         vocabulary: Size of the tokenizer's vocabulary; every token is below it.
-        bos_id: Token put before each document, None if there is none.
-        eos_id: Token put after each document, None if there is none.
+        bos_id: Token put before each document, None if none was put.
+        eos_id: Token put after each document, None if none was put.
+        unknown_id: Token of text that the tokenizer cannot express, None if it has none.
         text_bytes: UTF-8 bytes of all documents.
         unigram_entropy: Entropy of the token frequencies in nats per token: the
             loss of the best model that ignores context.
-        tokenizer_sha256: Of the tokenizer's `tokenizer.model`.
+        tokenizer_sha256: Of the file that defines the tokenizer (`tokenizer_sha256`).
+        part: `all` documents, or the `train` or `valid` side of a split by hash.
+        held_out: Expected share of the `valid` side; None if `part` is `all`.
+        skipped: Documents left out of all parts, by reason.
+        sources: Where the documents came from, as given to `pack`.
+        shards: The files, in the order of the stream.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    format_version: Literal[1]
-    num_tokens: int = Field(ge=1)
-    num_documents: int = Field(ge=1)
+    format_version: Literal[2]
+    num_tokens: Positive
+    num_documents: Positive
     dtype: Literal["uint16", "int32"]
-    vocabulary: int = Field(ge=1)
+    vocabulary: Positive
     bos_id: int | None
     eos_id: int | None
-    text_bytes: int = Field(ge=0)
+    unknown_id: int | None
+    text_bytes: Count
     unigram_entropy: float = Field(ge=0)
-    tokenizer_sha256: str = _Sha256
-    bin_bytes: int = Field(ge=1)
-    idx_bytes: int = Field(ge=1)
-    bin_sha256: str = _Sha256
-    idx_sha256: str = _Sha256
+    tokenizer_sha256: Sha256
+    part: Literal["all", "train", "valid"]
+    held_out: float | None
+    skipped: dict[str, Positive]
+    sources: list[dict[str, Any]]
+    shards: list[Shard] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, content: Any) -> Any:
+        """Version 1 as version 2: one pair of files, of which less was written down."""
+        if not isinstance(content, dict) or content.get("format_version") != 1:
+            return content
+        totals = {k: content[k] for k in ("num_tokens", "num_documents") if k in content}
+        pair = {k: content[k] for k in _FIELDS_OF_ONE_PAIR if k in content}
+        rest = {k: v for k, v in content.items() if k not in _FIELDS_OF_ONE_PAIR}
+        unknown = {"unknown_id": None, "part": "all", "held_out": None, "skipped": {}}
+        shards = [{"suffix": "", **totals, **pair}]
+        return rest | unknown | {"format_version": 2, "sources": [], "shards": shards}
 
     @property
     def fingerprint(self) -> str:
         """16 hex characters that change with any byte of the corpus."""
-        return hashlib.sha256(f"{self.bin_sha256}{self.idx_sha256}".encode()).hexdigest()[:16]
+        digests = "".join(shard.bin_sha256 + shard.idx_sha256 for shard in self.shards)
+        return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 def manifest_path(prefix: str) -> Path:

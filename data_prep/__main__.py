@@ -1,15 +1,18 @@
 """Command line of data preparation: `python -m data_prep VERB --help`."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from est_ds.errors import UserError
+from est_ds.errors import Failure, UserError
 
 _KINDS = (
-    "files or folders of .txt and .py (one document each) and .jsonl (one document a line, in the "
-    'field "text")'
+    "files, folders and globs of .txt and .py (one document each), .jsonl, .jsonl.gz and "
+    ".jsonl.zst (one document a line) and .parquet (one a row)"
 )
 
 
@@ -31,72 +34,133 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, summary: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=summary, description=summary)
 
-    def paths(to: argparse.ArgumentParser, note: str = "", required: bool = True) -> None:
-        to.add_argument(
-            "--input", nargs="+", type=Path, metavar="PATH", required=required, help=_KINDS + note
-        )
+    def sources(to: argparse.ArgumentParser, note: str = "") -> None:
+        to.add_argument("--input", nargs="+", metavar="PATH", help=_KINDS + note)
+        file = "data file that names the sources instead (configs/data); flags go before it"
+        to.add_argument("--config", type=Path, metavar="FILE", help=file)
+        field = "field or column of --input that holds the text; default text"
+        to.add_argument("--text", metavar="FIELD", help=field)
+        separator = r"what stands between the documents of a .txt file, such as '<|endoftext|>'"
+        to.add_argument("--separator", metavar="TEXT", help=separator)
+        invalid = "documents that cannot be read end the command (default), or are left out"
+        to.add_argument("--invalid", choices=("error", "skip"), help=invalid)
+        limit = "longer documents are left out and counted; default 64 MiB"
+        to.add_argument("--max-document-bytes", type=int, metavar="N", help=limit)
 
     corpus = verb("corpus", "Gather documents into PREFIX.train.jsonl and PREFIX.valid.jsonl.")
-    paths(corpus, "; default: the sources of Python's standard library", required=False)
+    sources(corpus, "; default: the sources of Python's standard library")
     corpus.add_argument("--out", required=True, metavar="PREFIX")
-    share = "share of the documents that goes into PREFIX.valid.jsonl; default 0.02"
-    corpus.add_argument("--held-out", type=float, default=0.02, metavar="FRACTION", help=share)
+    share = "share of the documents, by hash of their text, that goes into a part of its own"
+    corpus.add_argument("--held-out", type=float, metavar="FRACTION", help=f"{share}; default 0.02")
 
-    tokenizer = verb("tokenizer", "Train a Llama-style sentencepiece BPE tokenizer into a folder.")
-    paths(tokenizer)
+    tokenizer = verb("tokenizer", "Train a sentencepiece tokenizer into a folder.")
+    sources(tokenizer)
     tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR")
     size = "number of ids, with 256 bytes and 3 special tokens; default 4096"
     tokenizer.add_argument("--vocab", type=int, default=4096, metavar="N", help=size)
     limit = "train on at most N chunks of about 1000 characters, chosen by hash; default 100000"
     tokenizer.add_argument("--sentences", type=int, default=100_000, metavar="N", help=limit)
+    kind = "kind of tokenizer; default bpe, as Llama's"
+    tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=kind)
 
     pack = verb("pack", "Tokenize documents into PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.")
-    paths(pack)
-    model = "folder that holds a sentencepiece tokenizer.model"
-    pack.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help=model)
+    sources(pack)
+    model = "folder of a sentencepiece tokenizer.model or a Hugging Face tokenizer, or a file of it"
+    pack.add_argument("--tokenizer", metavar="DIR", help=model)
     pack.add_argument("--out", required=True, metavar="PREFIX")
-    threads = "threads; the output does not depend on them; default: all cores"
-    pack.add_argument("--workers", type=int, default=_cores(), metavar="N", help=threads)
+    processes = "processes; the output does not depend on them; default: all cores"
+    pack.add_argument("--workers", type=int, metavar="N", help=processes)
+    help_ = f"{share}: PREFIX.train and PREFIX.valid; default: one corpus, PREFIX"
+    pack.add_argument("--held-out", type=float, metavar="FRACTION", help=help_)
+    for name, place in (("bos", "before"), ("eos", "after")):
+        help_ = f"put the tokenizer's {name.upper()} {place} every document; default: if it has one"
+        pack.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help_)
+    shard = "a shard ends with the document that reaches N tokens; default 2**31"
+    pack.add_argument("--shard-tokens", type=int, metavar="N", help=shard)
+    fresh = "begin anew instead of going on with what was interrupted"
+    pack.add_argument("--fresh", action="store_true", help=fresh)
 
     verify = verb("verify", "Check a packed corpus against its manifest, byte by byte.")
     verify.add_argument("--out", "--input", dest="prefix", required=True, metavar="PREFIX")
     made_by = "also check that this tokenizer made the corpus"
     verify.add_argument("--tokenizer", type=Path, metavar="DIR", help=made_by)
+    readers = "processes that read shards; default: all cores"
+    verify.add_argument("--workers", type=int, default=_cores(), metavar="N", help=readers)
+    unknown = "largest share of unknown tokens; default 0.01"
+    verify.add_argument("--max-unknown", type=float, default=0.01, metavar="SHARE", help=unknown)
+    density = "fewest bytes of text a token; default 1"
+    verify.add_argument("--min-bytes-per-token", type=float, default=1.0, metavar="N", help=density)
     return parser
 
 
+def _preparation(options: argparse.Namespace) -> Any:
+    """The data file with the flags over it; None without sources."""
+    from data_prep.config import Preparation, read_data_file
+    from est_ds.config import checked
+
+    names = ("tokenizer", "bos", "eos", "held_out", "shard_tokens", "max_document_bytes", "invalid")
+    given = vars(options)
+    settings = {n: given[n] for n in names if given.get(n) is not None}
+    of_source = {n: given[n] for n in ("text", "separator") if given[n] is not None}
+    if options.config and (options.input or of_source):
+        flag = "--input" if options.input else f"--{next(iter(of_source))}"
+        raise UserError(f"{flag} beside --config: the data file says that; leave one of them out.")
+    if not options.config and not options.input:
+        if options.verb == "corpus" and not of_source:
+            return None
+        raise UserError("--input is missing; name files, folders or globs, or a --config.")
+    if options.config:
+        tree = read_data_file(options.config).model_dump(exclude_unset=True)
+    else:
+        # A command line has no other way to spell a line break.
+        if "separator" in of_source:
+            of_source["separator"] = of_source["separator"].replace("\\n", "\n")
+        tree = {"sources": [{"path": options.input, **of_source}]}
+    return checked(Preparation, tree | settings)
+
+
 def _run(options: argparse.Namespace) -> None:
-    # Each verb imports its own tools: sentencepiece, transformers and deepspeed load slowly.
+    # Each verb imports its own tools: sentencepiece and transformers load slowly.
+    if options.verb == "verify":
+        from data_prep.verify import Limits, verify
+
+        limits = Limits(options.max_unknown, options.min_bytes_per_token)
+        verify(options.prefix, options.tokenizer, options.workers, limits)
+        return
+    from data_prep.readers.base import Rules
+
+    preparation = _preparation(options)
+    sources = preparation.sources if preparation else None
+    rules = Rules(preparation.max_document_bytes, preparation.invalid) if preparation else Rules()
     if options.verb == "corpus":
         from data_prep.corpus import gather
 
-        gather(options.input, options.out, options.held_out)
+        share = preparation.held_out if preparation else options.held_out
+        gather(sources, options.out, 0.02 if share is None else share, rules)
     elif options.verb == "tokenizer":
         from data_prep.tokenizer import train
 
-        train(options.input, options.out, options.vocab, options.sentences)
-    elif options.verb == "pack":
+        out, size = options.out, options.vocab
+        train(sources, out, size, options.sentences, options.model_type, rules)
+    else:
         from data_prep.pack import pack
 
-        pack(options.input, options.tokenizer, options.out, options.workers)
-    else:
-        from data_prep.verify import verify
-
-        verify(options.prefix, options.tokenizer)
+        pack(preparation, options.out, options.workers, options.fresh)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; returns 0 when done, 2 for wrong input, 1 for a failure of the system."""
-    # Preparation needs no accelerator, and looking for one costs time.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         _run(_parser().parse_args(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

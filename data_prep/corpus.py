@@ -1,24 +1,31 @@
 """Verb `corpus`: documents into a training and a held-out file."""
 
-import hashlib
+from __future__ import annotations
+
 import json
 import sysconfig
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.documents import Document, list_sources, read_documents, report_skipped
+from data_prep.config import SourceConfig
 from data_prep.files import staged
+from data_prep.readers.base import Reader, Rules, Skipped
+from data_prep.readers.text import TextFile
+from data_prep.sources import open_sources, read_documents, walk
+from data_prep.tokenizing import is_held_out
 from est_ds.errors import UserError
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
-def gather(inputs: list[Path] | None, out: str, held_out: float) -> None:
-    """Writes `OUT.train.jsonl` and `OUT.valid.jsonl`: {"id", "text"} a line, sorted by id.
+def gather(
+    sources: Sequence[SourceConfig] | None, out: str, held_out: float, rules: Rules
+) -> None:
+    """Writes `OUT.train.jsonl` and `OUT.valid.jsonl`: {"id", "text"} a line, in order.
 
     Args:
-        inputs: Files and folders; None for the sources of the running interpreter's
-            standard library.
+        sources: None for the sources of the running interpreter's standard library.
         out: Prefix of both files.
         held_out: Expected fraction of documents in the held-out file, between 0 and 1.
 
@@ -29,19 +36,15 @@ def gather(inputs: list[Path] | None, out: str, held_out: float) -> None:
         raise UserError(
             f"--held-out={held_out} is not allowed; use a fraction between 0 and 1, such as 0.02."
         )
-    if inputs is None:
-        sources = list_sources([Path(sysconfig.get_path("stdlib"))], _NOT_STDLIB)
-        sources = [source for source in sources if source.path.suffix == ".py"]
-    else:
-        sources = list_sources(inputs)
-    skipped, counts, sizes = Counter(), Counter(), Counter()
+    readers = _standard_library() if sources is None else open_sources(sources)
+    skipped, counts, sizes = Skipped(), Counter(), Counter()
     names = ("train", "valid")
     targets = [Path(f"{out}.{name}.jsonl") for name in names]
     with staged(*targets) as temporary:
         with temporary[0].open("wb") as train, temporary[1].open("wb") as valid:
             files = {"train": train, "valid": valid}
-            for document in read_documents(sources, skipped):
-                name = "valid" if _is_held_out(document, held_out) else "train"
+            for document in read_documents(readers, rules, skipped):
+                name = "valid" if is_held_out(document.text, held_out) else "train"
                 record = {"id": document.id, "text": document.text}
                 files[name].write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 counts[name] += 1
@@ -54,13 +57,14 @@ def gather(inputs: list[Path] | None, out: str, held_out: float) -> None:
                 )
     for name, target in zip(names, targets, strict=True):
         print(f"{target}: {counts[name]:,} documents, {sizes[name]:,} bytes of text")
-    report_skipped(skipped)
+    skipped.report()
 
 
-def _is_held_out(document: Document, fraction: float) -> bool:
-    """A function of the text alone: order, other documents and copies make no difference.
-
-    Identical texts fall on the same side, so no copy of a training document is held out.
-    """
-    digest = hashlib.sha256(document.text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+def _standard_library() -> list[Reader]:
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = {
+        path.relative_to(root).as_posix(): path
+        for path in walk(root, _NOT_STDLIB)
+        if path.suffix == ".py" and path.is_file()
+    }
+    return [TextFile(name, paths[name]) for name in sorted(paths)]

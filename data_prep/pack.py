@@ -1,130 +1,166 @@
 """Verb `pack`: documents into Megatron's indexed dataset, with a manifest."""
 
-import time
-from collections import Counter
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
-from data_prep.documents import Document, list_sources, read_documents, report_skipped
-from data_prep.files import staged
-from est_ds.data.indexed import file_sha256, tokenizer_sha256
-from est_ds.data.manifest import FORMAT_VERSION, Manifest, manifest_path
-from est_ds.errors import UserError
+from data_prep.config import Preparation
+from data_prep.encoders import load_encoder, surrounding_ids
+from data_prep.packing import Packing
+from data_prep.progress import PackingProgress
+from data_prep.readers.base import PIECE_BYTES, Piece, Place, Reader, Rules
+from data_prep.sources import open_sources
+from data_prep.tokenizing import Job, tokenized
+from est_ds.data.tokenizer import tokenizer_sha256
+from est_ds.errors import Failure, UserError
 
-_BATCH_CHARACTERS = 1 << 22
-_REPORT_S = 5.0
+# Below this a further process costs more than it saves.
+_BYTES_A_WORKER = 8 << 20
+_PIECES_A_TASK = 500
 
 
-def pack(inputs: list[Path], tokenizer: Path, out: str, workers: int) -> None:
-    """Writes `OUT.bin`, `OUT.idx` and `OUT.manifest.json`.
+def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = False) -> None:
+    """Writes `OUT.bin`, `OUT.idx` (or `OUT-00000.bin`, ... for many tokens) and a manifest.
 
-    Each document becomes BOS + tokens + EOS (whichever of the two the tokenizer has), one
-    sequence and one document of the index. Tokens are uint16 where the vocabulary fits,
-    else int32; the type codes are DeepSpeed's. The output does not depend on `workers`.
+    With `held_out` these are `OUT.train.*` and `OUT.valid.*`. Each document becomes BOS + tokens +
+    EOS (see `Preparation`), one sequence and one document of the index. Tokens are uint16 where
+    the vocabulary fits, else int32; the type codes are DeepSpeed's.
+
+    What was begun with the same arguments and interrupted is continued. The files depend neither
+    on that nor on `workers`.
+
+    Args:
+        workers: processes that tokenize; None: one for each core, fewer for little text.
+        fresh: whether to begin anew where something was interrupted.
 
     Raises:
         UserError: Wrong input, or no document.
+        Failure: A worker died, or the disk is full.
     """
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise UserError(f"--workers={workers} is not allowed; use at least 1.")
-    processor = load_processor(tokenizer)
-    vocabulary = processor.vocab_size()
-    prefix = [processor.bos_id()] if processor.bos_id() >= 0 else []
-    suffix = [processor.eos_id()] if processor.eos_id() >= 0 else []
-    dtype = np.uint16 if vocabulary <= 1 << 16 else np.int32
-    sources = list_sources(inputs)
-    skipped, counts = Counter(), np.zeros(vocabulary, np.int64)
-    num_documents = text_bytes = 0
-
-    from deepspeed.runtime.data_pipeline.data_sampling import indexed_dataset
-
-    targets = [Path(f"{out}.bin"), Path(f"{out}.idx"), manifest_path(out)]
-    with staged(*targets) as (bin_, idx, manifest_file):
-        builder = indexed_dataset.MMapIndexedDatasetBuilder(str(bin_), dtype=dtype)
-        started = reported = time.monotonic()
-        for batch in _batches(read_documents(sources, skipped)):
-            texts = [document.text for document in batch]
-            packed = [
-                np.array(prefix + ids + suffix, dtype)
-                for ids in processor.encode(texts, num_threads=workers)
-            ]
-            for tokens in packed:
-                builder.add_item_numpy(tokens)
-                builder.end_document()
-            counts += np.bincount(np.concatenate(packed), minlength=vocabulary)
-            num_documents += len(batch)
-            text_bytes += sum(len(text.encode()) for text in texts)
-            if time.monotonic() - reported > _REPORT_S:
-                reported = time.monotonic()
-                elapsed_s = reported - started
-                print(
-                    f"{num_documents:,} documents, {counts.sum():,} tokens, {elapsed_s:.0f} s",
-                    flush=True,
-                )
-        builder.finalize(str(idx))
-        if not num_documents:
-            raise UserError("--input: no document with text in it; give other files.")
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            num_tokens=int(counts.sum()),
-            num_documents=num_documents,
-            dtype=np.dtype(dtype).name,
-            vocabulary=vocabulary,
-            bos_id=prefix[0] if prefix else None,
-            eos_id=suffix[0] if suffix else None,
-            text_bytes=text_bytes,
-            unigram_entropy=unigram_entropy(counts),
-            tokenizer_sha256=tokenizer_sha256(tokenizer),
-            bin_bytes=bin_.stat().st_size,
-            idx_bytes=idx.stat().st_size,
-            bin_sha256=file_sha256(bin_),
-            idx_sha256=file_sha256(idx),
+    if preparation.tokenizer is None:
+        raise UserError("--tokenizer is missing; name the tokenizer's folder, here or in --config.")
+    encoder = load_encoder(preparation.tokenizer)
+    bos_id, eos_id = surrounding_ids(encoder, preparation.bos, preparation.eos)
+    dtype = np.dtype(np.uint16 if encoder.vocabulary <= 1 << 16 else np.int32)
+    rules = Rules(preparation.max_document_bytes, preparation.invalid)
+    readers = open_sources(preparation.sources)
+    job = Job(encoder, bos_id, eos_id, dtype, preparation.held_out, rules)
+    settings = {
+        "tokenizer_sha256": tokenizer_sha256(preparation.tokenizer),
+        "bos": bos_id,
+        "eos": eos_id,
+        "held_out": preparation.held_out,
+        "shard_tokens": preparation.shard_tokens,
+        "max_document_bytes": preparation.max_document_bytes,
+    }
+    packing = Packing(out, job, settings, readers, fresh)
+    with contextlib.closing(packing), _explained(packing):
+        if packing.begun:
+            print(f"{packing.folder}: going on after {packing.resumed_tokens:,} tokens", flush=True)
+        if not packing.complete:
+            _read(packing, readers, job, workers or _useful_workers(readers))
+            _check_parts(packing, out, preparation.held_out)
+        manifests = packing.finish(
+            {
+                "dtype": dtype.name,
+                "vocabulary": encoder.vocabulary,
+                "bos_id": bos_id,
+                "eos_id": eos_id,
+                "unknown_id": encoder.unknown_id,
+                "tokenizer_sha256": settings["tokenizer_sha256"],
+                "sources": [
+                    source.model_dump(mode="json", exclude_defaults=True)
+                    for source in preparation.sources
+                ],
+            }
         )
-        manifest_file.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        # Between the moves no old manifest may vouch for new files.
-        targets[-1].unlink(missing_ok=True)
-    print(
-        f"{out}: {num_documents:,} documents, {manifest.num_tokens:,} tokens, "
-        f"{text_bytes / manifest.num_tokens:.2f} bytes a token, "
-        f"unigram entropy {manifest.unigram_entropy:.4f} nats"
-    )
-    report_skipped(skipped)
+    for prefix, manifest in manifests.items():
+        shards = f" in {len(manifest.shards)} shards" if len(manifest.shards) > 1 else ""
+        print(
+            f"{prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
+            f"{shards}, {manifest.text_bytes / manifest.num_tokens:.2f} bytes a token, "
+            f"unigram entropy {manifest.unigram_entropy:.4f} nats"
+        )
+    packing.skipped.report()
 
 
-def load_processor(directory: Path) -> sentencepiece.SentencePieceProcessor:
-    """Loads `DIRECTORY/tokenizer.model`.
+def _read(packing: Packing, readers: list[Reader], job: Job, workers: int) -> None:
+    """Packs everything after the place where the packing stands."""
+    sizes = [reader.stored_bytes for reader in readers]
+    before = np.cumsum([0, *(size or 0 for size in sizes)])
 
-    Raises:
-        UserError: There is none, or it is not a sentencepiece model.
-    """
-    tokenizer_sha256(directory)  # says what to do if the file is missing
-    path = Path(directory) / "tokenizer.model"
+    def done() -> tuple[int, int]:
+        return int(before[packing.place.source]) + packing.place.bytes_read, packing.num_tokens
+
+    with PackingProgress(None if None in sizes else int(before[-1]), *done()) as progress:
+        tasks = _tasks(readers, packing.place, job.rules)
+        for place, result in tokenized(tasks, job, workers):
+            packing.add(result, place)
+            progress.update(*done())
+
+
+def _tasks(
+    readers: list[Reader], start: Place, rules: Rules
+) -> Iterator[tuple[Place, list[Piece]]]:
+    """Pieces of all sources from a place on, gathered until they are worth sending away, each
+    time with the place where they end."""
+    pieces, size, place = [], 0, start
+    for number in range(start.source, len(readers)):
+        position = start.position if number == start.source else None
+        for piece in readers[number].pieces(position, rules):
+            pieces.append(piece)
+            size += piece.size
+            place = Place(number, piece.position, piece.bytes_read)
+            if size >= PIECE_BYTES or len(pieces) >= _PIECES_A_TASK:
+                yield place, pieces
+                pieces, size = [], 0
+    if pieces:
+        yield place, pieces
+
+
+@contextlib.contextmanager
+def _explained(packing: Packing) -> Iterator[None]:
+    """Says what an interruption leaves behind."""
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
-        raise UserError(
-            f"--tokenizer: {path} is not a sentencepiece model; copy it again or train one with "
-            f"`python -m data_prep tokenizer`."
-        ) from None
+        yield
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = Failure(
+                f"--out: {packing.folder}: no space left on the disk ({error.strerror}); free some "
+                f"(tokens take about half the bytes of their text) and give the same command again."
+            )
+        if packing.begun:
+            print(
+                f"{packing.folder} keeps what is packed; the same command continues from there",
+                file=sys.stderr,
+            )
+        raise error from None
 
 
-def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats per token of the frequencies [vocabulary]."""
-    shares = counts[counts > 0] / counts.sum()
-    return max(0.0, float(-(shares * np.log(shares)).sum()))
+def _useful_workers(readers: list[Reader]) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sizes = [reader.stored_bytes for reader in readers]
+    return cores if None in sizes else max(1, min(cores, sum(sizes) // _BYTES_A_WORKER))
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in order, in groups of a few million characters (at least one document)."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _check_parts(packing: Packing, out: str, held_out: float | None) -> None:
+    """No part may be empty."""
+    counts = {part: writer.num_documents for part, writer in packing.writers.items()}
+    if not any(counts.values()):
+        packing.skipped.report()
+        raise UserError("--input: no document with text in it; give other files.")
+    for part, count in counts.items():
+        if not count:
+            raise UserError(
+                f"--held-out={held_out} of {sum(counts.values()):,} documents leaves {out}.{part} "
+                f"empty; give more documents or another --held-out."
+            )

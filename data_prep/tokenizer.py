@@ -1,27 +1,28 @@
-"""Verb `tokenizer`: a Llama-style sentencepiece BPE that Hugging Face loads as it is."""
+"""Verb `tokenizer`: a sentencepiece tokenizer that Hugging Face loads as it is."""
+
+from __future__ import annotations
 
 import hashlib
 import io
-import json
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-from data_prep.documents import list_sources, read_documents
+from data_prep.config import SourceConfig
+from data_prep.conversion import FILES, hugging_face_files
 from data_prep.files import staged
+from data_prep.readers.base import Document, Rules, Skipped
+from data_prep.sources import open_sources, read_documents
 from est_ds.errors import UserError
 
 _CHUNK_CHARACTERS = 1000
 _NUM_CHECKS = 200
 
-# As Llama: BPE, bytes for unknown characters, single digits, no normalisation, ids 0-2.
+# As Llama: bytes for unknown characters, single digits, no normalisation, ids 0-2.
 # Unlike Llama no space is put before a text, so that decoding returns it unchanged.
 # num_threads is written into the model: it is fixed, or the file would depend on it.
 _SETTINGS = {
-    "model_type": "bpe",
     "byte_fallback": True,
     "split_digits": True,
     "normalization_rule_name": "identity",
@@ -37,21 +38,16 @@ _SETTINGS = {
     "num_threads": 2,
     "minloglevel": 2,
 }
-_HF_SETTINGS = {
-    "tokenizer_class": "LlamaTokenizer",
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "add_prefix_space": False,
-    "legacy": False,
-    "clean_up_tokenization_spaces": False,
-}
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
-def train(inputs: list[Path], out: Path, vocabulary: int, max_chunks: int) -> None:
+def train(
+    sources: Iterable[SourceConfig],
+    out: Path,
+    vocabulary: int,
+    max_chunks: int,
+    model_type: str = "bpe",
+    rules: Rules = Rules(),
+) -> None:
     """Trains a tokenizer; the same documents give the same files.
 
     Writes `tokenizer.model`, and `tokenizer.json` and `tokenizer_config.json` with which
@@ -59,11 +55,13 @@ def train(inputs: list[Path], out: Path, vocabulary: int, max_chunks: int) -> No
     is checked on a sample of the input before anything is written.
 
     Args:
-        inputs: Files and folders of documents.
+        sources: Where the documents are.
         out: Folder to write into; other files in it are left alone.
         vocabulary: Number of ids, with 3 special tokens and 256 bytes.
         max_chunks: Chunks of about 1000 characters to train on; those with the smallest
             hash are taken.
+        model_type: `bpe` (Llama) or `unigram`.
+        rules: What becomes of documents that are too long or cannot be read.
 
     Raises:
         UserError: Wrong input, or a vocabulary that the text cannot fill.
@@ -75,20 +73,24 @@ def train(inputs: list[Path], out: Path, vocabulary: int, max_chunks: int) -> No
             f"--vocab={vocabulary} is not allowed; use at least 260: 256 bytes, 3 special tokens "
             f"and a piece."
         )
-    chunks = _sample(inputs, max_chunks)
-    model = _train_model(chunks, vocabulary)
-    with staged(*(out / name for name in _FILES)) as temporary:
-        contents = _hugging_face_files(model, chunks[:: max(1, len(chunks) // _NUM_CHECKS)])
-        for name, path in zip(_FILES, temporary, strict=True):
+    skipped = Skipped()
+    documents = read_documents(open_sources(sources), rules, skipped)
+    chunks = _sample(documents, max_chunks)
+    model = _train_model(chunks, vocabulary, model_type)
+    with staged(*(out / name for name in FILES)) as temporary:
+        checks = chunks[:: max(1, len(chunks) // _NUM_CHECKS)]
+        contents = hugging_face_files(model, model_type, checks)
+        for name, path in zip(FILES, temporary, strict=True):
             path.write_bytes(contents[name])
     size = sum(len(chunk) for chunk in chunks)
     print(f"{out}: {vocabulary:,} pieces, trained on {len(chunks):,} chunks, {size:,} characters")
+    skipped.report()
 
 
-def _sample(inputs: list[Path], max_chunks: int) -> list[str]:
+def _sample(documents: Iterable[Document], max_chunks: int) -> list[str]:
     """At most max_chunks chunks in document order, chosen by hash of place and text."""
     chunks, num_chunks = [], 0
-    for document in read_documents(list_sources(inputs)):
+    for document in documents:
         for number, text in enumerate(_chunks(document.text)):
             address = f"{document.id}\0{number}\0{text}".encode()
             key = hashlib.blake2b(address, digest_size=8).digest()
@@ -114,11 +116,15 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk[start : start + _CHUNK_CHARACTERS]
 
 
-def _train_model(chunks: list[str], vocabulary: int) -> bytes:
+def _train_model(chunks: list[str], vocabulary: int, model_type: str) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(chunks), model_writer=model, vocab_size=vocabulary, **_SETTINGS
+            sentence_iterator=iter(chunks),
+            model_writer=model,
+            vocab_size=vocabulary,
+            model_type=model_type,
+            **_SETTINGS,
         )
     except (RuntimeError, ValueError) as error:
         # "INTERNAL: file(line) [condition] reason"; the reason may end in advice on its own flags
@@ -128,23 +134,3 @@ def _train_model(chunks: list[str], vocabulary: int) -> bytes:
             f"use another --vocab or more text."
         ) from None
     return model.getvalue()
-
-
-def _hugging_face_files(model: bytes, samples: list[str]) -> dict[str, bytes]:
-    """Contents of each of `_FILES`, with the conversion to tokenizer.json checked."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoTokenizer
-
-    config = (json.dumps(_HF_SETTINGS, indent=2) + "\n").encode()
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "tokenizer.model").write_bytes(model)
-        Path(folder, "tokenizer_config.json").write_bytes(config)
-        AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(f"{folder}/tokenizer.json")
-        converted = Path(folder, "tokenizer.json").read_bytes()
-        loaded = AutoTokenizer.from_pretrained(folder)
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    for text in samples:
-        # Text such as "</s>" is text here, and a special token to Hugging Face unless told.
-        ids = loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        assert ids == processor.encode(text), f"Hugging Face encodes {text!r} differently"
-    return {"tokenizer.model": model, "tokenizer_config.json": config, "tokenizer.json": converted}

@@ -1,0 +1,102 @@
+"""What to read and how to pack it: the flags of the command line, or a data file in YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from est_ds.config import Strict, checked
+from est_ds.errors import UserError
+
+_OF_FILES = ("path", "separator")
+_OF_DATASETS = ("dataset", "name", "data_dir", "data_files", "split", "revision", "streaming")
+
+
+class SourceConfig(Strict):
+    """Documents from local files, or from Hugging Face `datasets`.
+
+    Attributes:
+        path: file, folder or glob, or several of them; read in the order of their names.
+        text: field (.jsonl) or column (.parquet, dataset) that holds a document's text.
+        separator: what stands between the documents of a .txt file; without it a file is one.
+        dataset: name on the Hub, folder, or loader (`json`, `parquet`) for `data_files`.
+        name: the dataset's configuration.
+        split: the dataset's split; slices such as `train[:1%]` too, if it is not streamed.
+        revision: commit or tag on the Hub; give one, if an interrupted packing may be continued
+            after the dataset has changed there.
+        streaming: read while downloading, instead of downloading first.
+    """
+
+    path: str | tuple[str, ...] | None = None
+    text: str = "text"
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    dataset: str | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | tuple[str, ...] | dict[str, str | tuple[str, ...]] | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SourceConfig:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("a source needs either path (local files) or dataset (Hugging Face)")
+        foreign = _OF_DATASETS if self.path is not None else _OF_FILES
+        for field in foreign:
+            if field in self.model_fields_set:
+                kind = "path" if self.path is not None else "dataset"
+                raise ValueError(f"{field} has no effect on a source with {kind}; remove it")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+
+class Preparation(Strict):
+    """A data file.
+
+    Attributes:
+        tokenizer: folder (or file) of the tokenizer.
+        bos: whether the tokenizer's BOS stands before every document; None: if it has one that
+            is not its EOS.
+        eos: whether its EOS stands after every document; None: if it has one.
+        held_out: share of the documents, chosen by hash of their text, that goes into a corpus of
+            its own.
+        shard_tokens: a shard ends with the document that reaches this number.
+        max_document_bytes: longer documents are left out, and counted.
+        invalid: what to do with a document that cannot be read (no JSON, no UTF-8, no text).
+    """
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    tokenizer: str | None = None
+    bos: bool | None = None
+    eos: bool | None = None
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    shard_tokens: Annotated[int, Field(ge=1)] = 1 << 31
+    max_document_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 1 << 26
+    invalid: Literal["error", "skip"] = "error"
+
+
+def read_data_file(path: Path) -> Preparation:
+    """Reads a data file.
+
+    Raises:
+        UserError: it cannot be read, or something in it is wrong.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: a mapping with a list `sources` is expected.")
+    try:
+        return checked(Preparation, tree)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None

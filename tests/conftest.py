@@ -94,3 +94,9 @@ def tiny_run(corpus, tmp_path_factory) -> Path:
     tree = {"run_dir": "unset", **TINY_RUN, "data": {**data, "sequence": 64}}
     file.write_text(yaml.safe_dump(tree))
     return file
+
+
+@pytest.fixture(scope="session")
+def prepared_tokenizer(corpus) -> Path:
+    """Folder of a small sentencepiece tokenizer."""
+    return corpus / "tokenizer"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.pack import load_processor
+from data_prep.encoders import load_processor
 from data_prep.tokenizer import _chunks
 from est_ds.data.indexed import Corpus
 
@@ -161,7 +161,7 @@ def test_wrong_inputs_are_refused_by_name(tmp_path):
         "x.pdf: unknown kind of file": ["x.pdf"],
         "empty: no file in this folder": ["empty"],
         "nothing does not exist": ["nothing"],
-        "would both be called latin.txt": ["latin.txt", "a"],
+        "is given twice": ["a", "a/latin.txt"],
     }
     for says, names in cases.items():
         inputs = [tmp_path / name for name in names]
@@ -175,7 +175,7 @@ def test_wrong_inputs_are_refused_by_name(tmp_path):
 
 
 def test_tokenizer_has_llamas_special_tokens_and_returns_text_unchanged(prepared):
-    model = load_processor(prepared / "tok")
+    model = load_processor(prepared / "tok" / "tokenizer.model")
     assert (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id()) == (0, 1, 2, -1)
     assert model.vocab_size() == 600
     for text in [UNUSUAL, *(record["text"] for record in records(prepared / "text.valid.jsonl"))]:
@@ -188,7 +188,7 @@ def test_hugging_face_encodes_as_sentencepiece_does(prepared):
     from transformers import AutoTokenizer, LlamaTokenizer
 
     loaded = AutoTokenizer.from_pretrained(prepared / "tok", local_files_only=True)
-    model = load_processor(prepared / "tok")
+    model = load_processor(prepared / "tok" / "tokenizer.model")
     assert isinstance(loaded, LlamaTokenizer) and len(loaded) == 600
     assert (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
     texts = ["", " ", "\n\n", UNUSUAL]
@@ -229,7 +229,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path):
 
 def test_packed_documents_are_bos_text_eos_in_order(prepared):
     corpus = Corpus.open(prepared / "train")
-    model = load_processor(prepared / "tok")
+    model = load_processor(prepared / "tok" / "tokenizer.model")
     stream = corpus.window(0, corpus.num_tokens)
     expected = [[1, *model.encode(r["text"]), 2] for r in records(prepared / "text.train.jsonl")]
     assert stream.tolist() == [token for document in expected for token in document]
@@ -249,22 +249,33 @@ def test_manifest_states_what_the_files_hold(prepared):
         f"{name}_sha256": hashlib.sha256((prepared / path).read_bytes()).hexdigest()
         for name, path in hashed.items()
     }
-    assert manifest == digests | {
-        "format_version": 1,
-        "num_tokens": tokens.size,
-        "num_documents": len(texts),
+    sizes = {"num_tokens": tokens.size, "num_documents": len(texts)}
+    pair = {name: digests[f"{name}_sha256"] for name in ("bin", "idx")}
+    assert manifest == {
+        "format_version": 2,
+        **sizes,
         "dtype": "uint16",
         "vocabulary": 600,
         "bos_id": 1,
         "eos_id": 2,
         "text_bytes": sum(len(text.encode()) for text in texts),
-        "bin_bytes": (prepared / "train.bin").stat().st_size,
-        "idx_bytes": (prepared / "train.idx").stat().st_size,
+        "unknown_id": 0,
+        "tokenizer_sha256": digests["tokenizer_sha256"],
+        "part": "all",
+        "held_out": None,
+        "skipped": {},
+        "sources": [{"path": [str(prepared / "text.train.jsonl")]}],
+        "shards": [
+            {"suffix": "", **sizes}
+            | {f"{name}_bytes": (prepared / f"train.{name}").stat().st_size for name in pair}
+            | {f"{name}_sha256": digest for name, digest in pair.items()}
+        ],
     }
 
 
 def test_packed_files_do_not_depend_on_workers(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.pack._BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr("data_prep.readers.delimited.PIECE_BYTES", 20_000)
+    monkeypatch.setattr("data_prep.pack.PIECE_BYTES", 20_000)
     for workers in (2, 5):
         run("pack", "--input", prepared / "text.train.jsonl", "--tokenizer", prepared / "tok",
             "--out", tmp_path / "p", "--workers", workers)  # fmt: skip
@@ -312,7 +323,7 @@ def test_verify_refuses_a_missing_or_wrong_manifest(packed):
         "vocabulary": (content["vocabulary"] - 590, "outside the vocabulary 10"),
         "num_tokens": (content["num_tokens"] + 1, "num_tokens="),
         "unigram_entropy": (1.0, "unigram_entropy=1.0"),
-        "format_version": (2, "format_version: "),
+        "format_version": (3, "format_version: "),
         "surplus": (0, "surplus: "),
     }
     for field, (value, says) in wrong.items():

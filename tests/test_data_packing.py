@@ -1,0 +1,571 @@
+"""Packing at scale: shards, any number of workers, interruptions, full disks, any tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_command
+from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data_prep.__main__ import main
+from data_prep.encoders import load_encoder
+from est_ds.data.indexed import Corpus
+
+# The command line in a process of its own, in pieces of a few documents, committed after each.
+SMALL_STEPS = """
+import sys
+import data_prep.pack, data_prep.packing, data_prep.readers.delimited
+data_prep.pack.PIECE_BYTES = data_prep.readers.delimited.PIECE_BYTES = 10_000
+data_prep.packing.COMMIT_EVERY_S = 0.0
+from data_prep.__main__ import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Texts of many lengths, of real code."""
+    code = (ROOT / "est_ds" / "config.py").read_text()
+    draws = random.Random(0)
+    return [
+        f"{i}" + code[(at := draws.randrange(len(code) // 2)) : at + draws.choice([5, 50, 500, 5000])]
+        for i in range(400)
+    ]
+
+
+@pytest.fixture(scope="session")
+def source(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    for number in range(4):
+        lines = [json.dumps({"text": t}) + "\n" for t in texts[100 * number : 100 * number + 100]]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def small_steps(tmp_path):
+    script = tmp_path / "small_steps.py"
+    script.write_text(SMALL_STEPS)
+    return script
+
+
+def files_of(prefix):
+    """Contents by ending of all files of a corpus, or of its parts."""
+    prefix = Path(prefix)
+    found = {p.name.removeprefix(prefix.name): p for p in prefix.parent.glob(f"{prefix.name}*")}
+    return {ending: path.read_bytes() for ending, path in found.items()}
+
+
+def pack_arguments(source, tokenizer, out, *more):
+    arguments = ("pack", "--input", source, "--tokenizer", tokenizer, "--out", out, *more)
+    return [str(argument) for argument in arguments]
+
+
+def pack(*arguments):
+    assert main(pack_arguments(*arguments)) == 0
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared_tokenizer):
+    return prepared_tokenizer
+
+
+# shards
+
+
+def test_shards_are_one_stream_and_none_splits_a_document(source, tokenizer, texts, tmp_path):
+    pack(source, tokenizer, tmp_path / "one")
+    pack(source, tokenizer, tmp_path / "many", "--shard-tokens", "9000")
+    one, many = Corpus.open(tmp_path / "one"), Corpus.open(tmp_path / "many")
+    assert len(one.shards) == 1 and len(many.shards) > 5
+    sizes = [shard.num_tokens for shard in many.manifest.shards]
+    longest = max(len(t.encode()) for t in texts)
+    assert min(sizes[:-1]) >= 9000 and max(sizes) < 9000 + longest
+    stream = one.window(0, one.num_tokens)
+    assert many.window(0, many.num_tokens).tolist() == stream.tolist()
+    draws = np.random.default_rng(0)
+    for start in draws.integers(0, one.num_tokens, 50):
+        length = int(draws.integers(0, one.num_tokens - start))
+        assert (many.window(start, length) == stream[start : start + length]).all()
+    assert not {".bin", ".idx"} & set(files_of(tmp_path / "many"))
+    (tmp_path / "copy").mkdir()
+    for ending, content in files_of(tmp_path / "many").items():
+        (tmp_path / "copy" / f"renamed{ending}").write_bytes(content)
+    assert Corpus.open(tmp_path / "copy" / "renamed").fingerprint == many.fingerprint
+
+
+@pytest.mark.parametrize("shard_tokens", [3000, 1 << 31])
+def test_documents_begin_where_bos_stands(source, tokenizer, tmp_path, shard_tokens):
+    pack(source, tokenizer, tmp_path / "c", "--shard-tokens", shard_tokens)
+    corpus = Corpus.open(tmp_path / "c")
+    stream = corpus.window(0, corpus.num_tokens)
+    expected = [*np.flatnonzero(stream == 1), corpus.num_tokens]
+    assert corpus.document_start(np.arange(corpus.num_documents + 1)).tolist() == expected
+    assert corpus.document_start(np.array([[7, 3], [400, 7]])).tolist() == [
+        [expected[7], expected[3]],
+        [corpus.num_tokens, expected[7]],
+    ]
+    assert int(corpus.document_start(5)) == expected[5]
+
+
+def test_repacking_in_fewer_shards_leaves_no_old_one(source, tokenizer, tmp_path):
+    pack(source, tokenizer, tmp_path / "c", "--shard-tokens", "3000")
+    assert len(files_of(tmp_path / "c")) > 10
+    pack(source, tokenizer, tmp_path / "c")
+    assert set(files_of(tmp_path / "c")) == {".bin", ".idx", ".manifest.json"}
+
+
+def test_an_altered_or_missing_shard_is_found(source, tokenizer, tmp_path, capsys):
+    prefix = tmp_path / "c"
+    pack(source, tokenizer, prefix, "--shard-tokens", "9000")
+    shard = tmp_path / "c-00002.bin"
+    content = shard.read_bytes()
+
+    def refusals(workers="1"):
+        assert main(["verify", "--out", str(prefix), "--workers", workers]) == 2
+        yield capsys.readouterr().err
+        try:
+            Corpus.open(prefix).check_hashes()
+        except ValueError as error:
+            yield str(error)
+
+    Corpus.open(prefix).check_hashes()
+    assert main(["verify", "--out", str(prefix), "--workers", "2"]) == 0
+    shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    Corpus.open(prefix)
+    assert all("c-00002.bin: sha256" in r for r in refusals("2")) and len(list(refusals())) == 2
+    shard.write_bytes(content[:-2])
+    assert all("c-00002.bin" in r and "truncated" in r for r in refusals())
+    with pytest.raises(ValueError, match="truncated"):
+        Corpus.open(prefix)
+    shard.unlink()
+    assert all("c-00002.bin does not exist" in r for r in refusals())
+
+
+def test_held_out_documents_are_chosen_as_the_verb_corpus_does(source, tokenizer, texts, tmp_path):
+    whole = str(tmp_path / "c")
+    pack(source, tokenizer, whole, "--held-out", "0.2", "--shard-tokens", "9000")
+    inputs = ["--input", str(source)]
+    assert main(["corpus", *inputs, "--out", whole, "--held-out", "0.2"]) == 0
+    total = 0
+    for part in ("train", "valid"):
+        pack(f"{whole}.{part}.jsonl", tokenizer, f"{whole}.again")
+        again, split = Corpus.open(f"{whole}.again"), Corpus.open(f"{whole}.{part}")
+        assert again.window(0, again.num_tokens).tolist() == (
+            split.window(0, split.num_tokens).tolist()
+        )
+        assert (split.manifest.part, split.manifest.held_out) == (part, 0.2)
+        total += split.num_documents
+    assert total == len(texts)
+
+
+# interruptions
+
+
+def test_packing_killed_at_random_moments_ends_byte_identical(
+    source, tokenizer, tmp_path, small_steps
+):
+    more = ("--shard-tokens", "9000", "--held-out", "0.2")
+    pack(source, tokenizer, tmp_path / "whole", *more)
+    expected = files_of(tmp_path / "whole")
+    out = tmp_path / "killed" / "whole"
+    draws, kills, resumed = random.Random(1), 0, 0
+    while kills < 10:
+        arguments = pack_arguments(source, tokenizer, out, *more, "--workers", draws.choice("112"))
+        process = subprocess.Popen(
+            [sys.executable, small_steps, *arguments], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        state = Path(f"{out}.packing", "state.npz")
+        before = state.stat().st_mtime_ns if state.exists() else None
+        # From its first commit on, at any moment.
+        while process.poll() is None and (
+            not state.exists() or state.stat().st_mtime_ns == before
+        ):
+            time.sleep(0.002)
+        time.sleep(draws.random() * 0.03)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        said = process.communicate()[0]
+        resumed += "going on after" in said
+        if process.returncode == 0:  # was too fast: it may as well begin again
+            assert files_of(out) == expected
+            shutil.rmtree(out.parent)
+    done = run_command(sys.executable, small_steps, *pack_arguments(source, tokenizer, out, *more),
+                       PYTHONPATH=str(ROOT))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert files_of(out) == expected
+    assert resumed >= 5
+    Corpus.open(f"{out}.train").check_hashes()
+
+
+def test_packing_that_dies_while_files_move_into_place_is_continued(
+    source, tokenizer, tmp_path, monkeypatch
+):
+    more = ("--shard-tokens", "9000")
+    pack(source, tokenizer, tmp_path / "whole", *more)
+    expected = files_of(tmp_path / "whole")
+    out = tmp_path / "died" / "whole"
+    replace, moves = os.replace, []
+
+    def dies(source_, target):
+        moves.append(target)
+        if len(moves) == 12:
+            raise KeyboardInterrupt
+        replace(source_, target)
+
+    monkeypatch.setattr("data_prep.packing.os.replace", dies)
+    assert main(pack_arguments(source, tokenizer, out, *more)) == 130
+    monkeypatch.undo()
+    assert 2 < len(files_of(out.parent / "whole-")) < len(expected) - 1
+    assert not Path(f"{out}.manifest.json").exists()
+    # Whatever is added now comes too late for the corpus that was complete.
+    assert main(pack_arguments(source, tokenizer, out, *more)) == 0
+    assert files_of(out) == expected
+
+
+@pytest.fixture
+def interrupted(source, tokenizer, tmp_path, monkeypatch, capsys):
+    """The arguments of a packing that failed in its third file; the bad line's file."""
+    folder = tmp_path / "in"
+    shutil.copytree(source, folder)
+    bad = folder / "2.jsonl"
+    bad.write_text(bad.read_text().replace("\n", '\n{"text": 1}\n', 1))
+    monkeypatch.setattr("data_prep.packing.COMMIT_EVERY_S", 0.0)
+    monkeypatch.setattr("data_prep.pack.PIECE_BYTES", 10_000)
+    monkeypatch.setattr("data_prep.readers.delimited.PIECE_BYTES", 10_000)
+    arguments = pack_arguments(folder, tokenizer, tmp_path / "c", "--workers", "1")
+    assert main(arguments) == 2
+    assert "c.packing keeps what is packed" in capsys.readouterr().err
+    return arguments, bad
+
+
+def test_after_a_bad_document_packing_goes_on_with_it_corrected_or_left_out(
+    interrupted, source, tokenizer, tmp_path, capsys
+):
+    arguments, bad = interrupted
+    assert not (tmp_path / "c.bin").exists()
+    pack(source, tokenizer, tmp_path / "whole")
+    shutil.copytree(tmp_path / "c.packing", tmp_path / "other.packing")
+    assert main([*arguments, "--invalid", "skip"]) == 0
+    said = capsys.readouterr().out
+    assert "going on after" in said and "left out: 1 invalid (the first: 2.jsonl#2)" in said
+    assert Corpus.open(tmp_path / "c").manifest.skipped == {"invalid": 1}
+    shutil.copy(source / "2.jsonl", bad)
+    arguments[arguments.index(str(tmp_path / "c"))] = str(tmp_path / "other")
+    assert main(arguments) == 0
+    whole = files_of(tmp_path / "whole")
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"c{ending}").read_bytes() == whole[ending]
+        assert (tmp_path / f"other{ending}").read_bytes() == whole[ending]
+
+
+def test_another_packing_is_not_continued_by_mistake(interrupted, tmp_path, capsys):
+    arguments, bad = interrupted
+    for more, says in (
+        (["--no-bos"], "bos=1, now bos=None"),
+        (["--held-out", "0.1"], "held_out=None, now held_out=0.1"),
+        (["--shard-tokens", "5"], "shard_tokens="),
+    ):
+        assert main([*arguments, *more]) == 2
+        error = capsys.readouterr().err
+        assert says in error and "--fresh" in error
+    first = bad.with_name("0.jsonl")
+    first.write_text(first.read_text() + '{"text": "more"}\n')
+    assert main(arguments) == 2
+    assert "some were changed" in capsys.readouterr().err
+    assert main([*arguments, "--fresh", "--invalid", "skip"]) == 0
+    assert Corpus.open(tmp_path / "c").num_documents == 401
+    assert not Path(tmp_path / "c.packing").exists()
+
+
+def test_two_packings_of_one_name_do_not_mix(source, tokenizer, tmp_path, small_steps, capsys):
+    arguments = pack_arguments(source, tokenizer, tmp_path / "c")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, os, sys, time; os.mkdir(sys.argv[1]);"
+         "f = open(sys.argv[1] + '/lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held');"
+         "sys.stdout.flush(); time.sleep(60)", tmp_path / "c.packing"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    assert main(arguments) == 2
+    assert "another process is packing" in capsys.readouterr().err
+    holder.kill()
+    holder.communicate()
+    assert main(arguments) == 0
+
+
+def test_workers_end_when_their_parent_is_killed(source, tokenizer, tmp_path, small_steps):
+    process = subprocess.Popen(
+        [sys.executable, small_steps,
+         *pack_arguments(source, tokenizer, tmp_path / "c", "--workers", "2")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = []
+    while process.poll() is None and len(workers) < 3:  # the two, and multiprocessing's own
+        workers = children.read_text().split()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while alive := [w for w in workers if Path(f"/proc/{w}/stat").exists()
+                    and Path(f"/proc/{w}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+    assert len(workers) >= 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_is_one_clear_error_and_packing_goes_on_when_there_is_room(
+    source, tokenizer, tmp_path, small_steps
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk)
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        arguments = pack_arguments(source, tokenizer, disk / "c", "--shard-tokens", "9000")
+        command = (sys.executable, small_steps, *arguments)
+        done = run_command(*command, PYTHONPATH=str(ROOT))
+        assert done.returncode == 1, (done.stdout, done.stderr)
+        error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1 and "no space left" in error[0] and "Traceback" not in done.stderr
+        assert not list(disk.glob("c*.bin")) and not list(disk.glob("*.json"))
+        subprocess.run(("mount", "-o", "remount,size=20m", disk), check=True)
+        done = run_command(*command, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0 and "going on after" in done.stdout, done.stderr
+        pack(source, tokenizer, tmp_path / "c", "--shard-tokens", "9000")
+        assert files_of(disk / "c") == files_of(tmp_path / "c")
+    finally:
+        subprocess.run(("umount", disk), check=True)
+
+
+# documents that are left out
+
+
+def test_documents_left_out_are_counted_and_named(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(
+        b'{"text": "fine"}\n{"text": " "}\n{"text": "\xff"}\nnot json\n{"text": "%s"}\n' % (b"x" * 999)
+    )
+    (folder / "b.txt").write_bytes(b"\xff\xfe")
+    (folder / "c.txt").write_bytes(b"")
+    (folder / "d.txt").write_text("y" * 999)
+    arguments = pack_arguments(folder, tokenizer, tmp_path / "c", "--max-document-bytes", "100")
+    assert main(arguments) == 2
+    assert "a.jsonl, line 3" in capsys.readouterr().err
+    assert main([*arguments, "--invalid", "skip"]) == 0
+    manifest = Corpus.open(tmp_path / "c").manifest
+    assert manifest.num_documents == 1
+    assert manifest.skipped == {"empty": 2, "invalid": 3, "too long": 2}
+    said = capsys.readouterr().out
+    assert "2 empty (the first: a.jsonl#2); 3 invalid (the first: a.jsonl#3)" in said
+    assert "2 too long (the first: a.jsonl#5)" in said
+
+
+def test_a_document_of_more_tokens_than_the_index_can_say_is_counted(
+    source, tokenizer, tmp_path, monkeypatch, texts
+):
+    encoder = load_encoder(tokenizer)
+    lengths = np.array([len(ids) + 2 for ids in encoder.encode(texts)])
+    limit = int(np.median(lengths))
+    monkeypatch.setattr("data_prep.tokenizing._MAX_TOKENS", limit)
+    pack(source, tokenizer, tmp_path / "c", "--workers", "1")
+    manifest = Corpus.open(tmp_path / "c").manifest
+    assert manifest.skipped == {"too long": int((lengths > limit).sum())}
+    assert manifest.num_tokens == lengths[lengths <= limit].sum()
+
+
+# tokenizers of Hugging Face
+
+
+@pytest.fixture(scope="session")
+def gpt2_like(tmp_path_factory):
+    """A byte-level BPE with one token that is BOS and EOS, as GPT-2's."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [(ROOT / "est_ds" / "config.py").read_text()],
+        trainers.BpeTrainer(
+            vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"],
+            show_progress=False,
+        ),
+    )  # fmt: skip
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_hugging_face_tokenizer_packs_as_the_library_encodes(
+    gpt2_like, source, texts, tmp_path, capsys
+):
+    pack(source, gpt2_like, tmp_path / "c", "--workers", "2")
+    loaded = AutoTokenizer.from_pretrained(gpt2_like)
+    corpus = Corpus.open(tmp_path / "c")
+    end = loaded.eos_token_id
+    expected = [i for t in texts for i in [*loaded(t, split_special_tokens=True)["input_ids"], end]]
+    assert corpus.window(0, corpus.num_tokens).tolist() == expected
+    assert (corpus.manifest.bos_id, corpus.manifest.eos_id) == (None, end)
+    corpus.check_tokenizer(gpt2_like)
+    assert main(["verify", "--out", str(tmp_path / "c"), "--tokenizer", str(gpt2_like)]) == 0
+    assert "no BOS around documents; 100 % of the documents end with EOS" in capsys.readouterr().out
+
+
+def test_special_tokens_spelled_in_a_text_stay_text(gpt2_like, tokenizer, tmp_path):
+    for name, path, text in (("hf", gpt2_like, "a<|endoftext|>b"), ("sp", tokenizer, "a</s>b<s>")):
+        (tmp_path / "a.txt").write_text(text)
+        pack(tmp_path / "a.txt", path, tmp_path / name)
+        corpus = Corpus.open(tmp_path / name)
+        ids = corpus.window(0, corpus.num_tokens).tolist()
+        assert ids.count(corpus.manifest.eos_id) == 1
+        assert AutoTokenizer.from_pretrained(path).decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "int32")])
+def test_a_vocabulary_above_65536_is_packed_in_four_bytes(tmp_path, size, dtype):
+    vocabulary = {f"w{i}": i for i in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(
+        tmp_path / "tok"
+    )
+    last = size - 1
+    (tmp_path / "a.txt").write_text(f"w{last} w7 w{last - 1}")
+    pack(tmp_path / "a.txt", tmp_path / "tok", tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    assert corpus.window(0, 3).tolist() == [last, 7, last - 1]
+    assert corpus.manifest.dtype == corpus.shards[0].header.dtype.name == dtype
+    reader = MMapIndexedDataset(str(tmp_path / "c"), skip_warmup=True)
+    assert reader[0].tolist() == [last, 7, last - 1]
+
+
+def test_a_tokenizer_without_bos_is_not_asked_for_one(gpt2_like, source, tmp_path, capsys):
+    tokenizer = json.loads((gpt2_like / "tokenizer_config.json").read_text())
+    shutil.copytree(gpt2_like, tmp_path / "tok")
+    tokenizer.pop("bos_token")
+    (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    arguments = pack_arguments(source, tmp_path / "tok", tmp_path / "c", "--bos")
+    assert main(arguments) == 2
+    assert "--bos: this tokenizer has no BOS token" in capsys.readouterr().err
+
+
+# other implementations of the format
+
+
+@pytest.mark.parametrize("shard_tokens", ["9000", "2147483648"])
+def test_what_we_write_is_read_by_deepspeeds_own_reader(
+    source, tokenizer, texts, tmp_path, shard_tokens
+):
+    pack(source, tokenizer, tmp_path / "c", "--shard-tokens", shard_tokens)
+    corpus, found = Corpus.open(tmp_path / "c"), []
+    for shard in corpus.shards:
+        reader = MMapIndexedDataset(shard.header.prefix, skip_warmup=True)
+        assert reader.doc_idx.tolist() == list(range(len(reader) + 1))
+        assert reader.sizes.tolist() == [len(reader[i]) for i in range(len(reader))]
+        found += [reader[i].tolist() for i in range(len(reader))]
+    encoded = load_encoder(tokenizer).encode(texts)
+    assert found == [[1, *ids, 2] for ids in encoded]
+
+
+def megatron_files(prefix, documents, code, dtype):
+    """Bytes as Megatron-LM's description of its IndexedDataset has them: a document is a list of
+    sequences."""
+    sequences = [s for document in documents for s in document]
+    ends = np.cumsum([0] + [len(document) for document in documents])
+    sizes = [len(s) for s in sequences]
+    pointers = np.cumsum([0] + [n * np.dtype(dtype).itemsize for n in sizes])[:-1]
+    Path(f"{prefix}.bin").write_bytes(b"".join(np.array(s, dtype).tobytes() for s in sequences))
+    Path(f"{prefix}.idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<Q", 1)
+        + struct.pack("<B", code)
+        + struct.pack("<Q", len(sequences))
+        + struct.pack("<Q", len(ends))
+        + struct.pack(f"<{len(sizes)}i", *sizes)
+        + struct.pack(f"<{len(sizes)}q", *pointers)
+        + struct.pack(f"<{len(ends)}q", *ends)
+    )
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8"), (1, "u1")])
+def test_a_corpus_of_megatron_reads_token_by_token(tmp_path, code, dtype):
+    draws = np.random.default_rng(3)
+    documents = [
+        [draws.integers(0, 200, draws.integers(1, 40)).tolist() for _ in range(draws.integers(0, 4))]
+        for _ in range(50)
+    ]
+    megatron_files(tmp_path / "m", documents, code, dtype)
+    corpus = Corpus.open(tmp_path / "m")
+    whole = [[token for s in document for token in s] for document in documents]
+    stream = [token for document in whole for token in document]
+    assert corpus.num_tokens == len(stream) and corpus.num_documents == 50
+    for start in range(len(stream)):
+        assert corpus.window(start, 1)[0] == stream[start]
+    assert corpus.window(0, len(stream)).tolist() == stream
+    starts = np.cumsum([0] + [len(document) for document in whole]).tolist()
+    assert corpus.document_start(np.arange(51)).tolist() == starts
+    assert corpus.manifest is None
+
+
+# audit
+
+
+@pytest.mark.parametrize(
+    ("documents", "says"),
+    [
+        ([[1, 5, 2], [1, 6, 2], [7, 2]], "only 66.6667 % of the documents start with BOS (1)"),
+        ([[1, 5, 2], [1, 6, 2], [1, 7]], "only 66.6667 % of the documents end with EOS (2)"),
+        ([[1, 1, 5, 2], [1, 6, 2]], "1 documents start with two BOS (1)"),
+        ([[1, 5, 2], [1, 6, 2, 2]], "1 documents end with two EOS (2)"),
+        ([[1, 5, 2, 7, 2], [1, 6, 2]], "EOS (2) stands 1 times inside documents"),
+        ([[1, 5, 0, 2], [1, 6, 2]], "of the tokens unknown (0), more than --max-unknown"),
+        ([[1, 5, 2], [1, 600, 2]], "token 600 is outside the vocabulary 512"),
+        ([[1, 5, 2], [1, 6, 2]], None),
+        ([[5, 2], [6, 2]], None),
+        ([[5, 3], [6, 7]], None),
+    ],
+)
+def test_the_audit_finds_how_documents_were_made(tokenizer, tmp_path, capsys, documents, says):
+    megatron_files(tmp_path / "m", [[d] for d in documents], 8, "<u2")
+    code = main(["verify", "--out", str(tmp_path / "m"), "--tokenizer", str(tokenizer)])
+    said = capsys.readouterr()
+    if says is None:
+        assert code == 0 and "no manifest: hashes" in said.out
+    else:
+        assert code == 2 and says in said.err and said.err.count("\n") == 1
+
+
+def test_the_audit_holds_the_manifest_to_its_bos_and_density(source, tokenizer, tmp_path, capsys):
+    prefix = tmp_path / "c"
+    pack(source, tokenizer, prefix, "--no-bos")
+    verify = ["verify", "--out", str(prefix)]
+    assert main(verify) == 0
+    assert "no BOS around documents" in capsys.readouterr().out
+    assert main([*verify, "--min-bytes-per-token", "9"]) == 2
+    assert "fewer than --min-bytes-per-token=9" in capsys.readouterr().err
+    manifest = Path(f"{prefix}.manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"bos_id": 1}))
+    assert main(verify) == 2
+    assert "only 0 % of the documents start with BOS (1)" in capsys.readouterr().err

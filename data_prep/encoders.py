@@ -70,7 +70,7 @@ def load_encoder(tokenizer: str | Path) -> Encoder:
         UserError: there is none, or it cannot be loaded.
     """
     files = defining_files(tokenizer)
-    if files[0].name == SENTENCEPIECE or files == [Path(tokenizer)] and files[0].suffix == ".model":
+    if files[0].name == SENTENCEPIECE:
         return _load_sentencepiece(files[0])
     return _load_hugging_face(files)
 

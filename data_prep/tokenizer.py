@@ -10,10 +10,11 @@ from pathlib import Path
 import sentencepiece
 
 from data_prep.config import SourceConfig
-from data_prep.conversion import FILES, hugging_face_files
+from data_prep.conversion import hugging_face_files
 from data_prep.files import staged
 from data_prep.readers.base import Document, Rules, Skipped
 from data_prep.sources import open_sources, read_documents
+from est_ds.data.tokenizer import SENTENCEPIECE
 from est_ds.errors import UserError
 
 _CHUNK_CHARACTERS = 1000
@@ -50,9 +51,9 @@ def train(
 ) -> None:
     """Trains a tokenizer; the same documents give the same files.
 
-    Writes `tokenizer.model`, and `tokenizer.json` and `tokenizer_config.json` with which
-    `transformers.AutoTokenizer` loads it offline and encodes as sentencepiece does. This
-    is checked on a sample of the input before anything is written.
+    Writes `tokenizer.model` (of a unigram: `spiece.model`), and `tokenizer.json` and
+    `tokenizer_config.json` with which `transformers.AutoTokenizer` loads it offline and encodes as
+    sentencepiece does. This is checked on a sample of the input before anything is written.
 
     Args:
         sources: Where the documents are.
@@ -77,14 +78,24 @@ def train(
     documents = read_documents(open_sources(sources), rules, skipped)
     chunks = _sample(documents, max_chunks)
     model = _train_model(chunks, vocabulary, model_type)
-    with staged(*(out / name for name in FILES)) as temporary:
-        checks = chunks[:: max(1, len(chunks) // _NUM_CHECKS)]
-        contents = hugging_face_files(model, model_type, checks)
-        for name, path in zip(FILES, temporary, strict=True):
-            path.write_bytes(contents[name])
+    contents = hugging_face_files(model, model_type, chunks[:: max(1, len(chunks) // _NUM_CHECKS)])
+    _refuse_another_kind(out, contents)
+    with staged(*(out / name for name in contents)) as temporary:
+        for content, path in zip(contents.values(), temporary, strict=True):
+            path.write_bytes(content)
     size = sum(len(chunk) for chunk in chunks)
     print(f"{out}: {vocabulary:,} pieces, trained on {len(chunks):,} chunks, {size:,} characters")
     skipped.report()
+
+
+def _refuse_another_kind(out: Path, contents: Iterable[str]) -> None:
+    """A folder must not hold two tokenizers: the wrong one might be taken for it."""
+    for name in (SENTENCEPIECE, "spiece.model"):
+        if name not in contents and (out / name).exists():
+            raise UserError(
+                f"--out {out} holds a tokenizer of another kind ({name}); give another folder, or "
+                f"remove it."
+            )
 
 
 def _sample(documents: Iterable[Document], max_chunks: int) -> list[str]:

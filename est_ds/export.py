@@ -15,6 +15,7 @@ from est_ds.config import RunConfig
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.data.indexed import Corpus
+from est_ds.data.tokenizer import tokenizer_files
 from est_ds.errors import UserError
 from est_ds.model import build_model, empty_model
 from est_ds.run import Planned, check_run_dir, plan_run
@@ -69,11 +70,7 @@ def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = L
     ids_BT = torch.from_numpy(
         Corpus.open(config.data.valid).window(0, config.data.sequence)
     )[None]
-    if not Path(config.data.tokenizer, "tokenizer.model").is_file():
-        raise UserError(
-            f"data.tokenizer={config.data.tokenizer!r} holds no tokenizer.model; point it to the "
-            f"tokenizer that the corpus was packed with."
-        )
+    tokenizer_sources = tokenizer_files(config.data.tokenizer)
     weights = _weights(store.path(step), planned)
     planned, weights = _as_deep_as(planned, step, weights)
     model = build_model(planned.hf_config, config.seed)
@@ -83,9 +80,8 @@ def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = L
     try:
         partial.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(partial)
-        for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-            if (source := Path(config.data.tokenizer, name)).is_file():
-                shutil.copyfile(source, partial / name)
+        for source in tokenizer_sources:
+            shutil.copyfile(source, partial / source.name)
         dtype = next(iter(weights.values())).dtype
         auto_class = getattr(transformers, planned.family.auto_class)
         reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
@@ -156,6 +152,8 @@ def _largest_difference(planned: Planned, model, reloaded, ids_BT: Tensor) -> fl
 
 
 def _continue(model, tokenizer, prompt: str) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt")
+    # Some tokenizers return more than a model of another family takes.
+    encoded = tokenizer(prompt, return_tensors="pt")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)

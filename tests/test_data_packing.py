@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, est_ds, run_command
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -569,3 +569,23 @@ def test_the_audit_holds_the_manifest_to_its_bos_and_density(source, tokenizer, 
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"bos_id": 1}))
     assert main(verify) == 2
     assert "only 0 % of the documents start with BOS (1)" in capsys.readouterr().err
+
+
+def test_a_run_trains_and_exports_with_a_hugging_face_tokenizer(
+    gpt2_like, corpus, tiny_run, tmp_path
+):
+    for part in ("train", "valid"):
+        pack(corpus / f"text.{part}.jsonl", gpt2_like, tmp_path / part, "--shard-tokens", "30000")
+    assert len(Corpus.open(tmp_path / "train").shards) > 1
+    run_dir = tmp_path / "run"
+    fields = (f"data.train={tmp_path}/train", f"data.valid={tmp_path}/valid")
+    settings = ("steps=2", "method.name=full", "model.vocab_size=600", "parallel.pipe=1",
+                "checkpoint.every=2", "evaluate.every=2")  # fmt: skip
+    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *fields, *settings,
+                  f"data.tokenizer={gpt2_like}", "--processes", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = est_ds("export", run_dir)
+    assert done.returncode == 0, done.stderr
+    text = "def f(x):\n    return"
+    exported, trained = (AutoTokenizer.from_pretrained(p) for p in (run_dir / "export", gpt2_like))
+    assert exported(text)["input_ids"] == trained(text)["input_ids"]

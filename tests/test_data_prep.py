@@ -191,7 +191,7 @@ def test_hugging_face_encodes_as_sentencepiece_does(prepared):
     model = load_processor(prepared / "tok" / "tokenizer.model")
     assert isinstance(loaded, LlamaTokenizer) and len(loaded) == 600
     assert (loaded.unk_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
-    texts = ["", " ", "\n\n", UNUSUAL]
+    texts = ["", " ", "\n\n", UNUSUAL, "<0x0A> is no byte"]
     for part in ("train", "valid"):
         texts += [record["text"] for record in records(prepared / f"text.{part}.jsonl")]
     for text in texts:
@@ -199,6 +199,35 @@ def test_hugging_face_encodes_as_sentencepiece_does(prepared):
         assert found == model.encode(text)
     assert loaded("x = 1")["input_ids"] == [1, *model.encode("x = 1")]
     assert loaded.decode(model.encode(texts[-1])) == texts[-1]
+
+
+def test_a_unigram_packs_as_hugging_face_encodes_and_as_likely_as_sentencepiece(
+    prepared, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    run("tokenizer", "--input", prepared / "text.train.jsonl", "--out", tmp_path / "tok",
+        "--vocab", "600", "--model-type", "unigram", "--sentences", "300")  # fmt: skip
+    (tmp_path / "odd.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in (UNUSUAL, "<0x0A> is no byte"))
+    )
+    inputs = (prepared / "text.valid.jsonl", tmp_path / "odd.jsonl")
+    run("pack", "--input", *inputs, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "c")
+    corpus = Corpus.open(tmp_path / "c")
+    stream = corpus.window(0, corpus.num_tokens)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "tok", local_files_only=True)
+    model = load_processor(tmp_path / "tok" / "spiece.model")
+    starts = corpus.document_start(np.arange(corpus.num_documents + 1))
+    texts = [r["text"] for path in reversed(inputs) for r in records(path)]
+    for text, start, end in zip(texts, starts[:-1], starts[1:], strict=True):
+        ids = stream[start:end].tolist()
+        assert ids == [*loaded(text, split_special_tokens=True)["input_ids"], 2]
+        assert model.decode(ids[1:-1]) == text
+        best = sum(map(model.get_score, model.encode(text)))
+        assert sum(map(model.get_score, ids[1:-1])) == pytest.approx(best, rel=1e-6)
+    error = refused("tokenizer", "--input", prepared / "text.train.jsonl", "--out",
+                    tmp_path / "tok", "--vocab", "600")  # fmt: skip
+    assert "holds a tokenizer of another kind (spiece.model)" in error
 
 
 def test_tokenizer_training_is_deterministic(prepared, tmp_path):

@@ -22,14 +22,14 @@ def defining_files(tokenizer: str | Path) -> list[Path]:
     """The files that say which ids a text becomes.
 
     Args:
-        tokenizer: A folder, or one such file in it. In a folder `tokenizer.model` comes before
-            `tokenizer.json`, and that before the files of older formats.
+        tokenizer: A folder, or the `tokenizer.model` or `tokenizer.json` in it. In a folder
+            `tokenizer.model` comes before `tokenizer.json`, and that before older formats.
 
     Raises:
         UserError: There is none.
     """
     path = Path(tokenizer)
-    if path.is_file():
+    if path.is_file() and path.name in (SENTENCEPIECE, HUGGING_FACE):
         return [path]
     for names in ((SENTENCEPIECE,), (HUGGING_FACE,), VOCABULARIES):
         if found := [path / name for name in names if (path / name).is_file()]:

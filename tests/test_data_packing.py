@@ -571,6 +571,7 @@ def test_the_audit_holds_the_manifest_to_its_bos_and_density(source, tokenizer, 
     assert "only 0 % of the documents start with BOS (1)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_exports_with_a_hugging_face_tokenizer(
     gpt2_like, corpus, tiny_run, tmp_path
 ):

@@ -5,15 +5,25 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from est_ds.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Of a held-out corpus: part of the names of figures.
+CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 # A step (whole number) or a fraction of the run (a number with a point, at most 1.0).
 Position = Annotated[int, Field(ge=0)] | Share
 
@@ -85,13 +95,92 @@ class Parallel(Strict):
         return self
 
 
-class Data(Strict):
-    """Packed corpora (prefixes of .bin and .idx), their tokenizer, tokens of a sequence."""
+class Part(Strict):
+    """A corpus of a mixture (prefix of .bin and .idx), and its share of the sequences."""
 
-    train: str
-    valid: str
+    corpus: str
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+
+
+class DataPhase(Strict):
+    """Weights of the corpora, in the order of `data.train`, until a step."""
+
+    until: Position
+    weights: tuple[Annotated[float, Field(ge=0.0)], ...]
+
+
+def _either(plain: str, other: str) -> Discriminator:
+    return Discriminator(lambda value: plain if isinstance(value, str) else other)
+
+
+class Data(Strict):
+    """Packed corpora (prefixes of .bin and .idx), their tokenizer, tokens of a sequence.
+
+    Attributes:
+        train: a prefix, or a mixture of corpora by weight.
+        phases: weights of the mixture that change by step.
+        valid: a prefix, or prefixes by name, which are evaluated one by one.
+        shuffle: `sequences`: every epoch has the same sequences, in an order of its own.
+            `documents`: the documents are permuted too, before they are cut into sequences.
+        documents: `joined`: attention sees all of a sequence. `separate`: only the token's own
+            document, positions restart in each, and no label lies in another one.
+    """
+
+    ONE: ClassVar[str] = ""
+
+    train: Annotated[
+        Annotated[str, Tag("<prefix>")]
+        | Annotated[tuple[Part, ...], Field(min_length=1), Tag("<mixture>")],
+        _either("<prefix>", "<mixture>"),
+    ]
+    phases: tuple[DataPhase, ...] = ()
+    valid: Annotated[
+        Annotated[str, Tag("<prefix>")]
+        | Annotated[dict[CorpusName, str], Field(min_length=1), Tag("<names>")],
+        _either("<prefix>", "<names>"),
+    ]
     tokenizer: str
     sequence: Positive
+    shuffle: Literal["sequences", "documents"] = "sequences"
+    documents: Literal["joined", "separate"] = "joined"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The training corpora; one if it is no mixture."""
+        return (Part(corpus=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Prefixes of the held-out corpora by name; one without a name is called `ONE`."""
+        return {self.ONE: self.valid} if isinstance(self.valid, str) else self.valid
+
+    @model_validator(mode="after")
+    def _weights_take_effect(self) -> Data:
+        if isinstance(self.train, str):
+            if self.phases:
+                raise ValueError("phases need a mixture: make train a list of corpora, or remove them")
+            return self
+        names = [part.corpus for part in self.train]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"train has the corpus {name!r} twice; add up its weights")
+        for i, part in enumerate(self.train):
+            if self.phases and part.weight is not None:
+                raise ValueError(f"train[{i}].weight has no effect beside phases; remove it")
+            if not self.phases and part.weight is None:
+                raise ValueError(f"train[{i}].weight is missing; add it, or phases with weights")
+        for i, phase in enumerate(self.phases):
+            if len(phase.weights) != len(names):
+                raise ValueError(
+                    f"phases[{i}].weights has {len(phase.weights)} numbers for the {len(names)} "
+                    f"corpora of train; give one each, 0 for none"
+                )
+            if not any(phase.weights):
+                raise ValueError(f"phases[{i}].weights are all 0; at least one must be above 0")
+        for name, weights in zip(names, zip(*(phase.weights for phase in self.phases))):
+            if not any(weights):
+                raise ValueError(f"train has the corpus {name!r}, whose weight is 0 in all phases")
+        return self
 
 
 class Optimizer(Strict):
@@ -200,7 +289,7 @@ class RunConfig(Strict):
 
 
 # Parts of a location that no run file has.
-UNION_TAGS = ("cosine", "wsd", "int", "float", "constrained-")
+UNION_TAGS = ("cosine", "wsd", "int", "float", "constrained-", "<")
 M = TypeVar("M", bound=Strict)
 
 
@@ -258,8 +347,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     """Reads a run file, or the `config.yaml` of a run directory, and applies the overrides.
 
     Args:
-        overrides: `section.field=value`, the value in YAML. `model` and `method` may be the path
-            of a file that holds the section. A new `method.name` replaces the
+        overrides: `section.field=value`, the value in YAML. `model`, `method` and `data` may be
+            the path of a file that holds the section. A new `method.name` replaces the
             whole method section, since the other method's settings cannot take effect.
 
     Raises:
@@ -280,7 +369,7 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
 
 
 def _read_sections(tree: dict[str, Any], folder: Path) -> None:
-    for section in ("model", "method"):
+    for section in ("model", "method", "data"):
         if isinstance(path := tree.get(section), str):
             tree[section] = _read_mapping(folder / path, f"{section} file ({section})")
 

@@ -68,7 +68,7 @@ def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = L
             f"--out={str(folder)!r} exists and is no export of est-ds; choose another folder."
         )
     ids_BT = torch.from_numpy(
-        Corpus.open(config.data.valid).window(0, config.data.sequence)
+        Corpus.open(next(iter(config.data.held_out.values()))).window(0, config.data.sequence)
     )[None]
     tokenizer_sources = tokenizer_files(config.data.tokenizer)
     weights = _weights(store.path(step), planned)
@@ -144,10 +144,11 @@ def _as_deep_as(
 def _largest_difference(planned: Planned, model, reloaded, ids_BT: Tensor) -> float:
     """Between the pieces in a row, as a pipeline runs them, and the reloaded folder."""
     ids = (ids_BT, ids_BT) if planned.hf_config.is_encoder_decoder else (ids_BT,)
+    named = planned.family.named_inputs(ids)
     x: Tensor | tuple[Tensor, ...] = ids if len(ids) > 1 else ids_BT
     for piece in planned.family.pieces(planned.hf_config):
         x = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
-    logits = reloaded(**dict(zip(("input_ids", "decoder_input_ids"), ids))).logits
+    logits = reloaded(**named).logits
     return (logits.float() - x.float()).abs().max().item()
 
 

@@ -7,14 +7,16 @@ import fcntl
 import os
 from dataclasses import dataclass, fields
 from functools import cached_property
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
-from est_ds.config import RunConfig, checked
+from est_ds.config import Data, RunConfig, checked
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Windows
+from est_ds.data.mixture import Share
 from est_ds.data.objectives import objective_settings
 from est_ds.data.objectives.base import Objective, Settings, Surroundings
 from est_ds.engine.layout import pipe_cuts
@@ -25,26 +27,30 @@ from est_ds.metrics import FILE
 from est_ds.model import empty_model
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
+from est_ds.plans.phases import phases_until
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
 
 LOCK = ".lock"
 
-# Fields that a resumed run may change; all others make it another run.
+# Fields that a resumed run may change; all others make it another run. Corpora may move: the
+# checkpoint holds their fingerprints.
 FREE_TO_CHANGE = (
     "run_dir",
-    "parallel",
+    "parallel.*",
     "batch.micro",
-    "checkpoint",
+    "checkpoint.*",
     "resume",
-    "evaluate",
-    "log",
+    "evaluate.*",
+    "log.*",
     "activation_checkpointing",
     "compile",
     "data.train",
+    "data.train.*.corpus",
     "data.valid",
+    "data.valid.*",
     "data.tokenizer",
-    "deepspeed",
+    "deepspeed.*",
 )
 
 
@@ -91,7 +97,7 @@ class Run(Planned):
 
     processes: int
     train: Batches
-    valid: Windows
+    valid: dict[str, Windows]
 
     @property
     def tokens_per_step(self) -> int:
@@ -124,7 +130,38 @@ def plan_run(config: RunConfig) -> Planned:
     )
     planned = Planned(config, hf, family, method, objective)
     planned.cuts
+    data_shares(config)
+    if config.data.documents == "separate":
+        _check_separable(config, family, objective)
     return planned
+
+
+def data_shares(config: RunConfig) -> tuple[Share, ...]:
+    """Weights of the training corpora by step.
+
+    Raises:
+        UserError: the phases of the data do not cover the run.
+    """
+    data = config.data
+    if not data.phases:
+        return (Share(0, tuple(part.weight for part in data.parts)),)
+    names, until = [""] * len(data.phases), [phase.until for phase in data.phases]
+    phases = phases_until(names, until, config.steps, "data.phases")
+    return tuple(
+        Share(phase.from_step, given.weights) for phase, given in zip(phases, data.phases)
+    )
+
+
+def _check_separable(config: RunConfig, family: Family, objective: Settings) -> None:
+    unable = None
+    if not family.separable:
+        unable = f"model.model_type={config.model['model_type']!r}, whose positions are relative"
+    elif not objective.separable:
+        unable = f"objective.name={objective.name!r}, which takes its windows apart"
+    if unable:
+        raise UserError(
+            f"data.documents='separate' does not work with {unable}; use data.documents=joined."
+        )
 
 
 def _check_builds(hf: Any) -> None:
@@ -157,30 +194,38 @@ def prepare(config: RunConfig, processes: int) -> Run:
     planned = plan_run(config)
     config.batch.accumulation(config.data_parallel(processes))
     data = config.data
-    train, valid = Corpus.open(data.train), Corpus.open(data.valid)
-    for corpus in (train, valid):
+    train = [Corpus.open(part.corpus) for part in data.parts]
+    valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
+    for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
     objective = _objective(planned, train)
+    sample = {
+        "sequence": data.sequence,
+        "objective": objective,
+        "separate": data.documents == "separate",
+    }
     batches = Batches(
         train,
-        sequence=data.sequence,
         global_batch=config.batch.global_,
         seed=config.seed,
-        objective=objective,
+        shares=data_shares(config),
+        shuffled=data.shuffle == "documents",
+        **sample,
     )
-    windows = Windows(valid, sequence=data.sequence, objective=objective)
-    windows.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
+    windows = {name: Windows(corpus, **sample) for name, corpus in valid.items()}
+    for held_out in windows.values():
+        held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     check_run_dir(config)
     return Run(**{f.name: getattr(planned, f.name) for f in fields(planned)}, processes=processes, train=batches, valid=windows)
 
 
-def _objective(planned: Planned, corpus: Corpus) -> Objective:
+def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:
     shape, hf = planned.method.shape, planned.hf_config
     # T5's decoder begins with the padding token, unless its config says otherwise.
     start = getattr(hf, "decoder_start_token_id", None) or hf.pad_token_id
     surroundings = Surroundings.of(
-        corpus,
+        corpora,
         sequence=planned.config.data.sequence,
         model_vocabulary=shape.vocabulary,
         decoder_start=start if shape.encoder_layers else None,
@@ -252,15 +297,29 @@ def write_config(config: RunConfig) -> None:
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / "config.yaml.partial"
-    data = config.data.model_dump()
-    paths = {name: os.path.abspath(data[name]) for name in ("train", "valid", "tokenizer")}
     # Absolute, so that the run can be resumed from any working directory.
-    absolute = config.model_copy(update={"data": config.data.model_copy(update=paths)})
+    absolute = config.model_copy(update={"data": _with_absolute_paths(config.data)})
     beside.write_text(absolute.to_yaml())
     os.replace(beside, directory / "config.yaml")
 
 
+def _with_absolute_paths(data: Data) -> Data:
+    train, valid = data.train, data.valid
+    if isinstance(train, str):
+        train = os.path.abspath(train)
+    else:
+        train = tuple(p.model_copy(update={"corpus": os.path.abspath(p.corpus)}) for p in train)
+    if isinstance(valid, str):
+        valid = os.path.abspath(valid)
+    else:
+        valid = {name: os.path.abspath(prefix) for name, prefix in valid.items()}
+    paths = {"train": train, "valid": valid, "tokenizer": os.path.abspath(data.tokenizer)}
+    return data.model_copy(update=paths)
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, (list, tuple)) and any(isinstance(part, dict) for part in tree):
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict):
         return {
             k: v
@@ -274,7 +333,7 @@ def _differences(there: RunConfig, here: RunConfig) -> list[str]:
     former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
     found = []
     for key in sorted(former.keys() | now.keys()):
-        if any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE):
+        if any(fnmatch(key, free) for free in FREE_TO_CHANGE):
             continue
         if former.get(key) != now.get(key):
             found.append(f"{key} is {former.get(key)!r} there and {now.get(key)!r} here")

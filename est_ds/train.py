@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from est_ds.agreement import check_agreement
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
+from est_ds.config import Data
+from est_ds.data.prefetch import Prefetched
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
 from est_ds.engine.layout import bubble, imbalance, stage_costs
@@ -67,7 +69,9 @@ def train(run: Run, world: World) -> None:
     work = _work_by_phase(run)
     ends = {phase.until_step for phase in method.phases}
     progress = Progress(config.steps, start, _remaining(run, start, work), world.is_first)
-    with progress, Saver(engine, store) as saver:
+    share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
+    loader = Prefetched(run.train, config.steps, **share)
+    with progress, loader, Saver(engine, store) as saver:
         saver.check_space()
         for step in range(start, config.steps):
             began = time.perf_counter()
@@ -77,11 +81,8 @@ def train(run: Run, world: World) -> None:
             plan = method.plan(step)
             rate = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
             engine.set_learning_rate(rate)
-            batches = run.train.micro_batches(
-                step, rank=engine.replica, world=engine.num_replicas, micro=config.batch.micro
-            )
             with engine.subnetwork.active(plan):
-                loss = engine.train_batch(batches)
+                loss = engine.train_batch(loader.micro_batches(step))
             step_s = time.perf_counter() - began
             if not math.isfinite(loss):
                 raise Failure(
@@ -102,11 +103,14 @@ def train(run: Run, world: World) -> None:
                 _to_monitor(engine, entry, done * config.batch.global_)
             eval_loss = None
             if done % config.evaluate.every == 0 or done == config.steps:
-                eval_loss = evaluate(run, engine, step)
+                line, shown = _evaluation(evaluate(run, engine, step))
+                eval_loss = line["eval_loss"]
                 if metrics:
-                    metrics.write(step=step, eval_loss=eval_loss)
-                progress.note(f"step {done}: held-out loss of the full model {eval_loss:.4f}")
-                engine.write_events({"eval/loss": eval_loss}, done * config.batch.global_)
+                    metrics.write(step=step, **line)
+                progress.note(f"step {done}: held-out loss of the full model {shown}")
+                by_name = line.get("eval_losses", {}).items()
+                events = {"eval/loss": eval_loss} | {f"eval/loss/{n}": x for n, x in by_name}
+                engine.write_events(events, done * config.batch.global_)
             saver.poll()
             if done % config.checkpoint.every == 0 or done in ends:
                 check_agreement(run, done)
@@ -153,24 +157,34 @@ def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
     )
 
 
-def evaluate(run: Run, engine: Engine, step: int) -> float:
-    """Mean held-out loss of the full model, nats per token; the same in every layout.
+def _evaluation(losses: dict[str, float]) -> tuple[dict[str, Any], str]:
+    """An evaluation line of `metrics.jsonl` without its step, and the same for people.
+
+    Args:
+        losses: by held-out corpus, as many sequences of each; their mean is the run's.
+    """
+    mean = sum(losses.values()) / len(losses)
+    if losses.keys() == {Data.ONE}:
+        return {"eval_loss": mean}, f"{mean:.4f}"
+    each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    return {"eval_loss": mean, "eval_losses": losses}, f"{mean:.4f} ({each})"
+
+
+def evaluate(run: Run, engine: Engine, step: int) -> dict[str, float]:
+    """Mean held-out loss of the full model on each held-out corpus, nats per token; the same in
+    every layout.
 
     A model that still grows is evaluated as deep as it is at `step`.
     """
-    config = run.config
-    batches = list(
-        run.valid.held_out(
-            config.evaluate.sequences,
-            rank=engine.replica,
-            world=engine.num_replicas,
-            micro=config.batch.micro,
-        )
-    )
-    rows = len(batches) * config.batch.micro * engine.num_replicas
+    config, losses = run.config, {}
+    share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
     whole = run.method.whole(step)
-    with engine.subnetwork.active(whole) if whole else nullcontext():
-        return engine.mean_loss(batches) * rows / config.evaluate.sequences
+    for name, windows in run.valid.items():
+        batches = list(windows.held_out(config.evaluate.sequences, **share))
+        rows = len(batches) * config.batch.micro * engine.num_replicas
+        with engine.subnetwork.active(whole) if whole else nullcontext():
+            losses[name] = engine.mean_loss(batches) * rows / config.evaluate.sequences
+    return losses
 
 
 def _state(run: Run, done: int) -> dict[str, Any]:
@@ -178,7 +192,7 @@ def _state(run: Run, done: int) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in VERSIONS},
         "config": run.config.model_dump(mode="json", by_alias=True),
-        "corpus": run.train.corpus.fingerprint,
+        "corpus": run.train.fingerprint,
         "tokens": done * run.tokens_per_step,
         "next": _next(run, done),
     }
@@ -197,13 +211,7 @@ def _next(run: Run, step: int) -> dict[str, Any] | None:
 
 
 def _check_state(run: Run, state: dict[str, Any]) -> None:
-    corpus = run.train.corpus.fingerprint
-    if state["corpus"] != corpus:
-        raise UserError(
-            f"data.train={run.config.data.train!r} is not the corpus that the checkpoint was "
-            f"trained on (fingerprint {corpus}, not {state['corpus']}); point it to that corpus, "
-            f"or start a new run_dir."
-        )
+    _check_corpora(run, state["corpus"])
     then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
     if then != now:
         raise UserError(
@@ -211,6 +219,17 @@ def _check_state(run: Run, state: dict[str, Any]) -> None:
             f"{state['versions']}, and this version goes on otherwise; use that version, or start "
             f"a new run_dir."
         )
+
+
+def _check_corpora(run: Run, trained_on: str) -> None:
+    then, now = trained_on.split("+"), run.train.fingerprint.split("+")
+    for i, part in enumerate(run.config.data.parts):
+        if now[i] not in then[i : i + 1]:
+            raise UserError(
+                f"data.train={part.corpus!r} is not the corpus that the checkpoint was trained on "
+                f"(fingerprint {now[i]}, not {(*then, 'none')[i]}); point it to that corpus, or "
+                f"start a new run_dir."
+            )
 
 
 def _flops(run: Run, plan: Plan) -> tuple[Flops, Flops]:

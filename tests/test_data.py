@@ -279,22 +279,22 @@ def test_order_and_indexed_import_without_torch_or_deepspeed():
 
 @pytest.fixture
 def batches(prefix):
-    return Batches(Corpus.open(prefix), sequence=16, global_batch=12, seed=5)
+    return Batches([Corpus.open(prefix)], sequence=16, global_batch=12, seed=5)
 
 
 def test_samples_are_windows_of_the_stream_with_labels_shifted_by_one(batches, stream):
-    assert batches.num_samples == 63  # (1009 - 1) // 16
+    assert batches.corpora[0].num_samples == 63  # (1009 - 1) // 16
     [(input_ids, labels)] = batches.micro_batches(2, rank=0, world=1, micro=12)
     assert input_ids.shape == labels.shape == (12, 16)
     assert input_ids.dtype == labels.dtype == torch.int64
-    for row, sample in enumerate(batches.sample_ids(2)):
+    for row, sample in enumerate(batches.samples(2)[2]):
         start = sample * 16
         assert input_ids[row].tolist() == stream[start : start + 16].tolist()
         assert labels[row].tolist() == stream[start + 1 : start + 17].tolist()
 
 
 def test_steps_follow_the_order_across_epochs(batches):
-    ids = np.concatenate([batches.sample_ids(step) for step in range(21)])
+    ids = np.concatenate([batches.samples(step)[2] for step in range(21)])
     assert ids.tolist() == positions(0, 252, 63, seed=5).tolist()
     assert all(np.bincount(ids) == 4)
 
@@ -318,7 +318,7 @@ def test_every_layout_reads_exactly_the_samples_of_the_step(batches):
 def test_digest_names_the_data_of_a_step(batches, prefix, tmp_path, documents):
     def digest(path=prefix, sequence=16, global_batch=12, seed=5, step=3):
         corpus = Corpus.open(path)
-        return Batches(corpus, sequence=sequence, global_batch=global_batch, seed=seed).digest(step)
+        return Batches([corpus], sequence=sequence, global_batch=global_batch, seed=seed).digest(step)
 
     other = write_corpus(tmp_path / "other", documents[::-1])
     digests = [digest(), digest(other), digest(sequence=15), digest(global_batch=6)]
@@ -330,10 +330,11 @@ def test_digest_names_the_data_of_a_step(batches, prefix, tmp_path, documents):
 def test_impossible_batches_are_refused(prefix, batches):
     corpus = Corpus.open(prefix)
     with pytest.raises(UserError, match="1009 tokens hold no window of data.sequence"):
-        Batches(corpus, sequence=1009, global_batch=1, seed=0)
-    assert Batches(corpus, sequence=1008, global_batch=1, seed=0).num_samples == 1
+        Batches([corpus], sequence=1009, global_batch=1, seed=0)
+    one = Batches([corpus], sequence=1008, global_batch=1, seed=0)
+    assert one.corpora[0].num_samples == 1
     with pytest.raises(UserError, match=r"batch\.global=64 is not allowed: .* has 63 windows"):
-        Batches(corpus, sequence=16, global_batch=64, seed=0)
+        Batches([corpus], sequence=16, global_batch=64, seed=0)
     with pytest.raises(UserError, match=r"micro=5 x data_parallel=2 .* use batch\.global=20"):
         batches.micro_batches(0, rank=0, world=2, micro=5)
 
@@ -362,7 +363,7 @@ def test_held_out_windows_are_the_first_ones_whatever_the_layout(prefix, stream)
             assert rows == expected
 
 
-def test_more_held_out_windows_than_there_are_is_refused(prefix, batches):
+def test_more_held_out_windows_than_there_are_is_refused(batches):
     for count in (0, 64):
         with pytest.raises(UserError, match=rf"evaluate\.sequences={count} .* 63 windows"):
-            batches.held_out(count, rank=0, world=1, micro=1)
+            batches.corpora[0].held_out(count, rank=0, world=1, micro=1)

@@ -265,7 +265,7 @@ def objectives():
 
 def batches(packed, objective, **changes):
     given = {"sequence": 64, "global_batch": 8, "seed": 5, "objective": objective, **changes}
-    return Batches(packed, **given)
+    return Batches([packed], **given)
 
 
 def rows(parts):
@@ -337,7 +337,7 @@ def test_held_out_samples_and_their_mean_are_the_same_in_every_layout(name, corp
 
 
 def test_digest_of_causal_data_is_unchanged_and_others_name_their_objective(packed):
-    plain = Batches(packed, sequence=64, global_batch=8, seed=5)
+    plain = Batches([packed], sequence=64, global_batch=8, seed=5)
     assert plain.digest(3) == batches(packed, Causal(64)).digest(3)
     other = Mlm(64, Masking(9, 0.8, 0.1, 512, 512, (1, 2)))
     found = [plain.digest(3), *(batches(packed, o).digest(3) for o in objectives().values())]
@@ -348,10 +348,10 @@ def test_digest_of_causal_data_is_unchanged_and_others_name_their_objective(pack
 def test_windows_of_masked_language_model_do_not_overlap(packed):
     mlm = objectives()["mlm"]
     b = batches(packed, mlm)
-    assert b.num_samples == packed.num_tokens // 64
+    assert b.corpora[0].num_samples == packed.num_tokens // 64
     [(inputs, (labels, divisor))] = b.micro_batches(0, rank=0, world=1, micro=8)
     assert divisor == 80.0
-    for row, sample in enumerate(b.sample_ids(0)):
+    for row, sample in enumerate(b.samples(0)[2]):
         window = torch.from_numpy(packed.window(int(sample) * 64, 64))
         kept = labels[row] == IGNORED
         assert (inputs[row][kept] == window[kept]).all()

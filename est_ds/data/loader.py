@@ -1,37 +1,45 @@
 """Batches of samples, addressed by step and independent of the layout.
 
-A sample is what the objective makes of a window of the corpus stream; window i starts at token
+A sample is what the objective makes of a window of a corpus's stream; window i starts at token
 i * stride. In next-token prediction the stride is `sequence` and a window has one token more.
 
 Shapes: B micro-batch, T sequence.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from est_ds.data.indexed import Corpus
+from est_ds.data.mixture import Mixture, Share
 from est_ds.data.objectives.base import HELD_OUT, IGNORED, TRAINING, Draws, Example, Objective
 from est_ds.data.objectives.causal import Causal
 from est_ds.data.order import positions
+from est_ds.data.streams import ShuffledStream, Stream
 from est_ds.errors import UserError
 
-# Input ids [B, T] (of an encoder-decoder also the decoder's), and labels [B, T]: alone where
-# every one is a target, otherwise with a divisor [] such that the sum of a micro-batch's losses
-# over it, averaged over the step's micro-batches, is the mean over the step's targets.
+# Input ids [B, T] (of an encoder-decoder also the decoder's; where documents are kept apart also
+# the ids' positions in their documents), and labels [B, T]: alone where every one is a target,
+# otherwise with a divisor [] such that the sum of a micro-batch's losses over it, averaged over the
+# step's micro-batches, is the mean over the step's targets.
 Inputs = Tensor | tuple[Tensor, ...]
 Labels = Tensor | tuple[Tensor, Tensor]
 
+
 class Windows:
-    """The samples of a corpus in their own order; for evaluation.
+    """The samples of one corpus.
 
     Args:
         corpus: The corpus.
         sequence: Input tokens a sample, T.
         objective: What a sample is; next-token prediction if None.
+        separate: Whether samples keep their documents apart.
+        stream: What windows are cut from; the corpus in its own order if None.
 
     Attributes:
         num_samples: Whole windows in the corpus.
@@ -41,13 +49,21 @@ class Windows:
     """
 
     def __init__(
-        self, corpus: Corpus, *, sequence: int, objective: Objective | None = None
+        self,
+        corpus: Corpus,
+        *,
+        sequence: int,
+        objective: Objective | None = None,
+        separate: bool = False,
+        stream: Stream | None = None,
     ) -> None:
         if sequence < 1:
             raise UserError(f"data.sequence={sequence} is not allowed; use at least 1 token.")
         self.corpus = corpus
         self.sequence = sequence
         self.objective = objective or Causal(sequence)
+        self.separate = separate
+        self.stream = stream or Stream(corpus)
         assert self.objective.sequence == sequence
         window, stride = self.objective.window, self.objective.stride
         self.num_samples = max(0, corpus.num_tokens - window + stride) // stride
@@ -57,6 +73,36 @@ class Windows:
                 f"data.sequence={sequence}, which takes {window} tokens; use at most "
                 f"data.sequence={corpus.num_tokens * sequence // window}, or a larger corpus."
             )
+
+    def example(self, sample: int, draws: Draws, epoch: int = 0) -> Example:
+        """A sample, 0 <= sample < num_samples."""
+        where = (epoch, int(sample) * self.objective.stride, self.objective.window)
+        example = self.objective.example(self.stream.read(*where), draws)
+        if not self.separate:
+            return example
+        starts = self.stream.starts(*where)
+        return example.separated(starts, self.objective.crossing(starts))
+
+    def num_targets(self, sample: int, draws: Draws, epoch: int = 0) -> int:
+        """Labels of a sample that count. Reads no token, but the index where documents are apart."""
+        targets = self.objective.num_targets(draws)
+        if not self.separate:
+            return targets
+        where = (epoch, int(sample) * self.objective.stride, self.objective.window)
+        return targets - len(self.objective.crossing(self.stream.starts(*where)))
+
+    def divisor(self, num_targets: Iterator[int], micro: int) -> Tensor | None:
+        """Targets of a micro-batch if they were spread evenly over the samples; None if every label
+        is one.
+
+        Args:
+            num_targets: of all samples that are averaged over, as far as they are needed.
+        """
+        if isinstance(self.objective, Causal) and not self.separate:
+            return None
+        counts = list(num_targets)
+        # Without any target the sum of the losses is 0, and so must their mean be.
+        return torch.tensor(micro * (max(sum(counts), 1) / len(counts)), dtype=torch.float32)
 
     def held_out(
         self, count: int, *, rank: int, world: int, micro: int
@@ -85,33 +131,24 @@ class Windows:
 
     def _held_out(self, count, rank, world, micro):
         draws = [Draws(0, HELD_OUT, i) for i in range(count)]
-        divisor = self._divisor(draws, micro)
+        divisor = self.divisor((self.num_targets(i, draws[i]) for i in range(count)), micro)
         # Micro-batches go round the ranks, so that padding gathers in the last round.
         for start in range(0, count, world * micro):
             first = start + rank * micro
-            rows = [self._example(i, draws[i]) for i in range(first, min(first + micro, count))]
+            rows = [self.example(i, draws[i]) for i in range(first, min(first + micro, count))]
             rows += [self._nothing()] * (micro - len(rows))
-            yield _stacked(rows, divisor)
-
-    def _example(self, sample: int, draws: Draws) -> Example:
-        objective = self.objective
-        tokens = self.corpus.window(int(sample) * objective.stride, objective.window)
-        return objective.example(tokens, draws)
+            yield stacked(rows, divisor)
 
     def _nothing(self) -> Example:
         """A row without a target."""
         inputs = tuple(np.zeros(length, np.int64) for length in self.objective.input_lengths)
-        return Example(inputs, np.full_like(inputs[-1], IGNORED))
-
-    def _divisor(self, draws: list[Draws], micro: int) -> Tensor | None:
-        """Targets of a micro-batch if they were spread evenly over the samples; None if they are,
-        every label being one."""
-        if isinstance(self.objective, Causal):
-            return None
-        return torch.tensor(micro * self.objective.mean_targets(draws), dtype=torch.float32)
+        row = Example(inputs, np.full_like(inputs[-1], IGNORED))
+        nowhere = np.array([], np.int64)
+        return row.separated(nowhere, nowhere) if self.separate else row
 
 
-def _stacked(rows: list[Example], divisor: Tensor | None) -> tuple[Inputs, Labels]:
+def stacked(rows: list[Example], divisor: Tensor | None) -> tuple[Inputs, Labels]:
+    """A micro-batch of samples."""
     parts = zip(*(row.inputs for row in rows), strict=True)
     inputs = tuple(torch.from_numpy(np.stack(part)) for part in parts)
     labels_BT = torch.from_numpy(np.stack([row.labels for row in rows]))
@@ -121,50 +158,103 @@ def _stacked(rows: list[Example], divisor: Tensor | None) -> tuple[Inputs, Label
     )
 
 
-class Batches(Windows):
+class Batches:
     """Training batches: step s takes the next `global_batch` samples of the order.
 
-    What a step trains on depends on corpus, objective, sequence, global_batch, seed and
-    step; the layout only says which process reads which part.
+    What a step trains on depends on the arguments here and the step; the layout only says which
+    process reads which part.
 
     Args:
-        corpus: The training corpus.
+        corpora: The training corpora.
         sequence: Input tokens a sample, T.
         global_batch: Samples a step, over all replicas and micro-batches.
         seed: Key of the order and of the objective's draws.
         objective: What a sample is; next-token prediction if None.
+        shares: Weights of several corpora by step; not needed for one.
+        shuffled: Whether documents are permuted in every epoch, before they are cut.
+        separate: Whether samples keep their documents apart.
+
+    Attributes:
+        corpora: Samples of every corpus.
+        mixture: Which corpus every sample comes from.
 
     Raises:
-        UserError: The corpus is shorter than one window or than one global batch.
+        UserError: A corpus is shorter than one window or than its part of one global batch.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpora: Sequence[Corpus],
         *,
         sequence: int,
         global_batch: int,
         seed: int,
         objective: Objective | None = None,
+        shares: Sequence[Share] = (Share(0, (1.0,)),),
+        shuffled: bool = False,
+        separate: bool = False,
     ) -> None:
-        super().__init__(corpus, sequence=sequence, objective=objective)
-        if not 1 <= global_batch <= self.num_samples:
-            raise UserError(
-                f"batch.global={global_batch} is not allowed: the corpus {corpus.prefix} has "
-                f"{self.num_samples} windows of data.sequence={sequence}; use 1 to "
-                f"{self.num_samples}, a shorter data.sequence or a larger corpus."
+        self.corpora = [
+            Windows(
+                corpus,
+                sequence=sequence,
+                objective=objective,
+                separate=separate,
+                stream=ShuffledStream(corpus, seed=seed, corpus_index=i) if shuffled else None,
             )
-        self.global_batch = global_batch
-        self.seed = seed
+            for i, corpus in enumerate(corpora)
+        ]
+        self.mixture = Mixture(shares, global_batch)
+        assert self.mixture.num_corpora == len(corpora)
+        self.sequence, self.global_batch, self.seed = sequence, global_batch, seed
+        self.objective = self.corpora[0].objective
+        self._check_sizes()
 
-    def sample_ids(self, step: int) -> np.ndarray:
-        """Samples of a step, int64 [global_batch]. Costs the same for every step."""
-        return positions(step * self.global_batch, self.global_batch, self.num_samples, self.seed)
+    def _check_sizes(self) -> None:
+        """A step that read a sample twice would be no sample of the order."""
+        for windows, needed in zip(self.corpora, self.mixture.most(self.global_batch)):
+            if not needed <= windows.num_samples:
+                of_it = "" if len(self.corpora) == 1 else f", of which up to {needed} are its own"
+                raise UserError(
+                    f"batch.global={self.global_batch} is not allowed{of_it}: the corpus "
+                    f"{windows.corpus.prefix} has {windows.num_samples} windows of "
+                    f"data.sequence={self.sequence}; use "
+                    f"{f'1 to {windows.num_samples}' if not of_it else 'a smaller batch or weight'}"
+                    f", a shorter data.sequence or a larger corpus."
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the contents of the corpora, in their order."""
+        return "+".join(windows.corpus.fingerprint for windows in self.corpora)
+
+    def samples(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Corpus, epoch and window of every sample of a step; costs the same for every step.
+
+        Returns:
+            int64 [global_batch] each.
+        """
+        corpora, numbers = self.mixture.locate(step * self.global_batch, self.global_batch)
+        epochs, ids = np.empty_like(numbers), np.empty_like(numbers)
+        for i, windows in enumerate(self.corpora):
+            rows = np.flatnonzero(corpora == i)
+            if rows.size:  # a corpus's samples of a step follow each other in its own order
+                first = int(numbers[rows[0]])
+                ids[rows] = positions(first, len(rows), windows.num_samples, self.seed, corpus=i)
+                epochs[rows] = numbers[rows] // windows.num_samples
+        return corpora, epochs, ids
 
     def digest(self, step: int) -> str:
         """16 hex characters that name the data of a step: equal means equal samples."""
-        state = hashlib.sha256(f"{self.corpus.fingerprint} {self.sequence} ".encode())
-        state.update(self.sample_ids(step).astype("<i8").tobytes())
+        corpora, epochs, ids = self.samples(step)
+        state = hashlib.sha256(f"{self.fingerprint} {self.sequence} ".encode())
+        state.update(ids.astype("<i8").tobytes())
+        if len(self.corpora) > 1:
+            state.update(corpora.astype("<i8").tobytes())
+        if order := self.corpora[0].stream.identity:
+            state.update(f" {order} ".encode() + epochs.astype("<i8").tobytes())
+        if self.corpora[0].separate:
+            state.update(b" documents apart")
         if self.objective.identity:
             first = step * self.global_batch
             state.update(f" {self.objective.identity} {self.seed} {first}".encode())
@@ -199,7 +289,13 @@ class Batches(Windows):
     def _micro_batches(self, step, rank, world, micro):
         first = step * self.global_batch
         draws = [Draws(self.seed, TRAINING, first + row) for row in range(self.global_batch)]
-        divisor = self._divisor(draws, micro)
-        ids = self.sample_ids(step)
-        for rows in np.arange(self.global_batch).reshape(world, -1, micro)[rank]:
-            yield _stacked([self._example(ids[row], draws[row]) for row in rows], divisor)
+        corpora, epochs, ids = self.samples(step)
+
+        def of_row(function: str, row: int):
+            windows = self.corpora[corpora[row]]
+            return getattr(windows, function)(int(ids[row]), draws[row], int(epochs[row]))
+
+        every = range(self.global_batch)
+        divisor = self.corpora[0].divisor((of_row("num_targets", row) for row in every), micro)
+        for rows in np.array(every).reshape(world, -1, micro)[rank]:
+            yield stacked([of_row("example", row) for row in rows], divisor)

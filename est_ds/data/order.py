@@ -16,17 +16,23 @@ import numpy as np
 from est_ds.errors import UserError
 
 _KIND = 0x64617461  # separates these draws from every other use of the same seed
+_BLOCK_KIND = 0x646F637300000000  # + the block: the order of documents
 _NUM_ROUNDS = 8
 # On a handful of samples a minimal network has too few distinct permutations; walking
 # in a domain of 256 costs little there.
 _MIN_BITS = 8
 
 
-def positions(first: int, count: int, num_samples: int, seed: int) -> np.ndarray:
-    """Sample ids at the global positions first, ..., first + count - 1.
+def positions(
+    first: int, count: int, num_samples: int, seed: int, corpus: int = 0
+) -> np.ndarray:
+    """Sample ids at the positions first, ..., first + count - 1 of a corpus's order.
 
     Position p lies in epoch p // num_samples. Within an epoch each id in
     range(num_samples) comes exactly once.
+
+    Args:
+        corpus: index among the corpora of a mixture; each has orders of its own.
 
     Returns:
         int64 [count].
@@ -42,15 +48,29 @@ def positions(first: int, count: int, num_samples: int, seed: int) -> np.ndarray
     while done < count:
         epoch, start = divmod(first + done, num_samples)
         length = min(num_samples - start, count - done)
-        ids[done : done + length] = _permuted(start, length, num_samples, seed, epoch)
+        ids[done : done + length] = _permuted(start, length, num_samples, seed, epoch, corpus)
         done += length
     return ids
 
 
-def _permuted(start: int, length: int, num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Images of start, ..., start + length - 1 in the permutation of (seed, epoch)."""
+def shuffled_block(length: int, seed: int, epoch: int, corpus: int, block: int) -> np.ndarray:
+    """A uniform permutation of range(length), int64, for one block of a corpus's documents."""
+    keys = _keys(length, seed, epoch, corpus, _BLOCK_KIND + block)
+    return np.argsort(keys, kind="stable")
+
+
+def _keys(n: int, seed: int, epoch: int, corpus: int, kind: int) -> np.ndarray:
+    # The corpus stands in the upper half of Philox's key, which is 0 for a seed alone.
+    key = seed + (corpus << 64)
+    return np.random.Philox(key=key, counter=[0, kind, 0, epoch]).random_raw(n)
+
+
+def _permuted(
+    start: int, length: int, num_samples: int, seed: int, epoch: int, corpus: int
+) -> np.ndarray:
+    """Images of start, ..., start + length - 1 in the permutation of (seed, epoch, corpus)."""
     num_bits = max(_MIN_BITS, (num_samples - 1).bit_length())
-    keys = np.random.Philox(key=seed, counter=[0, _KIND, 0, epoch]).random_raw(_NUM_ROUNDS)
+    keys = _keys(_NUM_ROUNDS, seed, epoch, corpus, _KIND)
     ids = _feistel(np.arange(start, start + length, dtype=np.uint64), keys, num_bits)
     outside = np.flatnonzero(ids >= num_samples)
     while outside.size:

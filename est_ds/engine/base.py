@@ -1,7 +1,8 @@
 """What the training loop sees of an engine.
 
 Shapes: ids and labels [B, T] (micro-batch, sequence), int64; label -100 is ignored. A micro-batch
-is inputs (ids; of an encoder-decoder also the decoder's) and labels (alone, or with a divisor).
+is inputs (ids; of an encoder-decoder also the decoder's; where documents are kept apart also
+positions) and labels (alone, or with a divisor).
 """
 
 from __future__ import annotations

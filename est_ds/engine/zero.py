@@ -91,8 +91,7 @@ class ZeroEngine(base.Engine):
 
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
-        ids = inputs if isinstance(inputs, tuple) else (inputs,)
-        named = dict(zip(("input_ids", "decoder_input_ids"), ids))
+        named = self.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
         return base.token_loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:
@@ -128,5 +127,5 @@ def _sharded_model(
 
 def _moved(part: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:
     if isinstance(part, tuple):
-        return tuple(tensor.to(device) for tensor in part)
-    return part.to(device)
+        return tuple(_moved(tensor, device) for tensor in part)
+    return part.to(device, non_blocking=True)  # from the loader's pinned memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ def loss_figure(run: RunFiles, summary: Summary) -> Figure:
         held_out = [e["eval_loss"] for e in run.evaluations]
         at = [e["step"] for e in run.evaluations]
         axes.plot(at, held_out, color=RED, marker="o", ms=4, label="held-out (full model)")
+        for name, colour in zip(summary.eval_losses, itertools.cycle(PHASE_COLOURS[1:])):
+            values = [e.get("eval_losses", {}).get(name, np.nan) for e in run.evaluations]
+            axes.plot(at, values, color=colour, lw=1, ls=(0, (2, 2)), label=f"held-out: {name}")
     if summary.valid_entropy is not None:
         label = f"unigram entropy, held-out: {summary.valid_entropy:.2f}"
         axes.axhline(summary.valid_entropy, color=BLACK, ls=(0, (5, 3)), lw=1, label=label)

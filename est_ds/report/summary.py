@@ -49,9 +49,11 @@ class Summary:
     Attributes:
         tokens: trained by all replicas together.
         eval_loss: held-out loss of the full model at `eval_step`, nats per token; None before
-            the first evaluation.
+            the first evaluation. Of several held-out corpora it is the mean.
+        eval_losses: by the name of the corpus, where held-out corpora have names.
         valid_entropy: unigram entropy of the held-out corpus, nats per token: the loss of a model
-            that knows how frequent every token is and nothing else. None without a manifest.
+            that knows how frequent every token is and nothing else. None without a manifest, or
+            of several corpora.
         train_entropy: that of the training corpus.
         saved_blocks: fraction of the dense `blocks` FLOPs of the steps done that was saved.
         saved_model: the same of the `model` FLOPs.
@@ -71,6 +73,7 @@ class Summary:
     train_loss: float
     eval_loss: float | None
     eval_step: int | None
+    eval_losses: dict[str, float]
     valid_entropy: float | None
     train_entropy: float | None
     saved_blocks: float
@@ -123,8 +126,9 @@ def summary_of(run: RunFiles) -> Summary:
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
-        valid_entropy=_unigram_entropy(run.config.data.valid),
-        train_entropy=_unigram_entropy(run.config.data.train),
+        eval_losses=last_evaluation.get("eval_losses", {}),
+        valid_entropy=_unigram_entropy(list(run.config.data.held_out.values())),
+        train_entropy=_unigram_entropy([part.corpus for part in run.config.data.parts]),
         saved_blocks=saved_blocks,
         saved_model=saved_model,
         phases=phases,
@@ -164,9 +168,9 @@ def _median_step_s(lines: list[dict[str, Any]]) -> float:
     return median(warm or [e["step_s"] for e in lines])
 
 
-def _unigram_entropy(prefix: str) -> float | None:
-    """Of a corpus by its manifest; None if it has none or stands elsewhere."""
-    manifest = read_manifest(prefix)
+def _unigram_entropy(prefixes: list[str]) -> float | None:
+    """Of a corpus by its manifest; None if it has none or stands elsewhere, or is not alone."""
+    manifest = read_manifest(prefixes[0]) if len(prefixes) == 1 else None
     return manifest.unigram_entropy if manifest else None
 
 

@@ -135,9 +135,10 @@ def _is_dense(summary: Summary) -> bool:
 def _loss(summary: Summary) -> str:
     if summary.eval_loss is None or summary.eval_step is None:
         return f"not evaluated yet; last training loss {summary.train_loss:.4f}"
+    each = ", ".join(f"{name} {loss:.4f}" for name, loss in summary.eval_losses.items())
     return (
         f"{summary.eval_loss:.4f} nats per token, full model after "
-        f"{summary.eval_step + 1:,} steps"
+        f"{summary.eval_step + 1:,} steps" + (f"; {each}" if each else "")
     )
 
 

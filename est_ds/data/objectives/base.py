@@ -55,6 +55,22 @@ class Example:
     inputs: tuple[np.ndarray, ...]
     labels: np.ndarray
 
+    def separated(self, starts: np.ndarray, crossing: np.ndarray) -> Example:
+        """With the positions of the ids in their documents as another input, int64 [T], and without
+        some labels.
+
+        Args:
+            starts: where documents begin in the window after its first token, sorted.
+            crossing: labels to ignore.
+        """
+        ids_T, labels_T = self.inputs[-1], self.labels.copy()
+        labels_T[crossing] = IGNORED
+        begins_T = np.zeros(len(ids_T), np.int64)
+        within = starts[starts < len(ids_T)]
+        begins_T[within] = within
+        positions_T = np.arange(len(ids_T)) - np.maximum.accumulate(begins_T)
+        return Example((*self.inputs, positions_T), labels_T)
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -64,9 +80,9 @@ class Surroundings:
         sequence: `data.sequence`.
         model_vocabulary: rows of the model's embedding.
         decoder_start: first input of an encoder-decoder's decoder; None of any other model.
-        corpus_name: prefix of the training corpus, for errors.
+        corpus_name: prefixes of the training corpora, for errors.
         vocabulary: of its tokenizer; None where it has no manifest.
-        special_ids: tokens around documents, as its manifest says.
+        special_ids: tokens around documents, as the manifests say.
     """
 
     sequence: int
@@ -78,17 +94,24 @@ class Surroundings:
 
     @classmethod
     def of(
-        cls, corpus: Corpus, *, sequence: int, model_vocabulary: int, decoder_start: int | None
+        cls,
+        corpora: Sequence[Corpus],
+        *,
+        sequence: int,
+        model_vocabulary: int,
+        decoder_start: int | None,
     ) -> Surroundings:
-        manifest = corpus.manifest
-        around = (manifest.bos_id, manifest.eos_id) if manifest else ()
+        """Of training corpora that one tokenizer made."""
+        manifests = [corpus.manifest for corpus in corpora if corpus.manifest]
+        around = {token for m in manifests for token in (m.bos_id, m.eos_id)}
+        vocabularies = [corpus.vocabulary for corpus in corpora if corpus.vocabulary is not None]
         return cls(
             sequence=sequence,
             model_vocabulary=model_vocabulary,
             decoder_start=decoder_start,
-            corpus_name=corpus.prefix,
-            vocabulary=corpus.vocabulary,
-            special_ids=tuple(sorted({i for i in around if i is not None})),
+            corpus_name=" and ".join(corpus.prefix for corpus in corpora),
+            vocabulary=max(vocabularies, default=None),
+            special_ids=tuple(sorted(around - {None})),
         )
 
 
@@ -119,6 +142,14 @@ class Objective(ABC):
     def example(self, tokens: np.ndarray, draws: Draws) -> Example:
         """The sample of a window, int64 [window]."""
 
+    def crossing(self, starts: np.ndarray) -> np.ndarray:
+        """Labels of a sample that belong to another document than the token that predicts them.
+
+        Args:
+            starts: where documents begin in the window after its first token, sorted.
+        """
+        raise NotImplementedError
+
     @property
     def input_lengths(self) -> tuple[int, ...]:
         """Lengths of an example's inputs; its labels are as long as the last."""
@@ -126,19 +157,17 @@ class Objective(ABC):
             return (self.sequence,)
         return (self.sequence, self.target_sequence)
 
-    def mean_targets(self, draws: Sequence[Draws]) -> float:
-        """Targets of a sample, averaged over samples."""
-        return sum(self.num_targets(d) for d in draws) / len(draws)
-
 
 class Settings(Strict):
     """The `objective` section of a run file, of one objective.
 
     Attributes:
         heads: the library's classes of models that it can train.
+        separable: whether its examples can keep documents apart (`Objective.crossing`).
     """
 
     heads: ClassVar[tuple[str, ...]]
+    separable: ClassVar[bool] = False
 
     def check(self, encoder_decoder: bool) -> None:
         """Checks the settings against the kind of model.

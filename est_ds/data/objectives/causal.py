@@ -24,9 +24,13 @@ class Causal(Objective):
     def example(self, tokens: np.ndarray, draws: Draws) -> Example:
         return Example((tokens[:-1],), tokens[1:])
 
+    def crossing(self, starts: np.ndarray) -> np.ndarray:
+        return starts - 1
+
 
 class CausalSettings(Settings):
     heads: ClassVar[tuple[str, ...]] = ("AutoModelForCausalLM",)
+    separable: ClassVar[bool] = True
 
     name: Literal["causal"] = "causal"
 

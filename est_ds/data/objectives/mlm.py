@@ -95,6 +95,9 @@ class Mlm(Objective):
         inputs_T, labels_T = mask_tokens(tokens, self.masking, *keys)
         return Example((inputs_T,), labels_T)
 
+    def crossing(self, starts: np.ndarray) -> np.ndarray:
+        return starts[:0]  # a token is predicted at its own place
+
 
 class MlmSettings(Settings):
     """Defaults are BERT's.
@@ -109,6 +112,7 @@ class MlmSettings(Settings):
     """
 
     heads: ClassVar[tuple[str, ...]] = ("AutoModelForMaskedLM",)
+    separable: ClassVar[bool] = True
 
     name: Literal["mlm"] = "mlm"
     rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from est_ds.plans.shape import ModelShape
 from est_ds.slicing.leaf import Skippable, SkippableLayer
@@ -66,7 +66,8 @@ class Piece:
     """A run of the model that a pipe stage may own alone.
 
     The output of a piece is the input of the next: a tensor, or a tuple of tensors. The first
-    takes token ids, the last returns logits.
+    takes token ids, the last returns logits. Where documents are kept apart, the positions of
+    the ids in their documents go along as the last of a tuple.
 
     Attributes:
         modules: the modules it holds, by their path in the model.
@@ -88,18 +89,62 @@ def tied_to(source: str | None, own: str) -> dict[str, str]:
     return {} if source is None else {own: source}
 
 
+# What passes between pieces of a model without a second stream: states, or states and positions.
+Passed = Tensor | tuple[Tensor, Tensor]
+
+
+def taken(x: Passed) -> tuple[Tensor, Tensor | None]:
+    """Ids or states, and the positions [B, T] that go along; None where documents are joined."""
+    return x if isinstance(x, tuple) else (x, None)
+
+
+def passed(states: Tensor, positions: Tensor | None) -> Passed:
+    """What `taken` takes apart."""
+    return states if positions is None else (states, positions)
+
+
+def causal_mask(
+    config: Any, states_BTH: Tensor, positions_BT: Tensor, window: bool = False
+) -> Tensor | None:
+    """The mask that the library makes of positions, which it finds documents in.
+
+    None where the module's own causal flag does: positions all in one document, and no window or
+    one that reaches over the whole sequence.
+
+    Args:
+        config: Hugging Face config of the layer.
+        window: whether the layer looks back over a window only.
+    """
+    from transformers import masking_utils
+
+    make = (
+        masking_utils.create_sliding_window_causal_mask
+        if window
+        else masking_utils.create_causal_mask
+    )
+    return make(
+        config=config,
+        inputs_embeds=states_BTH,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions_BT,
+    )
+
+
 class Family(ABC):
     """One family of Hugging Face models.
 
     Attributes:
         model_types: the library's names for it.
         auto_class: the class of the library that builds the model with its training head.
+        separable: whether documents of one sequence can be kept apart.
         extra_keys: keys of the model section that the library takes but does not list.
         skippable: what is put before a layer's class; says what a skipped layer returns.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    separable: ClassVar[bool] = True
     extra_keys: ClassVar[frozenset[str]] = frozenset()
     skippable: ClassVar[type[Skippable]] = SkippableLayer
 
@@ -118,6 +163,15 @@ class Family(ABC):
     @abstractmethod
     def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
         """The leaves of a layer's parts, in the order of the shape's parts."""
+
+    def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The arguments of the whole model.
+
+        Args:
+            inputs: ids [B, T]; to keep documents apart also the positions of the ids in their
+                documents [B, T], which start again at 0 where a document begins.
+        """
+        return dict(zip(("input_ids", "position_ids"), inputs))
 
     @abstractmethod
     def pieces(self, config: Any) -> list[Piece]:

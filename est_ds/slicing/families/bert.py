@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from est_ds.errors import UserError
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
+from est_ds.slicing.families.base import Family, Passed, Piece, Slot, passed, taken, tied_to
 from est_ds.slicing.leaf import Skippable, SkippableLayer
 
 
@@ -72,20 +72,43 @@ class Bert(Family):
             ),
         )
 
+    def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        named = super().named_inputs(inputs)
+        if len(inputs) > 1:  # unlike causal models, the library makes no mask from positions
+            named["attention_mask"] = _own_document(inputs[1])
+        return named
+
     def pieces(self, config: Any) -> list[Piece]:
         layers = [
-            Piece((f"bert.encoder.layer.{i}",), _apply, layer=i)
+            Piece((f"bert.encoder.layer.{i}",), _layer, layer=i)
             for i in range(config.num_hidden_layers)
         ]
         words, head = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
         source = words if config.tie_word_embeddings else None
         return [
-            Piece(("bert.embeddings",), _apply, tied=tied_to(source, words)),
+            Piece(("bert.embeddings",), _embed, tied=tied_to(source, words)),
             *layers,
-            Piece(("cls",), _apply, tied=tied_to(source, head)),
+            Piece(("cls",), _head, tied=tied_to(source, head)),
         ]
 
 
-def _apply(module: nn.Module, x: Tensor) -> Tensor:
-    # No mask: every position sees every other, as in the whole model without padding.
-    return module(x)
+def _embed(embeddings: nn.Module, x: Passed) -> Passed:
+    ids_BT, positions_BT = taken(x)
+    return passed(embeddings(input_ids=ids_BT, position_ids=positions_BT), positions_BT)
+
+
+def _layer(layer: nn.Module, x: Passed) -> Passed:
+    x_BTH, positions_BT = taken(x)
+    # Without a mask every position sees every other, as in the whole model without padding.
+    mask = None if positions_BT is None else _own_document(positions_BT)
+    return passed(layer(x_BTH, attention_mask=mask), positions_BT)
+
+
+def _head(head: nn.Module, x: Passed) -> Tensor:
+    return head(taken(x)[0])
+
+
+def _own_document(positions_BT: Tensor) -> Tensor:
+    """Which positions see which, bool [B, 1, T, T]: those of the same document."""
+    document_BT = (positions_BT == 0).cumsum(-1)
+    return document_BT[:, None, :, None] == document_BT[:, None, None, :]

@@ -8,7 +8,17 @@ from torch import Tensor, arange, nn
 
 from est_ds.errors import UserError
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Follower, Piece, Slot, tied_to
+from est_ds.slicing.families.base import (
+    Family,
+    Follower,
+    Passed,
+    Piece,
+    Slot,
+    causal_mask,
+    passed,
+    taken,
+    tied_to,
+)
 from est_ds.slicing.leaf import SkippableAttention, SkippableMlp
 
 
@@ -71,15 +81,21 @@ class Gpt2(Family):
         ]
 
 
-def _embed(words: nn.Module, places: nn.Module, drop: nn.Module, ids_BT: Tensor) -> Tensor:
-    positions = arange(ids_BT.shape[1], device=ids_BT.device)[None]
-    return drop(words(ids_BT) + places(positions))
+def _embed(words: nn.Module, places: nn.Module, drop: nn.Module, x: Passed) -> Passed:
+    ids_BT, positions_BT = taken(x)
+    if positions_BT is None:
+        own = arange(ids_BT.shape[1], device=ids_BT.device)[None]
+    else:
+        own = positions_BT
+    return passed(drop(words(ids_BT) + places(own)), positions_BT)
 
 
-def _layer(layer: nn.Module, x_BTH: Tensor) -> Tensor:
-    # No mask: attention is causal by the module's own flag, as in the whole model.
-    return layer(x_BTH)
+def _layer(layer: nn.Module, x: Passed) -> Passed:
+    x_BTH, positions_BT = taken(x)
+    # Without a mask attention is causal by the module's own flag, as in the whole model.
+    mask = None if positions_BT is None else causal_mask(layer.attn.config, x_BTH, positions_BT)
+    return passed(layer(x_BTH, attention_mask=mask), positions_BT)
 
 
-def _head(norm: nn.Module, head: nn.Module, x_BTH: Tensor) -> Tensor:
-    return head(norm(x_BTH))
+def _head(norm: nn.Module, head: nn.Module, x: Passed) -> Tensor:
+    return head(norm(taken(x)[0]))

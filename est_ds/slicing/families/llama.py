@@ -7,7 +7,17 @@ from typing import Any
 from torch import Tensor, arange, nn
 
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Follower, Piece, Slot, tied_to
+from est_ds.slicing.families.base import (
+    Family,
+    Follower,
+    Passed,
+    Piece,
+    Slot,
+    causal_mask,
+    passed,
+    taken,
+    tied_to,
+)
 from est_ds.slicing.leaf import SkippableAttention, SkippableMlp
 
 
@@ -64,39 +74,23 @@ class Llama(Family):
         ]
 
 
-def _embed(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
-    return embedding(ids_BT)
+def _embed(embedding: nn.Module, x: Passed) -> Passed:
+    ids_BT, positions_BT = taken(x)
+    return passed(embedding(ids_BT), positions_BT)
 
 
-def _layer(layer: nn.Module, rotary: nn.Module, x_BTH: Tensor) -> Tensor:
-    positions = arange(x_BTH.shape[1], device=x_BTH.device)[None]
-    return layer(
-        x_BTH,
-        attention_mask=_window_mask(layer.self_attn, x_BTH, positions),
-        position_embeddings=rotary(x_BTH, positions),
-    )
+def _layer(layer: nn.Module, rotary: nn.Module, x: Passed) -> Passed:
+    x_BTH, positions_BT = taken(x)
+    joined = positions_BT is None
+    own = arange(x_BTH.shape[1], device=x_BTH.device)[None] if joined else positions_BT
+    config = layer.self_attn.config
+    window = getattr(layer.self_attn, "sliding_window", getattr(config, "sliding_window", None))
+    # Without a mask attention is causal by the module's own flag, as in the whole model.
+    needs_mask = not joined or window is not None
+    mask = causal_mask(config, x_BTH, own, window is not None) if needs_mask else None
+    x_BTH = layer(x_BTH, attention_mask=mask, position_embeddings=rotary(x_BTH, own))
+    return passed(x_BTH, positions_BT)
 
 
-def _window_mask(attention: nn.Module, x_BTH: Tensor, positions: Tensor) -> Tensor | None:
-    """The mask of a layer that looks back over a window.
-
-    None where there is no window, or it reaches over the whole sequence: attention is causal by
-    the module's own flag then, as in the whole model.
-    """
-    config = attention.config
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    if window is None:
-        return None
-    from transformers.masking_utils import create_sliding_window_causal_mask
-
-    return create_sliding_window_causal_mask(
-        config=config,
-        inputs_embeds=x_BTH,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
-
-
-def _head(norm: nn.Module, head: nn.Module, x_BTH: Tensor) -> Tensor:
-    return head(norm(x_BTH))
+def _head(norm: nn.Module, head: nn.Module, x: Passed) -> Tensor:
+    return head(norm(taken(x)[0]))

@@ -85,6 +85,7 @@ def _bias_to_share(attention: nn.Module, states: Tensor, bias: Tensor | None) ->
 class T5(Family):
     model_types = ("t5",)
     auto_class = "AutoModelForSeq2SeqLM"
+    separable = False
     skippable = SkippableBlock
 
     def shape(self, config: Any) -> ModelShape:
@@ -118,6 +119,9 @@ class T5(Family):
                 skippable=((last, SkippableLayer),),
             ),
         )
+
+    def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(("input_ids", "decoder_input_ids"), inputs))
 
     def pieces(self, config: Any) -> list[Piece]:
         shared = "shared.weight"  # the library ties it with both embeddings and the head, always

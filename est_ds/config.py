@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -126,8 +126,6 @@ class Data(Strict):
             document, positions restart in each, and no label lies in another one.
     """
 
-    ONE: ClassVar[str] = ""
-
     train: Annotated[
         Annotated[str, Tag("<prefix>")]
         | Annotated[tuple[Part, ...], Field(min_length=1), Tag("<mixture>")],
@@ -151,8 +149,8 @@ class Data(Strict):
 
     @property
     def held_out(self) -> dict[str, str]:
-        """Prefixes of the held-out corpora by name; one without a name is called `ONE`."""
-        return {self.ONE: self.valid} if isinstance(self.valid, str) else self.valid
+        """Prefixes of the held-out corpora by name; the name of one alone is `valid`."""
+        return {"valid": self.valid} if isinstance(self.valid, str) else self.valid
 
     @model_validator(mode="after")
     def _weights_take_effect(self) -> Data:

@@ -140,16 +140,19 @@ def data_shares(config: RunConfig) -> tuple[Share, ...]:
     """Weights of the training corpora by step.
 
     Raises:
-        UserError: the phases of the data do not cover the run.
+        UserError: the phases of the data do not cover the run, or their weights are not exact.
     """
     data = config.data
-    if not data.phases:
-        return (Share(0, tuple(part.weight for part in data.parts)),)
-    names, until = [""] * len(data.phases), [phase.until for phase in data.phases]
-    phases = phases_until(names, until, config.steps, "data.phases")
-    return tuple(
-        Share(phase.from_step, given.weights) for phase, given in zip(phases, data.phases)
-    )
+    if data.phases:
+        names, until = [""] * len(data.phases), [phase.until for phase in data.phases]
+        phases = phases_until(names, until, config.steps, "data.phases")
+        weights = [phase.weights for phase in data.phases]
+        shares = tuple(Share(phase.from_step, w) for phase, w in zip(phases, weights))
+    else:
+        shares = (Share(0, tuple(part.weight for part in data.parts)),)
+    for share in shares:
+        share.parts  # raises
+    return shares
 
 
 def _check_separable(config: RunConfig, family: Family, objective: Settings) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from est_ds.agreement import check_agreement
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
-from est_ds.config import Data
 from est_ds.data.prefetch import Prefetched
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
@@ -103,14 +102,16 @@ def train(run: Run, world: World) -> None:
                 _to_monitor(engine, entry, done * config.batch.global_)
             eval_loss = None
             if done % config.evaluate.every == 0 or done == config.steps:
-                line, shown = _evaluation(evaluate(run, engine, step))
-                eval_loss = line["eval_loss"]
+                losses = evaluate(run, engine, step)
+                eval_loss = sum(losses.values()) / len(losses)
+                by_name = {} if isinstance(config.data.valid, str) else losses
                 if metrics:
-                    metrics.write(step=step, **line)
-                progress.note(f"step {done}: held-out loss of the full model {shown}")
-                by_name = line.get("eval_losses", {}).items()
-                events = {"eval/loss": eval_loss} | {f"eval/loss/{n}": x for n, x in by_name}
-                engine.write_events(events, done * config.batch.global_)
+                    named = {"eval_losses": by_name} if by_name else {}
+                    metrics.write(step=step, eval_loss=eval_loss, **named)
+                each = "".join(f", {name} {loss:.4f}" for name, loss in by_name.items())
+                progress.note(f"step {done}: held-out loss of the full model {eval_loss:.4f}{each}")
+                events = {f"eval/loss/{name}": loss for name, loss in by_name.items()}
+                engine.write_events(events | {"eval/loss": eval_loss}, done * config.batch.global_)
             saver.poll()
             if done % config.checkpoint.every == 0 or done in ends:
                 check_agreement(run, done)
@@ -155,19 +156,6 @@ def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
         f"time; slowest over mean {shares.imbalance:.2f} (by FLOPs {expected:.2f}), waiting "
         f"{shares.waiting:.2f} (bubble alone {waits:.2f})"
     )
-
-
-def _evaluation(losses: dict[str, float]) -> tuple[dict[str, Any], str]:
-    """An evaluation line of `metrics.jsonl` without its step, and the same for people.
-
-    Args:
-        losses: by held-out corpus, as many sequences of each; their mean is the run's.
-    """
-    mean = sum(losses.values()) / len(losses)
-    if losses.keys() == {Data.ONE}:
-        return {"eval_loss": mean}, f"{mean:.4f}"
-    each = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    return {"eval_loss": mean, "eval_losses": losses}, f"{mean:.4f} ({each})"
 
 
 def evaluate(run: Run, engine: Engine, step: int) -> dict[str, float]:
@@ -274,3 +262,18 @@ def _say_start(run: Run, engine: Engine, start: int) -> None:
         f"{accumulation} x data_parallel {engine.num_replicas} sequences of "
         f"{config.data.sequence} tokens"
     )
+    for line in _corpora(run):
+        say(line)
+
+
+def _corpora(run: Run) -> list[str]:
+    """What the run reads of every corpus of a mixture; nothing of one corpus alone."""
+    parts, train = run.config.data.parts, run.train
+    if len(parts) == 1:
+        return []
+    counts = train.mixture.counts(run.config.steps * train.global_batch)
+    return [
+        f"corpus {part.corpus}: {count / counts.sum():.2%} of the run's sequences, "
+        f"{count / windows.num_samples:.3g} epochs"
+        for part, count, windows in zip(parts, counts, train.corpora)
+    ]

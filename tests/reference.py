@@ -86,7 +86,7 @@ def plain_adamw(config: RunConfig) -> Reference:
         found.losses.append(total)
         if (step + 1) % config.evaluate.every == 0:
             count = config.evaluate.sequences
-            [(ids, labels)] = run.valid[""].held_out(count, rank=0, world=1, micro=count)
+            [(ids, labels)] = run.valid["valid"].held_out(count, rank=0, world=1, micro=count)
             with torch.no_grad():
                 found.held_out[step] = token_loss(model(input_ids=ids).logits, labels).item()
     return found

@@ -80,6 +80,58 @@ REFUSED = {
     "run directory below a file": (["run_dir=/dev/null/run"], ["/dev/null/run"]),
     "override without a value": (["steps"], ["'steps'", "section.field=value"]),
     "override into a list that is too short": (["method.phases.7.until=3"], ["'7'", "0 to 2"]),
+    "mixture without a corpus": (["data.train=[]"], ["data.train", "at least 1"]),
+    "unknown key of a mixture": (
+        ["data.train=[{corpus: a, wieght: 1}]"],
+        ["'data.train.0.wieght'", "'weight'"],
+    ),
+    "mixture without weights": (
+        ["data.train=[{corpus: a}, {corpus: b}]"],
+        ["data", "train[0].weight is missing"],
+    ),
+    "weight 0": (["data.train=[{corpus: a, weight: 0}]"], ["data.train.0.weight=0"]),
+    "corpus twice in a mixture": (
+        ["data.train=[{corpus: a, weight: 1}, {corpus: a, weight: 2}]"],
+        ["'a' twice"],
+    ),
+    "missing corpus of a mixture": (
+        ["data.train=[{corpus: nowhere/a, weight: 1}, {corpus: nowhere/b, weight: 2}]"],
+        ["nowhere/a.idx"],
+    ),
+    "weights and phases": (
+        [
+            "data.train=[{corpus: a, weight: 1}, {corpus: b, weight: 2}]",
+            "data.phases=[{until: 1.0, weights: [1, 1]}]",
+        ],
+        ["train[0].weight has no effect"],
+    ),
+    "weights for other corpora": (
+        ["data.train=[{corpus: a}, {corpus: b}]", "data.phases=[{until: 1.0, weights: [1]}]"],
+        ["phases[0].weights", "1 numbers for the 2 corpora"],
+    ),
+    "corpus that is never read": (
+        ["data.train=[{corpus: a}, {corpus: b}]", "data.phases=[{until: 1.0, weights: [1, 0]}]"],
+        ["'b'", "weight is 0"],
+    ),
+    "phases of the data that end early": (
+        ["data.train=[{corpus: a}, {corpus: b}]", "data.phases=[{until: 0.5, weights: [1, 1]}]"],
+        ["data.phases[0].until=0.5", "step 10", "steps=20"],
+    ),
+    "phases of one corpus": (
+        ["data.phases=[{until: 1.0, weights: [1]}]"],
+        ["phases need a mixture"],
+    ),
+    "weights of too many digits": (
+        ["data.train=[{corpus: a, weight: 0.12345678}, {corpus: b, weight: 0.87654322}]"],
+        ["0.12345678", "six decimals"],
+    ),
+    "held-out corpus without a name": (["data.valid={}"], ["data.valid", "at least 1"]),
+    "name of a held-out corpus": (["data.valid={a/b: c}"], ["a/b"]),
+    "unknown shuffle": (["data.shuffle=tokens"], ["data.shuffle='tokens'", "'documents'"]),
+    "documents apart in UL2": (
+        ["objective={name: ul2}", "data.documents=separate"],
+        ["data.documents='separate'", "objective.name='ul2'", "joined"],
+    ),
     "groups of heads that do not divide": (
         ["model.num_key_value_heads=3"],
         ["num_key_value_heads=3"],

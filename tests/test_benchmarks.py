@@ -47,3 +47,8 @@ def test_gpu_compiles_one_graph_for_sliced_layers_and_one_for_whole_ones():
     rows = run("gpu.py", "--tiny", "--backend", "aot_eager", "--warmup", "1", "--steps", "3")
     compiled = [row.split()[-2:] for row in rows.splitlines()[2:5]]
     assert compiled == [["1", "0"], ["0", "0"], ["1", "0"]]
+
+
+def test_loader_runs():
+    rows = run("loader.py", "--tokens", "2000000", "--batch", "64", "--steps", "1").splitlines()
+    assert len(rows) == 6 and all("x the need of 8 GPUs" in row for row in rows)

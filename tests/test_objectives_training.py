@@ -86,7 +86,7 @@ def plain_torch(file, run_dir):
         optimizer.step()
         losses.append(value.item())
         if (step + 1) % config.evaluate.every == 0:
-            [batch] = run.valid[""].held_out(5, rank=0, world=1, micro=5)
+            [batch] = run.valid["valid"].held_out(5, rank=0, world=1, micro=5)
             with torch.no_grad():
                 held_out.append(loss(*batch).item())
     return losses, held_out

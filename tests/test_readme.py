@@ -39,6 +39,16 @@ def test_run_file_is_a_valid_run(file, overrides):
     assert (report["saved"]["blocks"] > 0) == (config.method["name"] != "full")
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs" / "mixture").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_mixture_file_is_the_data_section_of_a_run(file):
+    run = load_run(ROOT / "configs" / "run" / "est_tinyllama.yaml", [f"data={file}"])
+    plan_run(run)
+    assert [part.weight for part in run.data.parts] == [0.6936, 0.3064]
+    assert run.data.held_out.keys() == {"slimpajama", "starcoder"}
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "model").glob("*.yaml")), ids=str)
 def test_model_file_is_a_hugging_face_config(file):
     hf_config(yaml.safe_load(file.read_text()))

@@ -122,7 +122,7 @@ def reference(config, run, mode, moments, depths):
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 6 == 0:
-            [(ids, labels)] = run.valid[""].held_out(10, rank=0, world=1, micro=10)
+            [(ids, labels)] = run.valid["valid"].held_out(10, rank=0, world=1, micro=10)
             with torch.no_grad():
                 logits = model(input_ids=ids, use_cache=False).logits
             held_out.append(token_loss(logits, labels).item())

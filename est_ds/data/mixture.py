@@ -38,6 +38,15 @@ class Share:
     from_step: int
     weights: tuple[float, ...]
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The weights as the smallest whole numbers in the same ratios.
+
+        Raises:
+            UserError: their sum is above `LONGEST_PERIOD`.
+        """
+        return whole_parts(self.weights)
+
 
 class Mixture:
     """The corpora of all samples of a run, by global position (step x global_batch + row).
@@ -53,7 +62,7 @@ class Mixture:
     def __init__(self, shares: Sequence[Share], global_batch: int) -> None:
         self.num_corpora = len(shares[0].weights)
         self._firsts = [share.from_step * global_batch for share in shares]
-        self._cycles = [_Cycle(whole_parts(share.weights)) for share in shares]
+        self._cycles = [_Cycle(share.parts) for share in shares]
         self._before = [np.zeros(self.num_corpora, np.int64)]
         for i, cycle in enumerate(self._cycles[:-1]):
             length = self._firsts[i + 1] - self._firsts[i]
@@ -131,11 +140,11 @@ def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
     common = math.lcm(*(weight.denominator for weight in exact))
     parts = [int(weight * common) for weight in exact]
     divisor = math.gcd(*parts)
-    if sum(parts) // divisor > LONGEST_PERIOD:
+    period = sum(parts) // divisor
+    if period > LONGEST_PERIOD:
         raise UserError(
-            f"data: the weights {', '.join(f'{w:g}' if w < 1e6 else str(w) for w in weights)} have "
-            f"exact proportions only over {sum(parts) // divisor:,} sequences, more than "
-            f"{LONGEST_PERIOD:,}; round them to shares of at most six decimals that add up to 1."
+            f"data: the weights {', '.join(map(str, weights))} have exact proportions only over "
+            f"{period:,} sequences, more than {LONGEST_PERIOD:,}; round them to shares of at most six decimals that add up to 1."
         )
     return tuple(part // divisor for part in parts)
 

@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -152,16 +153,35 @@ class Data(Strict):
         """Prefixes of the held-out corpora by name; the name of one alone is `valid`."""
         return {"valid": self.valid} if isinstance(self.valid, str) else self.valid
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train_is_one_or_several(cls, value: Any) -> Any:
+        several = isinstance(value, (list, tuple)) and all(
+            isinstance(part, (dict, Part)) for part in value
+        )
+        if not isinstance(value, str) and not several:
+            raise ValueError(
+                "write the prefix of a corpus, or a list of {corpus: PREFIX, weight: SHARE}"
+            )
+        return value
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _valid_is_one_or_named(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict)):
+            raise ValueError("write the prefix of a corpus, or {NAME: PREFIX, ...}")
+        return value
+
     @model_validator(mode="after")
     def _weights_take_effect(self) -> Data:
         if isinstance(self.train, str):
             if self.phases:
                 raise ValueError("phases need a mixture: make train a list of corpora, or remove them")
             return self
-        names = [part.corpus for part in self.train]
+        names = [os.path.abspath(part.corpus) for part in self.train]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"train has the corpus {name!r} twice; add up its weights")
+                raise ValueError(f"train has the corpus {name} twice; add up its weights")
         for i, part in enumerate(self.train):
             if self.phases and part.weight is not None:
                 raise ValueError(f"train[{i}].weight has no effect beside phases; remove it")
@@ -177,7 +197,7 @@ class Data(Strict):
                 raise ValueError(f"phases[{i}].weights are all 0; at least one must be above 0")
         for name, weights in zip(names, zip(*(phase.weights for phase in self.phases))):
             if not any(weights):
-                raise ValueError(f"train has the corpus {name!r}, whose weight is 0 in all phases")
+                raise ValueError(f"train has the corpus {name}, whose weight is 0 in all phases")
         return self
 
 

@@ -199,6 +199,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
     data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
+    _refuse_copies(train)
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
@@ -221,6 +222,17 @@ def prepare(config: RunConfig, processes: int) -> Run:
         held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     check_run_dir(config)
     return Run(**{f.name: getattr(planned, f.name) for f in fields(planned)}, processes=processes, train=batches, valid=windows)
+
+
+def _refuse_copies(corpora: list[Corpus]) -> None:
+    seen: dict[str, str] = {}
+    for corpus in corpora:
+        other = seen.setdefault(corpus.fingerprint, corpus.prefix)
+        if other != corpus.prefix:
+            raise UserError(
+                f"data.train: {corpus.prefix} has the same contents as {other}, so that its "
+                f"sequences would come twice an epoch; list one of them, with both weights."
+            )
 
 
 def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:

@@ -80,6 +80,9 @@ REFUSED = {
     "run directory below a file": (["run_dir=/dev/null/run"], ["/dev/null/run"]),
     "override without a value": (["steps"], ["'steps'", "section.field=value"]),
     "override into a list that is too short": (["method.phases.7.until=3"], ["'7'", "0 to 2"]),
+    "mixture without weights or names": (["data.train=[a, b]"], ["list of {corpus: PREFIX"]),
+    "number for a corpus": (["data.train=5"], ["data.train=5", "prefix of a corpus"]),
+    "list of held-out corpora": (["data.valid=[a, b]"], ["data.valid", "{NAME: PREFIX"]),
     "mixture without a corpus": (["data.train=[]"], ["data.train", "at least 1"]),
     "unknown key of a mixture": (
         ["data.train=[{corpus: a, wieght: 1}]"],
@@ -92,7 +95,7 @@ REFUSED = {
     "weight 0": (["data.train=[{corpus: a, weight: 0}]"], ["data.train.0.weight=0"]),
     "corpus twice in a mixture": (
         ["data.train=[{corpus: a, weight: 1}, {corpus: a, weight: 2}]"],
-        ["'a' twice"],
+        ["/a twice"],
     ),
     "missing corpus of a mixture": (
         ["data.train=[{corpus: nowhere/a, weight: 1}, {corpus: nowhere/b, weight: 2}]"],
@@ -111,7 +114,7 @@ REFUSED = {
     ),
     "corpus that is never read": (
         ["data.train=[{corpus: a}, {corpus: b}]", "data.phases=[{until: 1.0, weights: [1, 0]}]"],
-        ["'b'", "weight is 0"],
+        ["/b, whose weight is 0"],
     ),
     "phases of the data that end early": (
         ["data.train=[{corpus: a}, {corpus: b}]", "data.phases=[{until: 0.5, weights: [1, 1]}]"],

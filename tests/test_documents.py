@@ -204,7 +204,7 @@ def test_what_a_mixture_trained_on_is_said_and_checked(trained, corpus, tmp_path
     run = load_run(trained["1 process"])
     assert [part.weight for part in run.data.parts] == [0.6936, 0.3064]
     summary = summarise(trained["1 process"])
-    assert summary.eval_losses.keys() == {"own", "seen"} and summary.valid_entropy is None
+    assert summary.eval_losses.keys() == {"own", "seen"} and summary.valid_entropy > 1.0
     refused = {
         "data.train.0.weight=0.5": "data.train.0.weight is 0.6936 there and 0.5 here",
         "data.shuffle=sequences": "data.shuffle is 'documents' there",

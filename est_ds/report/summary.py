@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from dataclasses import dataclass
 from statistics import median
@@ -52,9 +53,9 @@ class Summary:
             the first evaluation. Of several held-out corpora it is the mean.
         eval_losses: by the name of the corpus, where held-out corpora have names.
         valid_entropy: unigram entropy of the held-out corpus, nats per token: the loss of a model
-            that knows how frequent every token is and nothing else. None without a manifest, or
-            of several corpora.
-        train_entropy: that of the training corpus.
+            that knows how frequent every token is in it and nothing else. Of several corpora the
+            mean, as of the losses. None without a manifest.
+        train_entropy: that of the training corpus; None also of weights that change.
         saved_blocks: fraction of the dense `blocks` FLOPs of the steps done that was saved.
         saved_model: the same of the `model` FLOPs.
         full_step_s: median step time over the phases that keep everything; None if no such
@@ -116,6 +117,7 @@ def summary_of(run: RunFiles) -> Summary:
     if full_step_s:
         saved_time = 1.0 - sum(p.num_steps * p.median_step_s for p in phases) / done / full_step_s
     saves = saved_time is not None and not math.isclose(saved_model, 0.0, abs_tol=1e-12)
+    data = run.config.data
     last_evaluation = run.evaluations[-1] if run.evaluations else {}
     return Summary(
         run_dir=str(run.directory),
@@ -127,8 +129,8 @@ def summary_of(run: RunFiles) -> Summary:
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
         eval_losses=last_evaluation.get("eval_losses", {}),
-        valid_entropy=_unigram_entropy(list(run.config.data.held_out.values())),
-        train_entropy=_unigram_entropy([part.corpus for part in run.config.data.parts]),
+        valid_entropy=_unigram_entropy({prefix: 1.0 for prefix in data.held_out.values()}),
+        train_entropy=_unigram_entropy({part.corpus: part.weight for part in data.parts}),
         saved_blocks=saved_blocks,
         saved_model=saved_model,
         phases=phases,
@@ -168,10 +170,18 @@ def _median_step_s(lines: list[dict[str, Any]]) -> float:
     return median(warm or [e["step_s"] for e in lines])
 
 
-def _unigram_entropy(prefixes: list[str]) -> float | None:
-    """Of a corpus by its manifest; None if it has none or stands elsewhere, or is not alone."""
-    manifest = read_manifest(prefixes[0]) if len(prefixes) == 1 else None
-    return manifest.unigram_entropy if manifest else None
+def _unigram_entropy(weights: dict[str, float | None]) -> float | None:
+    """Mean over corpora by their manifests; None if one has none, stands elsewhere, or has no
+    weight.
+
+    Args:
+        weights: by the prefix of the corpus.
+    """
+    manifests = [read_manifest(prefix) for prefix in weights]
+    if None in manifests or None in weights.values():
+        return None
+    entropies = [manifest.unigram_entropy for manifest in manifests]
+    return sum(map(operator.mul, entropies, weights.values())) / sum(weights.values())
 
 
 def print_summary(run_dir: str | os.PathLike) -> None:

@@ -147,7 +147,8 @@ def _entropy(summary: Summary) -> str:
     known = [f"{value:.4f} ({name} corpus)" for name, value in found.items() if value is not None]
     absent = [name for name, value in found.items() if value is None]
     if absent:
-        known.append(f"unknown for the {' and '.join(absent)} corpus (no manifest)")
+        unknown = f"unknown for the {' and '.join(absent)} corpus"
+        known.append(f"{unknown} (no manifest, or changing weights)")
     return ", ".join(known)
 
 

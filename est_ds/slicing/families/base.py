@@ -122,13 +122,25 @@ def causal_mask(
         if window
         else masking_utils.create_causal_mask
     )
-    return make(
-        config=config,
-        inputs_embeds=states_BTH,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions_BT,
-    )
+    arguments = {
+        "config": config,
+        "inputs_embeds": states_BTH,
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions_BT,
+    }
+    return shared_mask(positions_BT, make.__name__, lambda: make(**arguments))
+
+
+def shared_mask(
+    positions_BT: Tensor, kind: str, make: Callable[[], Tensor | None]
+) -> Tensor | None:
+    """A mask that is made once for all layers of a pipe stage: it has B * T * T elements, and every
+    layer keeps its own for the backward otherwise."""
+    masks = positions_BT.__dict__.setdefault("est_masks", {})
+    if kind not in masks:
+        masks[kind] = make()
+    return masks[kind]
 
 
 class Family(ABC):

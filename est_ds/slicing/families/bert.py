@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from est_ds.errors import UserError
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Passed, Piece, Slot, passed, taken, tied_to
+from est_ds.slicing.families.base import (
+    Family,
+    Passed,
+    Piece,
+    Slot,
+    passed,
+    shared_mask,
+    taken,
+    tied_to,
+)
 from est_ds.slicing.leaf import Skippable, SkippableLayer
 
 
@@ -110,5 +119,9 @@ def _head(head: nn.Module, x: Passed) -> Tensor:
 
 def _own_document(positions_BT: Tensor) -> Tensor:
     """Which positions see which, bool [B, 1, T, T]: those of the same document."""
-    document_BT = (positions_BT == 0).cumsum(-1)
-    return document_BT[:, None, :, None] == document_BT[:, None, None, :]
+
+    def make() -> Tensor:
+        document_BT = (positions_BT == 0).cumsum(-1)
+        return document_BT[:, None, :, None] == document_BT[:, None, None, :]
+
+    return shared_mask(positions_BT, "both ways", make)

@@ -176,7 +176,9 @@ class Data(Strict):
     def _weights_take_effect(self) -> Data:
         if isinstance(self.train, str):
             if self.phases:
-                raise ValueError("phases need a mixture: make train a list of corpora, or remove them")
+                raise ValueError(
+                    "phases need a mixture: make train a list of corpora, or remove them"
+                )
             return self
         names = [os.path.abspath(part.corpus) for part in self.train]
         for name in names:

@@ -318,7 +318,8 @@ def test_every_layout_reads_exactly_the_samples_of_the_step(batches):
 def test_digest_names_the_data_of_a_step(batches, prefix, tmp_path, documents):
     def digest(path=prefix, sequence=16, global_batch=12, seed=5, step=3):
         corpus = Corpus.open(path)
-        return Batches([corpus], sequence=sequence, global_batch=global_batch, seed=seed).digest(step)
+        size = {"sequence": sequence, "global_batch": global_batch, "seed": seed}
+        return Batches([corpus], **size).digest(step)
 
     other = write_corpus(tmp_path / "other", documents[::-1])
     digests = [digest(), digest(other), digest(sequence=15), digest(global_batch=6)]

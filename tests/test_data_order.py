@@ -296,7 +296,8 @@ assert corpus.num_tokens == 10**12
 options = {"shuffled": sys.argv[2] == "documents", "separate": sys.argv[2] == "documents"}
 two = {"corpora": [corpus] * 2, "shares": [Share(0, (0.6936, 0.3064))]}
 one = {"corpora": [corpus]}
-batches = Batches(sequence=2048, global_batch=1024, seed=0, **(two if len(sys.argv) > 3 else one), **options)
+corpora = two if len(sys.argv) > 3 else one
+batches = Batches(sequence=2048, global_batch=1024, seed=0, **corpora, **options)
 for step in (0, 10_000_000, 0, 10_000_000):
     began = time.perf_counter()
     batches.samples(step)

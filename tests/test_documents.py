@@ -34,7 +34,10 @@ SMALL = {
 MODELS = {
     "llama": SMALL | {"num_key_value_heads": 2},
     "mistral": SMALL | {"num_key_value_heads": 2, "sliding_window": 5},
-    "qwen2": SMALL | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2": SMALL | {
+        "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5,
+        "max_window_layers": 1,
+    },
     "qwen3": SMALL | {"num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {
         "vocab_size": 97, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64,
@@ -159,9 +162,10 @@ def test_sequences_without_a_target_have_loss_0(tmp_path):
 
 def data_of(corpus):
     """Two corpora in TinyLlama's proportions, documents shuffled and apart, two held-out ones."""
-    mixture = f"[{{corpus: {corpus}/train, weight: .6936}}, {{corpus: {corpus}/valid, weight: .3064}}]"
+    weights = {"train": 0.6936, "valid": 0.3064}
+    parts = [f"{{corpus: {corpus}/{name}, weight: {w}}}" for name, w in weights.items()]
     return [
-        f"data.train={mixture}", f"data.valid={{own: {corpus}/valid, seen: {corpus}/train}}",
+        f"data.train=[{', '.join(parts)}]", f"data.valid={{own: {corpus}/valid, seen: {corpus}/train}}",
         "data.shuffle=documents", "data.documents=separate", "evaluate.sequences=5",
     ]  # fmt: skip
 

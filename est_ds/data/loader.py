@@ -84,7 +84,8 @@ class Windows:
         return example.separated(starts, self.objective.crossing(starts))
 
     def num_targets(self, sample: int, draws: Draws, epoch: int = 0) -> int:
-        """Labels of a sample that count. Reads no token, but the index where documents are apart."""
+        """Labels of a sample that count. Reads no token, and the index where documents are
+        apart."""
         targets = self.objective.num_targets(draws)
         if not self.separate:
             return targets

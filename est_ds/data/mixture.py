@@ -144,7 +144,8 @@ def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
     if period > LONGEST_PERIOD:
         raise UserError(
             f"data: the weights {', '.join(map(str, weights))} have exact proportions only over "
-            f"{period:,} sequences, more than {LONGEST_PERIOD:,}; round them to shares of at most six decimals that add up to 1."
+            f"{period:,} sequences, more than {LONGEST_PERIOD:,}; round them to shares of at most "
+            f"six decimals that add up to 1."
         )
     return tuple(part // divisor for part in parts)
 

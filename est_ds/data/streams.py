@@ -10,6 +10,8 @@ a permutation of the whole epoch (order.py).
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +21,8 @@ from est_ds.data.order import shuffled_block
 
 BLOCK = 1024
 _CACHED_BLOCKS = 64
+_CACHED_STARTS = 1 << 16  # a few MB
+_READ_AT_ONCE = 32
 
 
 class Stream:
@@ -28,6 +32,8 @@ class Stream:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
+        # A search asks for the same documents in the middle again and again.
+        self._start = lru_cache(_CACHED_STARTS)(self._read_start)
 
     def read(self, epoch: int, first: int, length: int) -> np.ndarray:
         """Tokens [first, first + length) of the epoch's stream, int64 [length]."""
@@ -35,11 +41,21 @@ class Stream:
 
     def starts(self, epoch: int, first: int, length: int) -> np.ndarray:
         """Where documents begin in that window after its first token: sorted, in [1, length)."""
-        from_document, to_document = _documents_at(
-            self.corpus, np.array([first, first + length - 1])
-        )
-        starts = self.corpus.document_start(np.arange(from_document + 1, to_document + 1))
-        return np.unique(starts) - first  # an empty document begins where the next one does
+        end = first + length
+        document = _last_at_most(first, self._start, self.corpus.num_documents) + 1
+        found = [np.array([], np.int64)]
+        while document < self.corpus.num_documents:
+            last = min(document + _READ_AT_ONCE, self.corpus.num_documents)
+            found.append(self.corpus.document_start(np.arange(document, last)))
+            document = last
+            if found[-1][-1] >= end:
+                break
+        # An empty document begins where the next one does.
+        starts = np.unique(np.concatenate(found))
+        return starts[starts < min(end, self.corpus.num_tokens)] - first
+
+    def _read_start(self, document: int) -> int:
+        return int(self.corpus.document_start(np.array([document]))[0])
 
 
 class ShuffledStream(Stream):
@@ -95,25 +111,9 @@ class ShuffledStream(Stream):
         return starts[:-1][order], begins
 
     def _block_at(self, token: int) -> int:
-        return int(
-            _last_at_most(
-                lambda block: self.corpus.document_start(block * BLOCK),
-                self._num_blocks,
-                np.array([token]),
-            )[0]
-        )
+        return _last_at_most(token, lambda block: self._start(block * BLOCK), self._num_blocks)
 
 
-def _documents_at(corpus: Corpus, tokens: np.ndarray) -> np.ndarray:
-    """The documents that hold tokens of the stream."""
-    return _last_at_most(corpus.document_start, corpus.num_documents, tokens)
-
-
-def _last_at_most(start_of, count: int, tokens: np.ndarray) -> np.ndarray:
-    """For every token the largest i in range(count) with start_of(i) <= token, by bisection."""
-    low, high = np.zeros(len(tokens), np.int64), np.full(len(tokens), count, np.int64)
-    for _ in range(count.bit_length()):
-        middle = (low + high) // 2
-        reached = start_of(middle) <= tokens
-        low, high = np.where(reached, middle, low), np.where(reached, high, middle)
-    return low
+def _last_at_most(token: int, start_of: Callable[[int], int], count: int) -> int:
+    """The largest i in range(count) with start_of(i) <= token; the first is."""
+    return bisect_right(range(count), token, key=start_of) - 1

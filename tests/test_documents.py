@@ -204,7 +204,7 @@ def test_every_layout_trains_on_the_same_batches_with_the_same_losses(trained):
             assert found["eval_losses"] == pytest.approx(one["eval_losses"], rel=1e-5)
 
 
-def test_what_a_mixture_trained_on_is_said_and_checked(trained, corpus, tmp_path, capsys):
+def test_what_a_mixture_trained_on_is_said_and_checked(trained, corpus, tmp_path):
     run = load_run(trained["1 process"])
     assert [part.weight for part in run.data.parts] == [0.6936, 0.3064]
     summary = summarise(trained["1 process"])
@@ -217,11 +217,10 @@ def test_what_a_mixture_trained_on_is_said_and_checked(trained, corpus, tmp_path
     for override, named in refused.items():
         with pytest.raises(UserError, match=re.escape(named)):
             check_run_dir(load_run(trained["1 process"], [override]))
-    # Corpora may move, but not change: here the second is another one.
+    # Corpora may move, but not change: here the two change places.
     run_dir = shutil.copytree(trained["1 process"], tmp_path / "run")
     (run_dir / "checkpoints" / "latest").write_text("step_00000015\n")
-    for file in corpus.glob("train.*"):
-        shutil.copy(file, tmp_path)
-    done = est_ds("train", run_dir, f"data.train.1.corpus={tmp_path}/train")
+    places = [f"data.train.{i}.corpus={corpus}/{n}" for i, n in enumerate(("valid", "train"))]
+    done = est_ds("train", run_dir, *places)
     assert done.returncode == 2
-    assert f"data.train='{tmp_path}/train' is not the corpus" in done.stderr
+    assert f"data.train='{corpus}/valid' is not the corpus" in done.stderr

@@ -251,7 +251,8 @@ class Checkpoint(Strict):
 
 
 class Evaluate(Strict):
-    """Held-out loss of the full model every `every` steps, on the first `sequences` windows."""
+    """Held-out loss of the full model every `every` steps, on the first `sequences` windows of
+    each held-out corpus."""
 
     every: Positive
     sequences: Positive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,6 @@ _KINDS = (
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`.")
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     made_by = "also check that this tokenizer made the corpus"
     verify.add_argument("--tokenizer", type=Path, metavar="DIR", help=made_by)
     readers = "processes that read shards; default: all cores"
-    verify.add_argument("--workers", type=int, default=_cores(), metavar="N", help=readers)
+    verify.add_argument("--workers", type=int, metavar="N", help=readers)
     unknown = "largest share of unknown tokens; default 0.01"
     verify.add_argument("--max-unknown", type=float, default=0.01, metavar="SHARE", help=unknown)
     density = "fewest bytes of text a token; default 1"
@@ -116,7 +110,12 @@ def _preparation(options: argparse.Namespace) -> Any:
         if "separator" in of_source:
             of_source["separator"] = of_source["separator"].replace("\\n", "\n")
         tree = {"sources": [{"path": options.input, **of_source}]}
-    return checked(Preparation, tree | settings)
+    try:
+        return checked(Preparation, tree | settings)
+    except UserError as error:
+        # Of a flag, since a data file was checked before.
+        field, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()
+        raise UserError(f"--{field.replace('_', '-')}{rest}") from None
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -99,4 +99,4 @@ def read_data_file(path: Path) -> Preparation:
     try:
         return checked(Preparation, tree)
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+        raise UserError(f"--config {path}: {error}".replace("run file", "data file")) from None

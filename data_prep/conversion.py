@@ -73,7 +73,8 @@ def _unigram(processor: sentencepiece.SentencePieceProcessor):
     vocabulary = []
     for id_ in range(processor.vocab_size()):
         apart = processor.is_control(id_) or processor.is_byte(id_) or processor.is_unknown(id_)
-        vocabulary.append((processor.id_to_piece(id_), _NEVER if apart else processor.get_score(id_)))
+        score = _NEVER if apart else processor.get_score(id_)
+        vocabulary.append((processor.id_to_piece(id_), score))
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=processor.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     tokenizer.decoder = decoders.Sequence(

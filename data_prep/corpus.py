@@ -37,6 +37,7 @@ def gather(
             f"--held-out={held_out} is not allowed; use a fraction between 0 and 1, such as 0.02."
         )
     readers = _standard_library() if sources is None else open_sources(sources)
+    _refuse_own_input(sources or (), out)
     skipped, counts, sizes = Skipped(), Counter(), Counter()
     names = ("train", "valid")
     targets = [Path(f"{out}.{name}.jsonl") for name in names]
@@ -58,6 +59,14 @@ def gather(
     for name, target in zip(names, targets, strict=True):
         print(f"{target}: {counts[name]:,} documents, {sizes[name]:,} bytes of text")
     skipped.report()
+
+
+def _refuse_own_input(sources: Sequence[SourceConfig], out: str) -> None:
+    """A second run would take what the first one wrote for documents."""
+    folder = Path(out).resolve().parent
+    for given in (path for source in sources for path in source.paths):
+        if Path(given).is_dir() and folder.is_relative_to(Path(given).resolve()):
+            raise UserError(f"--out {out} lies in the --input {given}; give a place outside.")
 
 
 def _standard_library() -> list[Reader]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from data_prep.packing import Packing
 from data_prep.progress import PackingProgress
 from data_prep.readers.base import PIECE_BYTES, Piece, Place, Reader, Rules
 from data_prep.sources import open_sources
-from data_prep.tokenizing import Job, tokenized
+from data_prep.tokenizing import Job, cores, tokenized
 from est_ds.data.tokenizer import tokenizer_sha256
 from est_ds.errors import Failure, UserError
 
@@ -147,9 +146,8 @@ def _explained(packing: Packing) -> Iterator[None]:
 
 
 def _useful_workers(readers: list[Reader]) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sizes = [reader.stored_bytes for reader in readers]
-    return cores if None in sizes else max(1, min(cores, sum(sizes) // _BYTES_A_WORKER))
+    return cores() if None in sizes else max(1, min(cores(), sum(sizes) // _BYTES_A_WORKER))
 
 
 def _check_parts(packing: Packing, out: str, held_out: float | None) -> None:

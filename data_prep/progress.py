@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from est_ds.progress import clock
+
 _LINE_EVERY_S = 10.0
 
 
@@ -24,8 +26,12 @@ class PackingProgress:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-            columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(TextColumn("packing"), *columns)
+            self._bar = Progress(
+                TextColumn("packing"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+            )
             self._task = self._bar.add_task("starting", total=total_bytes, completed=done_bytes)
 
     def __enter__(self) -> PackingProgress:
@@ -55,9 +61,3 @@ class PackingProgress:
             self._last_line = now
             share = f"{done_bytes / self._total:.1%}  " if self._total else ""
             print(f"packing  {share}{text}", flush=True)
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

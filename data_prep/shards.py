@@ -146,7 +146,8 @@ class ShardWriter:
     def _reopened(self, num_tokens: int, num_documents: int) -> _Unfinished:
         number = len(self.finished)
         files, sha256 = [], hashlib.sha256()
-        for ending, size in (("bin", num_tokens * self._dtype.itemsize), ("lengths", num_documents * 4)):
+        sizes = {"bin": num_tokens * self._dtype.itemsize, "lengths": num_documents * 4}
+        for ending, size in sizes.items():
             path = self.path(number, ending)
             if not path.is_file() or path.stat().st_size < size:
                 raise OSError(f"{path} is shorter than when it was written; start with --fresh.")

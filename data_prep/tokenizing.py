@@ -69,6 +69,13 @@ class Result:
     skipped: Skipped = field(default_factory=Skipped)
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_held_out(text: str, share: float) -> bool:
     """A function of the text alone: order, other documents and copies make no difference.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.audit import AGAIN, Audit, audit_shard
 from data_prep.packing import unigram_entropy
+from data_prep.tokenizing import cores
 from est_ds.data.indexed import Corpus, check_shard_hashes
 from est_ds.data.manifest import Shard, manifest_path
 from est_ds.errors import UserError
@@ -35,7 +36,7 @@ class _Made:
     unknown_id: int | None
 
 
-def verify(prefix: str, tokenizer: Path | None, workers: int, limits: Limits) -> None:
+def verify(prefix: str, tokenizer: Path | None, workers: int | None, limits: Limits) -> None:
     """Checks a corpus and prints a short report.
 
     Checked: manifest, sizes, SHA-256 of all files, every entry of the index, every token
@@ -43,16 +44,24 @@ def verify(prefix: str, tokenizer: Path | None, workers: int, limits: Limits) ->
     the share of unknown tokens, bytes a token, and the tokenizer where one is given. Of a corpus
     without a manifest: what can be, by the tokenizer.
 
+    Args:
+        workers: processes that read shards; None: one for each core.
+
     Raises:
         UserError: The first thing found wrong.
     """
+    if workers is None:
+        workers = cores()
     if workers < 1:
         raise UserError(f"--workers={workers} is not allowed; use at least 1.")
+    for ending in (".bin", ".idx", ".manifest.json"):
+        if prefix.endswith(ending) and Path(prefix).is_file():
+            raise UserError(f"--out {prefix}: give the prefix: {prefix.removesuffix(ending)}")
     if not manifest_path(prefix).is_file() and tokenizer is None:
         raise UserError(
             f"{manifest_path(prefix)} does not exist, so there is nothing to check against; "
-            f"give the --out of `python -m data_prep pack`, copy the manifest beside the corpus, or "
-            f"give the --tokenizer of a corpus made elsewhere."
+            f"give the --out of `python -m data_prep pack`, copy the manifest beside the corpus, "
+            f"or give the --tokenizer of a corpus made elsewhere."
         )
     corpus = Corpus.open(prefix)
     if tokenizer is not None:
@@ -65,7 +74,8 @@ def verify(prefix: str, tokenizer: Path | None, workers: int, limits: Limits) ->
             f"{manifest_path(prefix)}: unigram_entropy={corpus.manifest.unigram_entropy}, but the "
             f"tokens have {entropy}; {AGAIN}"
         )
-    lines = [*_check_surroundings(corpus, made, audit), *_check_density(corpus, made, audit, limits)]
+    lines = _check_surroundings(corpus, made, audit)
+    lines += _check_density(corpus, made, audit, limits)
     shards = f" in {len(corpus.shards)} shards" if len(corpus.shards) > 1 else ""
     print(
         f"{prefix}: ok, {corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens{shards} "

@@ -57,7 +57,7 @@ class Progress:
             return
         text = (
             f"phase {phase}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  "
-            f"{_clock(self._seconds_left(step))} left"
+            f"{clock(self._seconds_left(step))} left"
         )
         if self._bar:
             self._bar.update(self._task, completed=step + 1, description=text)
@@ -80,7 +80,7 @@ class Progress:
         return spent * remaining / (1.0 - remaining) if remaining < 1.0 else 0.0
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

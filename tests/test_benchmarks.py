@@ -52,3 +52,9 @@ def test_gpu_compiles_one_graph_for_sliced_layers_and_one_for_whole_ones():
 def test_loader_runs():
     rows = run("loader.py", "--tokens", "2000000", "--batch", "64", "--steps", "1").splitlines()
     assert len(rows) == 6 and all("x the need of 8 GPUs" in row for row in rows)
+
+
+def test_packing_runs(corpus):
+    arguments = ("--input", corpus / "text.train.jsonl", "--tokenizer", corpus / "tokenizer")
+    rows = run("packing.py", *arguments, "--rounds", "1").splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["1", "2"]

@@ -42,8 +42,9 @@ def texts():
     code = (ROOT / "est_ds" / "config.py").read_text()
     draws = random.Random(0)
     return [
-        f"{i}" + code[(at := draws.randrange(len(code) // 2)) : at + draws.choice([5, 50, 500, 5000])]
-        for i in range(400)
+        f"{number}{code[begin:][: draws.choice([5, 50, 500, 5000])]}"
+        for number in range(400)
+        for begin in [draws.randrange(len(code) // 2)]
     ]
 
 
@@ -363,7 +364,8 @@ def test_documents_left_out_are_counted_and_named(tokenizer, tmp_path, capsys):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(
-        b'{"text": "fine"}\n{"text": " "}\n{"text": "\xff"}\nnot json\n{"text": "%s"}\n' % (b"x" * 999)
+        b'{"text": "fine"}\n{"text": " "}\n{"text": "\xff"}\nnot json\n'
+        + json.dumps({"text": "x" * 999}).encode()
     )
     (folder / "b.txt").write_bytes(b"\xff\xfe")
     (folder / "c.txt").write_bytes(b"")
@@ -513,8 +515,8 @@ def megatron_files(prefix, documents, code, dtype):
 def test_a_corpus_of_megatron_reads_token_by_token(tmp_path, code, dtype):
     draws = np.random.default_rng(3)
     documents = [
-        [draws.integers(0, 200, draws.integers(1, 40)).tolist() for _ in range(draws.integers(0, 4))]
-        for _ in range(50)
+        [draws.integers(0, 200, length).tolist() for length in draws.integers(1, 40, sequences)]
+        for sequences in draws.integers(0, 4, 50)
     ]
     megatron_files(tmp_path / "m", documents, code, dtype)
     corpus = Corpus.open(tmp_path / "m")

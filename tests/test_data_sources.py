@@ -224,12 +224,11 @@ def _bound_by_permissions():
 
 def test_files_of_other_kinds_are_counted_aloud(tmp_path, capsys):
     write(tmp_path, "jsonl")
-    (tmp_path / "readme.md").write_text("x")
-    (tmp_path / "b.json").write_text("x")
+    for name in ("readme.md", "b.json", "c.json"):
+        (tmp_path / name).write_text("x")
     assert texts_of(path=str(tmp_path)) == TEXTS
-    assert "2 files of other kinds are not read (1 .md, 1 .json)" in capsys.readouterr().out.replace(
-        "1 .json, 1 .md", "1 .md, 1 .json"
-    )
+    said = capsys.readouterr().out
+    assert "3 files of other kinds are not read (2 .json, 1 .md)" in said
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=str)
@@ -258,6 +257,50 @@ def test_wrong_data_files_are_refused(tmp_path, capsys, tree, says):
     assert main(["pack", "--config", str(file), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert says in error and str(file) in error and error.count("\n") == 1
+
+
+def test_a_stream_that_breaks_off_is_a_failure_that_can_be_continued(
+    prepared_tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("data_prep.packing.COMMIT_EVERY_S", 0.0)
+    monkeypatch.setattr("data_prep.pack.PIECE_BYTES", 2_000)
+    write(tmp_path / "d" / "0", "jsonl.zst", TEXTS[:140])
+    second = write(tmp_path / "d" / "1", "jsonl.zst", TEXTS[140:])
+    whole = second.read_bytes()
+    source = {"dataset": "json", "data_files": str(tmp_path / "d" / "*" / "*.zst")}
+    file = tmp_path / "x.yaml"
+    file.write_text(yaml.safe_dump({"sources": [source | {"streaming": True}],
+                                    "tokenizer": str(prepared_tokenizer)}))  # fmt: skip
+    command = ["pack", "--config", str(file), "--workers", "1", "--out"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    second.write_bytes(b"not compressed")
+    assert main([*command, str(tmp_path / "c")]) == 1
+    said = capsys.readouterr()
+    assert "reading stopped after row" in said.err and "keeps what is packed" in said.err
+    second.write_bytes(whole)
+    assert main([*command, str(tmp_path / "c")]) == 0
+    assert "going on after" in capsys.readouterr().out
+    for ending in ("bin", "idx"):
+        expected = (tmp_path / f"whole.{ending}").read_bytes()
+        assert (tmp_path / f"c.{ending}").read_bytes() == expected
+
+
+def test_wrong_flags_are_refused_by_their_names(prepared_tokenizer, tmp_path, capsys):
+    path = write(tmp_path / "in", "jsonl")
+    pack = ["pack", "--out", str(tmp_path / "c"), "--tokenizer", str(prepared_tokenizer)]
+    for arguments, says in (
+        ([*pack], "--input is missing"),
+        ([*pack, "--input", str(path), "--held-out", "0"], "--held-out=0.0"),
+        ([*pack, "--input", str(path), "--shard-tokens", "0"], "--shard-tokens=0"),
+        ([*pack[:3], "--input", str(path)], "--tokenizer is missing"),
+        (["pack", "--out", f"{tmp_path}/", *pack[3:], "--input", str(path)], "is a folder"),
+        (["corpus", "--input", str(path.parent), "--out", f"{path.parent}/x"], "lies in the"),
+        (["verify", "--out", str(path.with_suffix(".idx"))], "does not exist"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("c*"))
 
 
 def test_settings_that_no_file_takes_up_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from data_prep.readers.base import (
     file_identity,
     unreadable,
 )
-from est_ds.errors import UserError
+from est_ds.errors import Failure, UserError
 
 _ROWS_AT_ONCE = 64
 
@@ -195,10 +195,11 @@ class HubDataset(Reader):
                 else:
                     read = self.stored_bytes * row // self._dataset.num_rows
                 yield RowsPiece(self.id, _size(rows), after, read, first, rows)
-        except OSError as error:
-            raise UserError(
-                f"dataset {self.id}: reading stopped at row {row} ({error}); the same command "
-                f"continues there."
+        except Exception as error:  # whatever the library, the files or the network raise
+            reason = " ".join(str(error).split())
+            raise Failure(
+                f"dataset {self.id}: reading stopped after row {row} ({type(error).__name__}: "
+                f"{reason}); give the same command again."
             ) from error
 
     def _stored(self, row: int) -> Iterator[list[Any]]:

@@ -35,7 +35,7 @@ class Corpus:
 
     def __init__(self, prefix: str, headers: Sequence[Header], manifest: Manifest | None) -> None:
         self.prefix = prefix
-        self.shards = tuple(_OpenShard(header) for header in headers)
+        self.shards = tuple(OpenShard(header) for header in headers)
         self.manifest = manifest
         # Where the shards begin in the stream, and its end.
         self._first_tokens = np.cumsum([0, *(h.num_tokens for h in headers)])
@@ -166,7 +166,7 @@ class Corpus:
         return 1 + max(int(self.window(start, length).max()) for start in np.unique(starts))
 
 
-class _OpenShard:
+class OpenShard:
     """One pair of files, mapped when it is first read."""
 
     def __init__(self, header: Header) -> None:

@@ -155,6 +155,9 @@ def test_an_altered_or_missing_shard_is_found(source, tokenizer, tmp_path, capsy
         Corpus.open(prefix)
     shard.unlink()
     assert all("c-00002.bin does not exist" in r for r in refusals())
+    Path(f"{prefix}.manifest.json").unlink()
+    with pytest.raises(ValueError, match="its shards are there, but not .*c.manifest.json"):
+        Corpus.open(prefix)
 
 
 def test_held_out_documents_are_chosen_as_the_verb_corpus_does(source, tokenizer, texts, tmp_path):

@@ -58,6 +58,11 @@ class Corpus:
         prefix = str(prefix)
         manifest = read_manifest(prefix)
         if manifest is None:
+            if Path(f"{prefix}-00000.idx").is_file():
+                raise UserError(
+                    f"corpus {prefix}: its shards are there, but not {manifest_path(prefix)}, which "
+                    f"names them; copy it beside them, or pack the corpus again."
+                )
             return cls(prefix, [read_header(prefix)], None)
         headers = [read_header(prefix + shard.suffix) for shard in manifest.shards]
         for header, shard in zip(headers, manifest.shards, strict=True):
@@ -103,6 +108,8 @@ class Corpus:
             int64 of the same shape.
         """
         documents = np.asarray(documents)
+        if len(self.shards) == 1:
+            return self.shards[0].document_start(documents)
         starts = np.full(documents.shape, self.num_tokens, np.int64)
         numbers = np.searchsorted(self._first_documents, documents, side="right") - 1
         for number in np.unique(numbers):
@@ -182,10 +189,10 @@ class OpenShard:
         return self.header.arrays()
 
     def document_start(self, documents: np.ndarray) -> np.ndarray:
-        """First tokens of documents [n], all of them below `num_documents`."""
+        """As `Corpus.document_start`, in this shard."""
         _, offsets, boundaries = self.index
         sequences = boundaries[documents]
-        # An empty document may begin behind the last sequence.
+        # A document may begin behind the last sequence: the end, or one that is empty.
         inside = sequences < self.header.num_sequences
         starts = offsets[np.where(inside, sequences, 0)] // self.header.dtype.itemsize
         return np.where(inside, starts, self.header.num_tokens)

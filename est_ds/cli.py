@@ -79,6 +79,31 @@ def _parser() -> argparse.ArgumentParser:
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
 
+    check = verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
+    overrides(check)
+    check.description = (
+        "Trains a short version of RUN on this machine, kills it, resumes it, and compares every "
+        "step, weight and moment with the same run uninterrupted. Reads only the config of RUN. "
+        "Exit code 0: PASS, 1: a difference."
+    )
+    check.add_argument(
+        "--steps", type=_positive, metavar="K", help="steps of the short run (default: 12 or more)"
+    )
+    check.add_argument(
+        "--at", type=_positive, metavar="S", help="resume after step S (default: near the middle)"
+    )
+    check.add_argument("--processes", type=_positive, metavar="N", help="as of train")
+    check.add_argument(
+        "--then",
+        default="",
+        metavar="OVERRIDES",
+        help="the layout that resumes, as 'parallel.pipe=1 parallel.zero=3' (default: the same)",
+    )
+    check.add_argument(
+        "--then-processes", type=_positive, metavar="N", help="its processes (default: --processes)"
+    )
+    check.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there")
+
     export = verb("export", _export, "write a checkpoint as a Hugging Face folder")
     overrides(export)
     export.add_argument(
@@ -132,6 +157,23 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         return
     lock_run_dir(config).close()
     sys.exit(launch(arguments, processes))
+
+
+def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.resuming.verify import verify_resume
+
+    found = verify_resume(
+        parsed.run,
+        parsed.overrides,
+        parsed.then.split(),
+        steps=parsed.steps,
+        cut=parsed.at,
+        processes=parsed.processes,
+        then_processes=parsed.then_processes,
+        keep=parsed.keep,
+    )
+    print(found)
+    sys.exit(1 if found.first else 0)
 
 
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:

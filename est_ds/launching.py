@@ -7,12 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
 
 import torch
 
 from est_ds import runtime
 from est_ds.config import RunConfig
 from est_ds.errors import UserError
+
+
+POLL_S = 0.005
 
 
 def default_processes(config: RunConfig) -> int:
@@ -35,13 +41,21 @@ def check_processes(processes: int) -> None:
         )
 
 
-def launch(arguments: list[str], processes: int) -> int:
+def launch(
+    arguments: list[str],
+    processes: int,
+    log: TextIO | None = None,
+    kill_when: Callable[[], bool] | None = None,
+) -> int:
     """Starts est-ds `processes` times under the launcher, and waits.
 
     A signal to this process ends all of them; so does its death, which the processes notice.
 
     Args:
         arguments: the command line of est-ds.
+        log: takes what they print; None: this process's own output does.
+        kill_when: asked every few milliseconds; once it is true, all are killed (SIGKILL), as
+            they are when a machine is lost.
 
     Returns:
         Exit code: 0, 1 or 2 as the processes', 128 + n after signal n.
@@ -66,18 +80,31 @@ def launch(arguments: list[str], processes: int) -> int:
     ]
     sys.stdout.flush()
     # A session of its own: the launcher passes no SIGTERM on, so its whole group is signalled.
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True)
+    launcher = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=log, stderr=log
+    )
     received: list[int] = []
 
     def end(number: int, frame: object) -> None:
         received.append(number)
         _signal_group(launcher, signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, end)
-    code = launcher.wait()
-    _signal_group(launcher, signal.SIGKILL)  # whatever outlived the launcher
+    former = {
+        number: signal.signal(number, end)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
+    }
+    try:
+        while kill_when is not None and not received and launcher.poll() is None:
+            if kill_when():
+                received.append(signal.SIGKILL)
+                _signal_group(launcher, signal.SIGKILL)
+            time.sleep(POLL_S)
+        code = launcher.wait()
+        _signal_group(launcher, signal.SIGKILL)  # whatever outlived the launcher
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
     if received:
         return 128 + received[0]
     return code if code in (0, 2) else 1

@@ -268,7 +268,7 @@ def check_run_dir(config: RunConfig) -> None:
             )
         return
     former = checked(RunConfig, yaml.safe_load(file.read_text()))
-    differing = _differences(former, config)
+    differing = differences(former, config)
     begun = (directory / "checkpoints" / "latest").exists() or (directory / FILE).exists()
     if differing and begun:
         shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
@@ -344,7 +344,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
-def _differences(there: RunConfig, here: RunConfig) -> list[str]:
+def differences(there: RunConfig, here: RunConfig) -> list[str]:
+    """Fields that make one run another than the other, each with both values."""
     former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
     found = []
     for key in sorted(former.keys() | now.keys()):

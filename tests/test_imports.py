@@ -14,6 +14,7 @@ LAYERS = [
     {"slicing", "data", "model", "checkpoints"},
     {"engine"},
     {"run", "metrics", "progress", "planning", "export", "report", "launching", "agreement"},
+    {"resuming"},
     {"train"},
     {"cli"},
 ]

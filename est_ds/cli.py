@@ -109,7 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, or a number of steps"
     )
-    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export")
+    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export, of a smaller model RUN_DIR/export_subnetwork")
+    for name, what in (("layers", "0-5,8"), ("heads", "0,1,4"), ("columns", "0-1023")):
+        export.add_argument(
+            f"--{name}",
+            metavar="INDICES",
+            help=f"a smaller model of these {name} only, as {what}, rescaled as in training",
+        )
+    export.add_argument(
+        "--plan-step", type=_step, metavar="S", help="a smaller model: the plan of step S"
+    )
     export.add_argument("--prompt", default="def ", help="start of the sample (default: 'def ')")
 
     verb("report", _report, "draw the page of a run directory: tables and plots")
@@ -119,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step (a whole number from 0)")
     return int(text)
 
 
@@ -179,9 +194,11 @@ def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config import load_run
     from est_ds.export import export
+    from est_ds.plans.chosen import Keep
 
     config = load_run(parsed.run, parsed.overrides)
-    done = export(config, parsed.out, parsed.prompt, parsed.checkpoint)
+    keep = Keep(parsed.layers, parsed.heads, parsed.columns, parsed.plan_step)
+    done = export(config, parsed.out, parsed.prompt, parsed.checkpoint, keep)
     print(f"exported step {done.step} to {done.folder}")
     print(
         f"largest difference of logits, reloaded folder against the engine's weights: "

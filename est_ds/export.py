@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from est_ds.config import RunConfig
 from est_ds.checkpoints.reader import Checkpoint, damage
@@ -18,12 +20,14 @@ from est_ds.data.indexed import Corpus
 from est_ds.data.tokenizer import tokenizer_files
 from est_ds.errors import UserError
 from est_ds.model import build_model, empty_model
+from est_ds.plans.chosen import Keep, plan_to_keep
+from est_ds.plans.plan import Plan
 from est_ds.run import Planned, check_run_dir, plan_run
-from est_ds.slicing.families import hf_config
-
+from est_ds.slicing.extract import smaller_model
+from est_ds.slicing.subnetwork import Subnetwork
 
 MARK = "est_ds_export.json"  # says that a folder is an export, which another may replace
-TOLERANCE = 1e-2  # of logits; the same arithmetic in another order, in bf16 at worst
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # of logits; the same arithmetic in another order
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Exported:
         folder: the Hugging Face folder.
         step: steps that the weights were trained.
         largest_difference: between logits of the reloaded folder and of the weights that the
-            engine saved, run piece by piece as the pipeline runs them.
+            engine saved, run piece by piece as the pipeline runs them; of a part, under its plan.
         sample: text that the reloaded model continues; None if it cannot (BERT).
     """
 
@@ -44,15 +48,24 @@ class Exported:
     sample: str | None
 
 
-def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = LATEST) -> Exported:
+def export(
+    config: RunConfig,
+    out: Path | None,
+    prompt: str,
+    checkpoint: str = LATEST,
+    keep: Keep = Keep(),
+) -> Exported:
     """Exports a checkpoint of a run directory, in the precision of the run.
 
     Args:
-        out: folder to write; default `run_dir/export`. A former export there is replaced.
+        out: folder to write; default `run_dir/export`, of a part `run_dir/export_subnetwork`. A
+            former export there is replaced.
         checkpoint: `latest`, `best`, or a number of steps.
+        keep: the part to export, as a smaller model.
 
     Raises:
-        UserError: no checkpoint, an incomplete one, or `out` holds something else.
+        UserError: no checkpoint, an incomplete one, a part that Hugging Face cannot express, or
+            `out` holds something else.
     """
     import transformers
     from transformers.utils import logging
@@ -62,7 +75,8 @@ def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = L
     store = Store(Path(config.run_dir) / "checkpoints")
     step = store.find(checkpoint)
     check_run_dir(config)
-    folder = out or Path(config.run_dir) / "export"
+    plan = plan_to_keep(keep, planned.method, step)
+    folder = out or Path(config.run_dir) / ("export" if keep == Keep() else "export_subnetwork")
     if folder.exists() and not (folder / MARK).is_file():
         raise UserError(
             f"--out={str(folder)!r} exists and is no export of est-ds; choose another folder."
@@ -72,21 +86,21 @@ def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = L
     )[None]
     tokenizer_sources = tokenizer_files(config.data.tokenizer)
     weights = _weights(store.path(step), planned)
-    planned, weights = _as_deep_as(planned, step, weights)
-    model = build_model(planned.hf_config, config.seed)
-    model.load_state_dict(weights, strict=True, assign=True)
+    model = exported = _with_weights(planned.hf_config, weights)
+    if plan is not None:
+        exported = _with_weights(*smaller_model(model, planned.family, planned.hf_config, plan))
 
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(partial)
+        exported.save_pretrained(partial)
         for source in tokenizer_sources:
             shutil.copyfile(source, partial / source.name)
         dtype = next(iter(weights.values())).dtype
         auto_class = getattr(transformers, planned.family.auto_class)
         reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
-        difference = _largest_difference(planned, model.eval(), reloaded, ids_BT)
-        if not difference <= TOLERANCE:
+        difference = _largest_difference(planned, model.eval(), plan, reloaded, ids_BT)
+        if not difference <= TOLERANCE[config.precision]:
             raise RuntimeError(
                 f"the reloaded folder's logits differ by {difference} from those of the engine's "
                 f"weights; nothing was exported"
@@ -94,6 +108,7 @@ def export(config: RunConfig, out: Path | None, prompt: str, checkpoint: str = L
         tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
         sample = _continue(reloaded, tokenizer, prompt) if reloaded.can_generate() else None
         mark = {"run_dir": config.run_dir, "step": step, "largest_difference": difference}
+        mark |= {name: value for name, value in vars(keep).items() if value is not None}
         (partial / MARK).write_text(json.dumps(mark, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -115,39 +130,27 @@ def _weights(checkpoint: Path, planned: Planned) -> dict[str, Tensor]:
     return weights | {name: weights[source] for name, source in tied.items()}
 
 
-def _as_deep_as(
-    planned: Planned, step: int, weights: dict[str, Tensor]
-) -> tuple[Planned, dict[str, Tensor]]:
-    """The model of a run that still grows has the layers that exist after `step` steps."""
-    whole = planned.method.whole(step - 1)
-    if whole is None:
-        return planned, weights
-    places = whole.kept_layers
-    section, full = planned.config.model, planned.hf_config
-    key = full.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    shallow = hf_config({**section, key: len(places)}, planned.config.data.sequence)
-    path = {p.layer: f"{p.modules[0]}." for p in planned.family.pieces(full)}
-    target = {p.layer: f"{p.modules[0]}." for p in planned.family.pieces(shallow)}
-    renamed = {
-        name: tensor
-        for name, tensor in weights.items()
-        if not any(name.startswith(path[i]) for i in path if i is not None)
-    }
-    for i, place in enumerate(places):
-        for name, tensor in weights.items():
-            if name.startswith(path[place]):
-                renamed[target[i] + name.removeprefix(path[place])] = tensor
-    return replace(planned, hf_config=shallow), renamed
+def _with_weights(hf_config: Any, weights: dict[str, Tensor]) -> nn.Module:
+    model = build_model(hf_config, seed=0)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model
 
 
 @torch.no_grad()
-def _largest_difference(planned: Planned, model, reloaded, ids_BT: Tensor) -> float:
-    """Between the pieces in a row, as a pipeline runs them, and the reloaded folder."""
+def _largest_difference(planned: Planned, model, plan: Plan | None, reloaded, ids_BT) -> float:
+    """Between the full model's pieces in a row, as a pipeline runs them, and the reloaded folder.
+
+    Args:
+        plan: active on the pieces.
+    """
     ids = (ids_BT, ids_BT) if planned.hf_config.is_encoder_decoder else (ids_BT,)
     named = planned.family.named_inputs(ids)
     x: Tensor | tuple[Tensor, ...] = ids if len(ids) > 1 else ids_BT
-    for piece in planned.family.pieces(planned.hf_config):
-        x = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
+    layers = dict(enumerate(planned.family.layers(model)))
+    subnetwork = Subnetwork(planned.family, planned.method.shape, layers)
+    with subnetwork.active(plan) if plan else nullcontext():
+        for piece in planned.family.pieces(planned.hf_config):
+            x = piece.forward(*(model.get_submodule(path) for path in piece.modules), x)
     logits = reloaded(**named).logits
     return (logits.float() - x.float()).abs().max().item()
 

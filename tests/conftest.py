@@ -100,3 +100,14 @@ def tiny_run(corpus, tmp_path_factory) -> Path:
 def prepared_tokenizer(corpus) -> Path:
     """Folder of a small sentencepiece tokenizer."""
     return corpus / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run, tmp_path_factory) -> Path:
+    """A finished run in the default layout."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    done = est_ds("train", tiny_run, f"run_dir={run_dir}", "--processes", "4")
+    assert done.returncode == 0, done.stderr
+    (run_dir / "stdout.txt").write_text(done.stdout)
+    (run_dir / "stderr.txt").write_text(done.stderr)
+    return run_dir

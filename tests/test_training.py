@@ -25,17 +25,6 @@ def reference(tiny_run, tmp_path_factory):
     return plain_adamw(load_run(tiny_run, [f"run_dir={folder}/run", "parallel={}"]))
 
 
-@pytest.fixture(scope="session")
-def trained(tiny_run, tmp_path_factory) -> Path:
-    """A finished run in the default layout."""
-    run_dir = tmp_path_factory.mktemp("trained") / "run"
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", "--processes", "4")
-    assert done.returncode == 0, done.stderr
-    (run_dir / "stdout.txt").write_text(done.stdout)
-    (run_dir / "stderr.txt").write_text(done.stderr)
-    return run_dir
-
-
 def test_the_launched_run_equals_plain_adamw(trained, reference):
     steps, evaluations = read_metrics(trained)
     assert_close([e["loss"] for e in steps], reference.losses)

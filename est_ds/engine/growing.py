@@ -15,7 +15,7 @@ from torch import Tensor
 from est_ds.engine.fragments import MOMENTS, Fragments
 from est_ds.model import empty_model, initialise
 from est_ds.plans.growth import Growth
-from est_ds.slicing.families.base import Family
+from est_ds.slicing.families.base import Family, layer_paths
 
 ParameterState = dict[str, Tensor]  # weight, exp_avg, exp_avg_sq
 
@@ -24,7 +24,7 @@ def grow(
     fragments: Fragments, hf_config: Any, family: Family, seed: int, growth: Growth
 ) -> None:
     """Carries out a growth. Every process calls it."""
-    paths = _layer_paths(hf_config, family)
+    paths = layer_paths(family.pieces(hf_config))
     shapes = {n: tuple(p.shape) for n, p in empty_model(hf_config).named_parameters()}
     taken: dict[str, ParameterState] = {}
     for layer in growth.fresh:
@@ -46,12 +46,6 @@ def grow(
             for key, tensor in taken.get(fragment.name, {}).items():
                 fragment.states[key].copy_(tensor.flatten()[fragment.start : fragment.stop])
     fragments.commit(steps)
-
-
-def _layer_paths(hf_config: Any, family: Family) -> dict[int, str]:
-    """What the parameters' names of each layer begin with."""
-    pieces = family.pieces(hf_config)
-    return {p.layer: f"{p.modules[0]}." for p in pieces if p.layer is not None}
 
 
 def _identity_layer(

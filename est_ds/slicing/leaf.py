@@ -45,33 +45,38 @@ class Leaf:
     def est_out_dim(self) -> int:
         return 0 if isinstance(self, nn.Linear) else 1
 
+    def est_kept(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that the active plan multiplies by, laid out as the whole ones."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.est_slice is None:
+            return super().forward(x)
+        weight, bias = self.est_kept()
+        return linear(x, weight if self.est_out_dim == 0 else weight.t(), bias)
+
 
 class SlicedRows(Leaf):
     """A projection into heads or MLP columns: multiplies by the kept rows of its weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def est_kept(self) -> tuple[Tensor, Tensor | None]:
         kept = self.est_slice
-        if kept is None:
-            return super().forward(x)
-        weight = _keep(self.weight, self.est_out_dim, kept)
         bias = None if self.bias is None else _keep(self.bias, 0, kept)
-        return linear(x, weight if self.est_out_dim == 0 else weight.t(), bias)
+        return _keep(self.weight, self.est_out_dim, kept), bias
 
 
 class SlicedColumns(Leaf):
     """A projection out of heads or MLP columns: multiplies by the kept columns, and rescales."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def est_kept(self) -> tuple[Tensor, Tensor | None]:
         kept = self.est_slice
-        if kept is None:
-            return super().forward(x)
         weight, bias = _keep(self.weight, 1 - self.est_out_dim, kept), self.bias
         if (factor := kept.scale * kept.output_scale) != 1.0:
             # On the weight rather than on the tokens' outputs: it is the smaller of the two.
             weight = weight * factor
         if bias is not None and kept.output_scale != 1.0:
             bias = bias * kept.output_scale
-        return linear(x, weight if self.est_out_dim == 0 else weight.t(), bias)
+        return weight, bias
 
 
 def _keep(tensor: Tensor, dim: int, kept: Slice) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
 from est_ds.slicing.leaf import Skippable, SkippableLayer
 
@@ -143,6 +144,28 @@ def shared_mask(
     return masks[kind]
 
 
+def layer_paths(pieces: list[Piece]) -> dict[int, str]:
+    """What the names of each layer's parameters begin with."""
+    return {p.layer: f"{p.modules[0]}." for p in pieces if p.layer is not None}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a subnetwork keeps, in the numbers of a Hugging Face config.
+
+    Attributes:
+        layers: kept layers, by their index in the plan.
+        heads: query heads of every attention.
+        groups: key/value heads of every attention.
+        columns: columns of every MLP.
+    """
+
+    layers: tuple[int, ...]
+    heads: int
+    groups: int
+    columns: int
+
+
 class Family(ABC):
     """One family of Hugging Face models.
 
@@ -152,6 +175,8 @@ class Family(ABC):
         separable: whether documents of one sequence can be kept apart.
         extra_keys: keys of the model section that the library takes but does not list.
         skippable: what is put before a layer's class; says what a skipped layer returns.
+        head_size_from: the fields of the config that a head's width derives from, where no field
+            of its own holds it: a model with fewer heads would have wider ones.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -159,6 +184,7 @@ class Family(ABC):
     separable: ClassVar[bool] = True
     extra_keys: ClassVar[frozenset[str]] = frozenset()
     skippable: ClassVar[type[Skippable]] = SkippableLayer
+    head_size_from: ClassVar[str | None] = None
 
     @abstractmethod
     def shape(self, config: Any) -> ModelShape:
@@ -188,3 +214,21 @@ class Family(ABC):
     @abstractmethod
     def pieces(self, config: Any) -> list[Piece]:
         """The model as a sequence of pieces, for a pipeline."""
+
+    @abstractmethod
+    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+        """The fields of the config that change for a model of that size.
+
+        Raises:
+            UserError: the config cannot express it.
+        """
+
+    def carried_over(self, layers: list[nn.Module], plan: Plan) -> dict[str, Tensor]:
+        """Weights of a smaller model that come from other places than its own layers, by name.
+
+        Called while the plan is active on the layers of the full model.
+
+        Raises:
+            UserError: the smaller model cannot hold them.
+        """
+        return {}

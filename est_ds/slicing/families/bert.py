@@ -12,6 +12,7 @@ from est_ds.slicing.families.base import (
     Family,
     Passed,
     Piece,
+    Size,
     Slot,
     passed,
     shared_mask,
@@ -38,6 +39,7 @@ class SkippableOutput(Skippable):
 class Bert(Family):
     model_types = ("bert",)
     auto_class = "AutoModelForMaskedLM"
+    head_size_from = "hidden_size / num_attention_heads"
 
     def shape(self, config: Any) -> ModelShape:
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -99,6 +101,9 @@ class Bert(Family):
             *layers,
             Piece(("cls",), _head, tied=tied_to(source, head)),
         ]
+
+    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+        return {"num_hidden_layers": len(size.layers), "intermediate_size": size.columns}
 
 
 def _embed(embeddings: nn.Module, x: Passed) -> Passed:

@@ -13,6 +13,7 @@ from est_ds.slicing.families.base import (
     Follower,
     Passed,
     Piece,
+    Size,
     Slot,
     causal_mask,
     passed,
@@ -24,6 +25,7 @@ from est_ds.slicing.leaf import SkippableAttention, SkippableMlp
 
 class Gpt2(Family):
     model_types = ("gpt2",)
+    head_size_from = "n_embd / n_head"
 
     def shape(self, config: Any) -> ModelShape:
         heads, hidden = config.num_attention_heads, config.hidden_size
@@ -79,6 +81,15 @@ class Gpt2(Family):
             *layers,
             Piece(("transformer.ln_f", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
+
+    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+        num_layers = len(size.layers)
+        if config.scale_attn_by_inverse_layer_idx and size.layers != tuple(range(num_layers)):
+            raise UserError(
+                "model.scale_attn_by_inverse_layer_idx=True divides by a layer's place, which "
+                "others would take; keep the first layers."
+            )
+        return {"n_layer": num_layers, "n_inner": size.columns}
 
 
 def _embed(words: nn.Module, places: nn.Module, drop: nn.Module, x: Passed) -> Passed:

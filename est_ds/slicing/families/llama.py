@@ -12,6 +12,7 @@ from est_ds.slicing.families.base import (
     Follower,
     Passed,
     Piece,
+    Size,
     Slot,
     causal_mask,
     passed,
@@ -72,6 +73,18 @@ class Llama(Family):
             *layers,
             Piece(("model.norm", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
+
+    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+        fields = {
+            "num_hidden_layers": len(size.layers),
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.groups,
+            "head_dim": self.shape(config).layers[0][0].head_dim,
+            "intermediate_size": size.columns,
+        }
+        if types := getattr(config, "layer_types", None):
+            fields["layer_types"] = [types[i] for i in size.layers]
+        return fields
 
 
 def _embed(embedding: nn.Module, x: Passed) -> Passed:

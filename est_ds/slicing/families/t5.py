@@ -12,12 +12,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from est_ds.errors import UserError
+from est_ds.plans.plan import Plan
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Piece, Slot, tied_to
+from est_ds.slicing.families.base import Family, Piece, Size, Slot, tied_to
 from est_ds.slicing.leaf import Skippable, SkippableLayer, Slice
 
 
@@ -156,6 +159,38 @@ class T5(Family):
                 tied=tied_to(shared, "lm_head.weight"),
             ),
         ]
+
+    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+        num_encoder = sum(i < config.num_layers for i in size.layers)
+        if not 0 < num_encoder < len(size.layers):
+            raise UserError(
+                f"keep at least one layer of the encoder (0-{config.num_layers - 1}) and one of "
+                f"the decoder ({config.num_layers}-{config.num_layers + config.num_decoder_layers - 1})."
+            )
+        return {
+            "num_layers": num_encoder,
+            "num_decoder_layers": len(size.layers) - num_encoder,
+            "num_heads": size.heads,
+            "d_ff": size.columns,
+        }
+
+    def carried_over(self, layers: list[nn.Module], plan: Plan) -> dict[str, Tensor]:
+        """The position bias of either stack, which its first layer holds for all."""
+        found = {}
+        for stack, is_decoder in (("encoder", False), ("decoder", True)):
+            own = [i for i, layer in enumerate(layers) if layer.is_decoder == is_decoder]
+            kept = [plan.layers[i].parts[0].units for i in own if plan.layers[i] is not None]
+            if any(not np.array_equal(units, kept[0]) for units in kept):
+                raise UserError(
+                    f"model_type 't5': the layers of the {stack} keep different heads, but share "
+                    f"one position bias; choose the same --heads for all."
+                )
+            bias = layers[own[0]].layer[0].SelfAttention.relative_attention_bias.weight
+            if kept[0] is not None:
+                bias = bias[:, torch.from_numpy(kept[0])]
+            name = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+            found[name] = bias
+        return found
 
 
 def _attention_slot(part: nn.Module, attention: nn.Module, skippable: type[Skippable]) -> Slot:

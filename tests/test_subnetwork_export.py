@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import est_ds
 from test_slicing_reference import (
     CASES,
     config_of,
@@ -20,6 +19,7 @@ from test_slicing_reference import (
     shape_of,
 )
 
+from est_ds import cli
 from est_ds.errors import UserError
 from est_ds.plans.chosen import Keep, plan_to_keep
 from est_ds.plans.methods import build_method
@@ -139,27 +139,26 @@ def test_layers_that_have_not_grown_yet_are_refused():
         plan_to_keep(Keep(layers="0,2"), method, 5)
 
 
-def test_export_of_a_step_s_plan_and_of_named_parts(trained, tmp_path):
-    """By the command line, from a trained run; the command compares the logits itself."""
-    for name, arguments, size in (
-        ("plan", ["--plan-step", "0"], (2, 4, 4, 48)),
-        ("named", ["--layers", "0-2", "--heads", "0,2,4,6", "--columns", "0-9"], (3, 4, 4, 10)),
-        ("earlier", ["--layers", "3", "--checkpoint", "10"], (1, 8, 4, 96)),
-    ):
-        done = est_ds("export", trained, "--out", tmp_path / name, *arguments)
-        assert done.returncode == 0, done.stderr
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
-        fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                  "intermediate_size")  # fmt: skip
-        assert tuple(getattr(model.config, field) for field in fields) == size
-        mark = json.loads((tmp_path / name / "est_ds_export.json").read_text())
-        assert mark["largest_difference"] <= 1e-5
-        assert mark["step"] == (10 if name == "earlier" else 20)
+@pytest.mark.parametrize(
+    ("arguments", "step", "size"),
+    [
+        (["--plan-step", "0"], 20, (2, 4, 4, 48)),
+        (["--layers", "0-2", "--heads", "0,2,4,6", "--columns", "0-9"], 20, (3, 4, 4, 10)),
+        (["--layers", "3", "--checkpoint", "10"], 10, (1, 8, 4, 96)),
+    ],
+)
+def test_part_of_a_trained_run_is_exported(arguments, step, size, trained, tmp_path):
+    """The command itself compares the folder's logits with those of the full model."""
+    cli.main(["export", str(trained), "--out", str(tmp_path / "hf"), *arguments])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    fields = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    assert tuple(getattr(model.config, field) for field in fields) == size
+    mark = json.loads((tmp_path / "hf" / "est_ds_export.json").read_text())
+    assert mark["largest_difference"] <= 1e-5 and mark["step"] == step
 
 
-def test_part_that_cannot_be_exported_leaves_nothing(trained, tmp_path):
-    done = est_ds("export", trained, "--out", tmp_path / "hf", "--heads", "0")
-    assert done.returncode == 0, done.stderr
-    done = est_ds("export", trained, "--out", tmp_path / "none", "--heads", "0,2,3")
-    assert done.returncode == 2 and "K/V head" in done.stderr and "Traceback" not in done.stderr
-    assert not list(tmp_path.glob("*none*"))
+def test_part_that_cannot_be_exported_leaves_nothing(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["export", str(trained), "--out", str(tmp_path / "hf"), "--heads", "0,2,3"])
+    assert e.value.code == 2 and "K/V head" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -109,7 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, or a number of steps"
     )
-    export.add_argument("--out", type=Path, metavar="DIR", help="default: RUN_DIR/export, of a smaller model RUN_DIR/export_subnetwork")
+    export.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: RUN_DIR/export, of a smaller model RUN_DIR/export_subnetwork",
+    )
     for name, what in (("layers", "0-5,8"), ("heads", "0,1,4"), ("columns", "0-1023")):
         export.add_argument(
             f"--{name}",

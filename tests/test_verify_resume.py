@@ -31,7 +31,7 @@ def test_killed_run_resumes_identically_in_its_own_layout(tiny_run, tmp_path):
     done = est_ds("verify-resume", run_dir, *ONE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 steps (phases: small 0-5, narrow 5-8, full 8-12)" in done.stdout
-    assert "its last checkpoint is of step 6" in done.stdout
+    assert "its last checkpoint of step 6" in done.stdout
     assert done.stdout.endswith("PASS: every step, weight and moment is identical\n")
     assert [p.name for p in run_dir.iterdir()] == ["config.yaml"]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from est_ds.checkpoints.reader import WEIGHT, Checkpoint
 from est_ds.checkpoints.store import Store
@@ -23,9 +22,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Bounds:
     """Largest relative differences; 0 demands the same bits.
 
-    Of a weight or moment it is the norm of the difference over the norm of the tensor: of single
-    elements it says little, since AdamW steps a weight whose gradient is all rounding as far as
-    any other.
+    Of weights and of moments it is the norm of the difference over the norm, of the whole model:
+    AdamW steps a weight whose gradient is nothing but rounding as far as any other, so that such
+    a tensor taken alone says little.
     """
 
     loss: float = 0.0
@@ -67,14 +66,18 @@ class Comparison:
     Attributes:
         first: the first difference beyond the bounds; None if there is none.
         largest: largest relative difference of every quantity up to there.
+        exact_until: the first step of the resumed half.
     """
 
+    exact_until: int
     first: Difference | None = None
     largest: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.first is not None:
-            return f"DIFFERENT from {self.first}"
+            is_early = self.first.step < self.exact_until
+            early = "; that is before the kill: the run does not repeat itself here" * is_early
+            return f"DIFFERENT from {self.first}{early}"
         if not self.largest:
             return "PASS: every step, weight and moment is identical"
         shown = ", ".join(f"{name} {value:.2g}" for name, value in self.largest.items())
@@ -89,7 +92,7 @@ def compare_runs(expected: Path, found: Path, bounds: Bounds, exact_until: int =
         found: another one.
         exact_until: steps before it must be the same bit for bit.
     """
-    comparison = Comparison()
+    comparison = Comparison(exact_until)
     for difference in _differences(expected, found, bounds, exact_until):
         if difference.relative is not None:
             kind = difference.quantity.split(" of ")[0]
@@ -145,7 +148,7 @@ def _numbers(step: int, name: str, one: dict | None, other: dict | None, bound: 
     if a is None or b is None:
         yield Difference(step, name, a, b)
         return
-    yield Difference(step, name, a, b, abs(a - b) / abs(a) if a else float("inf"), bound)
+    yield Difference(step, name, a, b, abs(a - b) / abs(a) if a else inf, bound)
 
 
 def _checkpoint_differences(step: int, one: Path, other: Path, allowed: Bounds):
@@ -157,18 +160,28 @@ def _checkpoint_differences(step: int, one: Path, other: Path, allowed: Bounds):
         if shapes != found.index.parameters:
             yield Difference(step, "parameters", shapes, found.index.parameters)
             return
-        for name, shape in shapes.items():
-            for state in (WEIGHT, *MOMENTS):
-                tensors = [c.read(name, state, 0, prod(shape)) for c in (expected, found)]
-                bound = allowed.weight if state == WEIGHT else allowed.moment
-                yield from _tensor_differences(step, f"{state} of {name}", *tensors, bound)
+        yield from _state_differences(step, WEIGHT, expected, found, allowed.weight)
+        for state in MOMENTS:
+            yield from _state_differences(step, state, expected, found, allowed.moment)
 
 
-def _tensor_differences(step: int, quantity: str, a: Tensor, b: Tensor, bound: float):
-    if torch.equal(a, b):
-        return
-    off = (a - b).double()
-    norm = a.double().norm().item()
-    relative = off.norm().item() / norm if norm else float("inf")
-    i = int(torch.where(a == b, -1.0, off.abs().nan_to_num(torch.inf)).argmax())
-    yield Difference(step, f"{quantity}[{i}]", a[i].item(), b[i].item(), relative, bound)
+def _state_differences(
+    step: int, state: str, expected: Checkpoint, found: Checkpoint, bound: float
+) -> Iterator[Difference]:
+    """One for the whole model, with the values of the element that is furthest off."""
+    furthest, values = 0.0, None
+    squares = {"off": 0.0, "all": 0.0}
+    for name, shape in expected.index.parameters.items():
+        a, b = (c.read(name, state, 0, prod(shape)).double() for c in (expected, found))
+        squares["all"] += a.square().sum().item()
+        if torch.equal(a, b):
+            continue
+        off = (a - b).abs().nan_to_num(torch.inf)
+        squares["off"] += off.square().sum().item()
+        i = int(off.argmax())
+        if off[i] > furthest:
+            furthest, values = off[i].item(), (f"{name}[{i}]", a[i].item(), b[i].item())
+    if values:
+        place, one, other = values
+        relative = sqrt(squares["off"] / squares["all"]) if squares["all"] else inf
+        yield Difference(step, f"{state} of {place}", one, other, relative, bound)

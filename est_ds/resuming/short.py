@@ -40,7 +40,7 @@ def shortened(config: RunConfig, steps: int | None) -> RunConfig:
 
 
 def default_cut(phases: tuple[Phase, ...], steps: int) -> int:
-    """The checkpoint to resume from: about the middle, so that a phase boundary is still to come."""
+    """The checkpoint to resume from: near the middle, with a phase boundary still to come."""
     ends = [phase.until_step for phase in phases if phase.until_step < steps]
     if not ends:
         return steps // 2

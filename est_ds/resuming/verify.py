@@ -21,11 +21,10 @@ from est_ds.resuming.compare import Bounds, Comparison, compare_runs
 from est_ds.resuming.short import default_cut, shortened
 from est_ds.run import differences, plan_run, prepare
 
-# Another layout adds up in another order. Seen in fp32: 1.2e-7 in losses and norms, 9e-6 in weights
-# whose gradients are almost nothing (AdamW steps by them divided by their size).
+# Another layout adds up in another order; what was seen stands in configs/LAYOUTS.md.
 OTHER_LAYOUT = {
-    "fp32": Bounds(loss=1e-5, grad_norm=1e-5, weight=1e-4, moment=1e-4),
-    "bf16": Bounds(loss=1e-3, grad_norm=1e-2, weight=1e-3, moment=1e-2),
+    "fp32": Bounds(loss=1e-5, grad_norm=1e-5, weight=1e-5, moment=1e-5),
+    "bf16": Bounds(loss=1e-3, grad_norm=2e-2, weight=2e-2, moment=2e-2),
 }
 SHOWN_OF_LOG = 12
 
@@ -61,8 +60,7 @@ class ResumeCheck:
         return self.first == self.then
 
     def train_uninterrupted(self) -> None:
-        code = self._train(self.first, self.uninterrupted, keep_last=1)
-        self._expect(code, 0, "the uninterrupted run")
+        self._train("uninterrupted", self.first, self.uninterrupted, keep_last=1)
 
     def train_and_kill(self) -> int:
         """Kills the run some steps after its checkpoint.
@@ -78,10 +76,7 @@ class ResumeCheck:
             return is_saved and logged[-1]["step"] >= self.cut
 
         # All are kept: the one to resume from must be there however late the kill comes.
-        code = self._train(self.first, self.interrupted, keep_last=0, kill_when=is_past_the_cut)
-        if code == 0:
-            raise Failure("the run ended before it could be killed; use more --steps.")
-        self._expect(code, 128 + signal.SIGKILL, "the run to be killed")
+        self._train("killed", self.first, self.interrupted, keep_last=0, kill_when=is_past_the_cut)
         for step in store.steps():
             if step > self.cut:  # as if it had been killed before
                 shutil.rmtree(store.path(step))
@@ -89,8 +84,7 @@ class ResumeCheck:
 
     def resume(self) -> None:
         before = self._lines_before_the_cut()
-        code = self._train(self.then, self.interrupted, keep_last=1)
-        self._expect(code, 0, "the resumed run")
+        self._train("resumed", self.then, self.interrupted, keep_last=1)
         # With their times: a run that had begun anew would have written others.
         if self._lines_before_the_cut() != before:
             raise Failure(f"the run did not resume from step {self.cut}: it trained earlier ones.")
@@ -101,31 +95,27 @@ class ResumeCheck:
 
     def _train(
         self,
+        name: str,
         half: Half,
         run_dir: Path,
         keep_last: int,
         kill_when: Callable[[], bool] | None = None,
-    ) -> int:
+    ) -> None:
         settings = half.config.checkpoint.model_dump()
         settings |= {"every": self.cut, "keep_last": keep_last, "keep_best": False}
         settings["keep_every"] = None
         update = {"run_dir": str(run_dir), "checkpoint": Checkpoint(**settings)}
-        file = self.folder / "run.yaml"
+        file, log = (self.folder / f"{name}.{ending}" for ending in ("yaml", "log"))
         file.write_text(half.config.model_copy(update=update).to_yaml())
-        with self._log.open("w") as log:
-            code = launch(["train", str(file)], half.processes, log, kill_when)
+        with log.open("w") as f:
+            code = launch(["train", str(file)], half.processes, f, kill_when)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
             raise SystemExit(code)
-        return code
-
-    @property
-    def _log(self) -> Path:
-        return self.folder / "run.log"
-
-    def _expect(self, code: int, expected: int, what: str) -> None:
-        if code != expected:
-            said = self._log.read_text(errors="replace").splitlines()[-SHOWN_OF_LOG:]
-            raise Failure("\n".join([f"{what} ended with exit code {code}; it said at last:", *said]))
+        if kill_when is not None and code == 0:
+            raise Failure("the run ended before it could be killed; use more --steps.")
+        if code != (0 if kill_when is None else 128 + signal.SIGKILL):
+            last = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_OF_LOG:])
+            raise Failure(f"the {name} run ended with exit code {code}; it said at last:\n{last}")
 
     def _lines_before_the_cut(self) -> list[dict]:
         return [line for line in read_metrics(self.interrupted)[0] if line["step"] < self.cut]
@@ -184,12 +174,12 @@ def _planned(
     if differing := differences(config, then):
         raise UserError(
             f"--then makes it another run ({differing[0]}); it may change parallel.*, batch.micro, "
-            f"activation_checkpointing and deepspeed.*."
+            f"activation_checkpointing, compile and deepspeed.*."
         )
     short = shortened(config, steps)
     cut = cut or default_cut(plan_run(short).method.phases, short.steps)
     if cut >= short.steps:
-        raise UserError(f"--at={cut} is not inside the {short.steps} steps; use 1 to {short.steps - 1}.")
+        raise UserError(f"--at={cut} is not inside the run; use 1 to {short.steps - 1}.")
     halves = [
         Half(short, processes or default_processes(config)),
         Half(shortened(then, short.steps), then_processes or processes or default_processes(then)),
@@ -204,10 +194,10 @@ def _carry_out(check: ResumeCheck) -> Comparison:
     config, steps = check.first.config, check.first.config.steps
     phases = plan_run(config).method.phases
     shown = ", ".join(f"{p.name} {p.from_step}-{p.until_step}" for p in phases)
-    print(f"{steps} steps (phases: {shown}), global_batch {config.batch.global_}, {config.precision}")
+    print(f"{steps} steps (phases: {shown}), {config.precision}")
     _timed(f"training on {check.first}", check.train_uninterrupted)
     lost = _timed("training again, to be killed (SIGKILL)", check.train_and_kill)
-    print(f"killed when step {lost} of {steps} was done; its last checkpoint is of step {check.cut}")
+    print(f"killed when step {lost} of {steps} was done, its last checkpoint of step {check.cut}")
     _timed(f"resuming on {check.then}", check.resume)
     return check.compare()
 
@@ -222,5 +212,5 @@ def _timed(what: str, function: Callable):
 
 def _empty_folder(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--keep={str(folder)!r} exists and is not an empty folder; choose another.")
+        raise UserError(f"--keep={str(folder)!r} is there and not an empty folder; choose another.")
     return folder

@@ -162,10 +162,11 @@ class T5(Family):
 
     def resized(self, config: Any, size: Size) -> dict[str, Any]:
         num_encoder = sum(i < config.num_layers for i in size.layers)
+        last = config.num_layers + config.num_decoder_layers - 1
         if not 0 < num_encoder < len(size.layers):
             raise UserError(
                 f"keep at least one layer of the encoder (0-{config.num_layers - 1}) and one of "
-                f"the decoder ({config.num_layers}-{config.num_layers + config.num_decoder_layers - 1})."
+                f"the decoder ({config.num_layers}-{last})."
             )
         return {
             "num_layers": num_encoder,

@@ -160,6 +160,14 @@ def test_short_run_has_all_phases_and_is_cut_before_a_boundary(method, steps, en
     assert default_cut(phases, short.steps) == cut
 
 
+def test_phases_of_the_data_move_with_the_others(tiny_run):
+    corpus = load_run(tiny_run).data.train
+    parts = f"[{{corpus: {corpus}}}, {{corpus: {corpus}2}}]"
+    phases = "[{until: 10, weights: [1, 2]}, {until: 1.0, weights: [2, 1]}]"
+    config = load_run(tiny_run, [f"data.train={parts}", f"data.phases={phases}"])
+    assert [phase.until for phase in shortened(config, 12).data.phases] == [0.5, 1.0]
+
+
 REFUSED = {
     "another run": (["--then", "seed=4"], ["--then", "seed is 3 there and 4 here"]),
     "a layout that does not fit": (["--then", "parallel.pipe=3"], ["parallel.pipe=3"]),

@@ -56,7 +56,8 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
         )
     tree = config.model_dump(mode="json", by_alias=True)
     if steps != config.steps:
-        for section in (tree["schedule"], tree["method"], *tree["method"].get("phases", [])):
+        phases = [*tree["method"].get("phases", []), *tree["data"]["phases"]]
+        for section in (tree["schedule"], tree["method"], *phases):
             for field in {"warmup", "decay", "until"} & section.keys():
                 section[field] = _fraction(section[field], config.steps)
     tree["steps"] = steps

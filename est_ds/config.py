@@ -125,6 +125,8 @@ class Data(Strict):
             `documents`: the documents are permuted too, before they are cut into sequences.
         documents: `joined`: attention sees all of a sequence. `separate`: only the token's own
             document, positions restart in each, and no label lies in another one.
+        verify: what of the corpora's files is compared with their manifests before the start.
+            `hashes` reads every byte, on every node.
     """
 
     train: Annotated[
@@ -142,6 +144,7 @@ class Data(Strict):
     sequence: Positive
     shuffle: Literal["sequences", "documents"] = "sequences"
     documents: Literal["joined", "separate"] = "joined"
+    verify: Literal["sizes", "hashes"] = "sizes"
 
     @property
     def parts(self) -> tuple[Part, ...]:

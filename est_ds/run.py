@@ -50,6 +50,7 @@ FREE_TO_CHANGE = (
     "data.valid",
     "data.valid.*",
     "data.tokenizer",
+    "data.verify",
     "deepspeed.*",
 )
 
@@ -106,6 +107,15 @@ class Run(Planned):
     @property
     def directory(self) -> Path:
         return Path(self.config.run_dir)
+
+    def check_hashes(self) -> None:
+        """Compares every byte of the corpora with their manifests.
+
+        Raises:
+            UserError: a file was altered, or a corpus has no manifest.
+        """
+        for windows in (*self.train.corpora, *self.valid.values()):
+            windows.corpus.check_hashes()
 
 
 def plan_run(config: RunConfig) -> Planned:

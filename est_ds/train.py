@@ -38,11 +38,13 @@ def train(run: Run, world: World) -> None:
     """Trains a run from its latest checkpoint (or from the start) to its last step.
 
     Raises:
-        UserError: the checkpoint does not fit the run.
+        UserError: the checkpoint does not fit the run, or a corpus was altered.
         Failure: the loss is no number, ranks disagree, or a checkpoint cannot be written.
     """
     config, method, directory = run.config, run.method, run.directory
     store = Store(directory / "checkpoints")
+    if config.data.verify == "hashes" and world.local_rank == 0:
+        run.check_hashes()  # once a node; the others wait for it to join them
     lock = lock_run_dir(config) if world.is_first else None
     start_processes(world)
     start = choose_checkpoint(store, config.resume) or 0

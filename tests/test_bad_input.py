@@ -176,6 +176,22 @@ def test_truncated_corpus_is_refused(suffix, tiny_run, corpus, tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+def test_altered_corpus_is_refused_where_hashes_are_asked_for(tiny_run, corpus, tmp_path):
+    for file in corpus.glob("train.*"):
+        shutil.copy(file, tmp_path)
+    with (tmp_path / "train.bin").open("r+b") as f:
+        f.write(b"\7")
+    run_dir = tmp_path / "run"
+    overrides = [f"run_dir={run_dir}", f"data.train={tmp_path}/train", "parallel={pipe: 1}"]
+    done = est_ds(
+        "train", tiny_run, *overrides, "data.verify=hashes",
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{tmp_path}/train.bin: sha256" in done.stderr and "Traceback" not in done.stderr
+    assert not run_dir.exists()
+
+
 def test_corpus_of_another_tokenizer_is_refused(tiny_run, corpus, tmp_path, capsys):
     other = shutil.copytree(corpus / "tokenizer", tmp_path / "other")
     with (other / "tokenizer.model").open("ab") as f:

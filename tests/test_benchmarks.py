@@ -49,6 +49,11 @@ def test_gpu_compiles_one_graph_for_sliced_layers_and_one_for_whole_ones():
     assert compiled == [["1", "0"], ["0", "0"], ["1", "0"]]
 
 
+def test_steady_runs():
+    rows = run("steady.py", "--steps", "8", "--stretches", "2").splitlines()[1:]
+    assert [row[:16].strip() for row in rows] == [f"data 2, ZeRO {zero}" for zero in range(4)]
+
+
 def test_loader_runs():
     rows = run("loader.py", "--tokens", "2000000", "--batch", "64", "--steps", "1").splitlines()
     assert len(rows) == 6 and all("x the need of 8 GPUs" in row for row in rows)

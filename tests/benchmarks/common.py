@@ -85,7 +85,8 @@ def zero_engine(config: RunConfig):
     family = family_of(hf.model_type)
     shape = family.shape(hf)
     method = build_method(config.method, seed=0, steps=config.steps, shape=shape)
-    return build_engine(config, hf, family, method, world(), tempfile.mkdtemp()), shape
+    cuts = [shape.num_layers]
+    return build_engine(config, hf, family, method, cuts, world(), tempfile.mkdtemp()), shape
 
 
 def random_batch(batch: int, sequence: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 
 import est_ds
-from est_ds import runtime
+from est_ds import preempt, runtime
 from est_ds.errors import Failure, UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if runtime.launched():
+        preempt.heed_signals()
     try:
         parsed = _parse(arguments)
         parsed.verb(parsed, arguments)
     except UserError as e:
-        if runtime.world().is_first:
-            print(f"est-ds: error: {e}", file=sys.stderr, flush=True)
+        _complain("error", e)
         sys.exit(2)
     except Failure as e:
-        if runtime.world().is_first:
-            print(f"est-ds: failed: {e}", file=sys.stderr, flush=True)
+        _complain("failed", e)
         sys.exit(1)
     except BrokenPipeError:  # `est-ds plan RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _complain(kind: str, error: Exception) -> None:
+    """Once on every host: what is wrong may be wrong on one of them only."""
+    world = runtime.world()
+    if world.local_rank == 0:
+        host = "" if world.is_first else f"{socket.gethostname()}: "
+        print(f"est-ds: {kind}: {host}{error}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -76,8 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start on this machine (default: every GPU; on CPU what RUN says)",
     )
+    _many_nodes(train)
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
+    # Names the processes of one start; launching.py finds them by it.
+    train.add_argument("--start", help=argparse.SUPPRESS)
 
     check = verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
     overrides(check)
@@ -126,8 +138,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--prompt", default="def ", help="start of the sample (default: 'def ')")
 
+    doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
+    doctor.description = "Checks nodes side by side: versions, GPUs, corpus, disk, network."
+    doctor.add_argument("run", metavar="RUN", nargs="?", help="a run file or a run directory")
+    doctor.set_defaults(verb=_doctor)
+    overrides(doctor)
+    _many_nodes(doctor)
+    doctor.add_argument(
+        "--light", action="store_true", help="without a product on every GPU, as beside a training"
+    )
+
     verb("report", _report, "draw the page of a run directory: tables and plots")
     return parser
+
+
+def _many_nodes(sub: argparse.ArgumentParser) -> None:
+    """Options that say where the nodes are."""
+    group = sub.add_argument_group("many nodes", "reached by ssh, or each started by itself")
+    group.add_argument("--hostfile", metavar="F", help="reach its hosts by ssh: lines HOST slots=N")
+    group.add_argument(
+        "--nodes", type=_positive, metavar="N", help="this is one of N nodes; no ssh is used"
+    )
+    group.add_argument("--node-rank", type=_natural, metavar="R", help="which one: 0 to N-1")
+    group.add_argument("--master", metavar="HOST[:PORT]", help="where node 0 is (port: 29500)")
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -156,7 +195,8 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.checkpoints.store import LATEST, Store
     from est_ds.config import load_run
     from est_ds.engine.setup import leave_processes
-    from est_ds.launching import check_processes, default_processes, launch
+    from est_ds.guard import launch
+    from est_ds.launching import where_to
     from est_ds.run import lock_run_dir, prepare
     from est_ds.train import train
 
@@ -164,19 +204,36 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if runtime.launched():
         world = runtime.world()
         runtime.end_with_starter()
-        train(prepare(config, world.size), world)
+        try:
+            train(prepare(config, world.size), world)
+        except preempt.Preempted as e:
+            runtime.say(f"est-ds: {e}")
+            leave_processes(preempt.EXIT_CODE)
         if world.is_first:
             _summary(config.run_dir)
         leave_processes()
-    processes = parsed.processes or default_processes(config)
-    check_processes(processes)
-    run = prepare(config, processes)
-    if Store(run.directory / "checkpoints").named(LATEST) == config.steps:
+    where = where_to(config, parsed)
+    checkpoints = Store(prepare(config, where.processes).directory / "checkpoints")
+    if checkpoints.named(LATEST) == config.steps:
         print(f"{config.run_dir} is done: all {config.steps} steps are trained.")
-        _summary(config.run_dir)
+        if where.is_first:
+            _summary(config.run_dir)
         return
-    lock_run_dir(config).close()
-    sys.exit(launch(arguments, processes))
+    if where.is_first:
+        lock_run_dir(config).close()
+    # Without the options that say where: DeepSpeed's launcher would take some as its own.
+    arguments = ["train", parsed.run, *parsed.overrides]
+    code = launch(arguments, where, config.watchdog.limit_s)
+    if code == 0 and where.is_first and checkpoints.named(LATEST) != config.steps:
+        raise Failure("the launcher was ended from outside; start the run again to go on.")
+    sys.exit(code)
+
+
+def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    from est_ds.doctor.visit import doctor
+
+    sys.exit(doctor(parsed))
 
 
 def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -261,6 +261,12 @@ class Evaluate(Strict):
     sequences: Positive
 
 
+class Watchdog(Strict):
+    """Ends the run on all nodes when a process makes no progress for `limit_s` seconds."""
+
+    limit_s: Annotated[float, Field(ge=5.0)] = 600.0
+
+
 class Log(Strict):
     every: Positive = 1
 
@@ -286,6 +292,7 @@ class RunConfig(Strict):
     resume: Literal["auto", "latest"] = "auto"
     evaluate: Evaluate
     log: Log = Log()
+    watchdog: Watchdog = Watchdog()
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of every layer
     deepspeed: dict[str, Any] = {}

@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (
     "resume",
     "evaluate.*",
     "log.*",
+    "watchdog.*",
     "activation_checkpointing",
     "compile",
     "data.train",

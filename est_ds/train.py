@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
 from itertools import accumulate
@@ -24,13 +25,17 @@ from est_ds.lr import learning_rate
 from est_ds.metrics import MetricsFile
 from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
+from est_ds.preempt import Preempted, noticed
 from est_ds.progress import Progress
 from est_ds.run import Run, lock_run_dir, write_config
 from est_ds.runtime import World, say
+from est_ds.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from est_ds.engine.pipe_clock import PipeShares
 
+# Micro-batches a pipe stage between two looks for a notice.
+EVALUATE_AT_ONCE = 8
 VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 
 
@@ -41,15 +46,26 @@ def train(run: Run, world: World) -> None:
         UserError: the checkpoint does not fit the run, or a corpus was altered.
         Failure: the loss is no number, ranks disagree, or a checkpoint cannot be written.
     """
-    config, method, directory = run.config, run.method, run.directory
-    store = Store(directory / "checkpoints")
+    config = run.config
     if config.data.verify == "hashes" and world.local_rank == 0:
         run.check_hashes()  # once a node; the others wait for it to join them
     lock = lock_run_dir(config) if world.is_first else None
-    start_processes(world)
+    meeting = start_processes(world, config.watchdog.limit_s)
+    with Watchdog(meeting, world, config.watchdog.limit_s) as watchdog:
+        _train(run, world, watchdog)
+    if lock:
+        lock.close()
+
+
+def _train(run: Run, world: World, watchdog: Watchdog) -> None:
+    config, method, directory = run.config, run.method, run.directory
+    store = Store(directory / "checkpoints")
     start = choose_checkpoint(store, config.resume) or 0
+    evaluation_due = False
     if start:
-        _check_state(run, read_index(store.path(start)).state)
+        state = read_index(store.path(start)).state
+        _check_state(run, state)
+        evaluation_due = state.get("evaluation_due", False)
     if world.is_first:
         write_config(config)
     engine = build_engine(
@@ -74,7 +90,11 @@ def train(run: Run, world: World) -> None:
     loader = Prefetched(run.train, config.steps, **share)
     with progress, loader, Saver(engine, store) as saver:
         saver.check_space()
+        if evaluation_due:  # a notice cut it short
+            losses = evaluate(run, engine, start - 1)
+            _report_evaluation(run, engine, metrics, progress, start - 1, losses)
         for step in range(start, config.steps):
+            watchdog.mark(step, "training")
             began = time.perf_counter()
             if growth := method.growth(step):
                 # A checkpoint before it has just been written, or loaded: a crash loses nothing.
@@ -102,26 +122,25 @@ def train(run: Run, world: World) -> None:
                 if metrics:
                     metrics.write(**entry)
                 _to_monitor(engine, entry, done * config.batch.global_)
-            eval_loss = None
-            if done % config.evaluate.every == 0 or done == config.steps:
-                losses = evaluate(run, engine, step)
-                eval_loss = sum(losses.values()) / len(losses)
-                by_name = {} if isinstance(config.data.valid, str) else losses
-                if metrics:
-                    named = {"eval_losses": by_name} if by_name else {}
-                    metrics.write(step=step, eval_loss=eval_loss, **named)
-                each = "".join(f", {name} {loss:.4f}" for name, loss in by_name.items())
-                progress.note(f"step {done}: held-out loss of the full model {eval_loss:.4f}{each}")
-                events = {f"eval/loss/{name}": loss for name, loss in by_name.items()}
-                engine.write_events(events | {"eval/loss": eval_loss}, done * config.batch.global_)
+            eval_loss, last, notice = None, done == config.steps, noticed()
+            due = last or done % config.evaluate.every == 0
+            if due and (last or not notice):
+                watchdog.mark(done, "evaluating")
+                losses = evaluate(run, engine, step, None if last else noticed)
+                notice = losses is None
+                if losses is not None:
+                    eval_loss = _report_evaluation(run, engine, metrics, progress, step, losses)
             saver.poll()
-            if done % config.checkpoint.every == 0 or done in ends:
+            if done % config.checkpoint.every == 0 or done in ends or notice:
+                watchdog.mark(done, "saving")
                 check_agreement(run, done)
-                saver.save(done, _state(run, done), eval_loss)
+                saver.save(done, _state(run, done, due and notice), eval_loss)
+                notice = notice or noticed()
+            if notice and not last:
+                saver.finish()
+                raise Preempted(done)
     if metrics:
         metrics.close()
-    if lock:
-        lock.close()
 
 
 def _entry(
@@ -160,26 +179,60 @@ def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
     )
 
 
-def evaluate(run: Run, engine: Engine, step: int) -> dict[str, float]:
+def evaluate(
+    run: Run, engine: Engine, step: int, interrupted: Callable[[], bool] | None = None
+) -> dict[str, float] | None:
     """Mean held-out loss of the full model on each held-out corpus, nats per token; the same in
     every layout.
 
     A model that still grows is evaluated as deep as it is at `step`.
+
+    Args:
+        interrupted: asked by every rank from time to time; once it says so, the result is None.
     """
     config, losses = run.config, {}
+    part = EVALUATE_AT_ONCE * config.parallel.pipe  # a pipeline fills and drains for each
     share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
     whole = run.method.whole(step)
     for name, windows in run.valid.items():
         batches = list(windows.held_out(config.evaluate.sequences, **share))
         rows = len(batches) * config.batch.micro * engine.num_replicas
-        with engine.subnetwork.active(whole) if whole else nullcontext():
-            losses[name] = engine.mean_loss(batches) * rows / config.evaluate.sequences
+        losses[name] = 0.0
+        for begin in range(0, len(batches), part):
+            if interrupted and interrupted():
+                return None
+            some = batches[begin : begin + part]
+            with engine.subnetwork.active(whole) if whole else nullcontext():
+                losses[name] += engine.mean_loss(some) * len(some) / len(batches)
+        losses[name] *= rows / config.evaluate.sequences
     return losses
 
 
-def _state(run: Run, done: int) -> dict[str, Any]:
+def _report_evaluation(
+    run: Run,
+    engine: Engine,
+    metrics: MetricsFile | None,
+    progress: Progress,
+    step: int,
+    losses: dict[str, float],
+) -> float:
+    """Says and writes held-out losses; returns their mean."""
+    done, mean = step + 1, sum(losses.values()) / len(losses)
+    by_name = {} if isinstance(run.config.data.valid, str) else losses
+    if metrics:
+        named = {"eval_losses": by_name} if by_name else {}
+        metrics.write(step=step, eval_loss=mean, **named)
+    each = "".join(f", {name} {loss:.4f}" for name, loss in by_name.items())
+    progress.note(f"step {done}: held-out loss of the full model {mean:.4f}{each}")
+    events = {f"eval/loss/{name}": loss for name, loss in by_name.items()}
+    engine.write_events(events | {"eval/loss": mean}, done * run.config.batch.global_)
+    return mean
+
+
+def _state(run: Run, done: int, evaluation_due: bool) -> dict[str, Any]:
     """What a checkpoint holds besides weights and optimizer."""
     return {
+        "evaluation_due": evaluation_due,
         "versions": {name: version(name) for name in VERSIONS},
         "config": run.config.model_dump(mode="json", by_alias=True),
         "corpus": run.train.fingerprint,

@@ -9,11 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
 LAYERS = [
-    {"errors", "config", "runtime"},
+    {"errors", "config", "runtime", "preempt"},
     {"plans", "flops", "lr"},
     {"slicing", "data", "model", "checkpoints"},
     {"engine"},
-    {"run", "metrics", "progress", "planning", "export", "report", "launching", "agreement"},
+    {"run", "metrics", "progress", "planning", "export", "report", "agreement", "verdict", "hosts"},
+    {"watchdog", "launching", "doctor"},
+    {"guard"},
     {"resuming"},
     {"train"},
     {"cli"},

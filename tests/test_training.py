@@ -130,7 +130,7 @@ def test_export_replaces_only_an_export(trained, tmp_path):
     assert (tmp_path / "hf" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_ending_est_ds_ends_every_process(number, tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}"]

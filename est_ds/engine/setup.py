@@ -9,11 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
+from est_ds.engine.rendezvous import Meeting, choose_interface, meet
 from est_ds.runtime import World
 
 
@@ -25,8 +27,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def start_processes(world: World) -> None:
-    """Joins the process group that the launcher described: gloo on CPU, NCCL on GPUs."""
+def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
+    """Joins the process group that the launcher described: gloo on CPU, NCCL on GPUs.
+
+    Args:
+        limit_s: how long to wait for the other processes.
+
+    Raises:
+        Failure: some do not come, or rank 0 cannot be reached.
+        UserError: they run different versions.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
@@ -45,11 +55,21 @@ def start_processes(world: World) -> None:
             # Its shared-memory reduction compiles C++ for a minute at the first start, and hangs
             # every later start if that is interrupted.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        deepspeed.init_distributed()
+    meeting = meet(world, limit_s)
+    if (interface := choose_interface(os.environ, meeting)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    os.environ["MASTER_PORT"] = str(meeting.port)
+    # As under torchrun: the group joins a store that is there, instead of opening one.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    with quiet():
+        # Longer than the watchdog waits, which says more than gloo or NCCL.
+        deepspeed.init_distributed(timeout=timedelta(seconds=2 * limit_s + 60))
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+    return meeting
 
 
-def leave_processes() -> NoReturn:
-    """Leaves the process group and ends this process, with exit code 0.
+def leave_processes(code: int = 0) -> NoReturn:
+    """Leaves the process group and ends this process with an exit code.
 
     Without Python's and C++'s own end, which now and then aborts the process when gloo's threads
     outlive what they belong to.
@@ -57,4 +77,4 @@ def leave_processes() -> NoReturn:
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

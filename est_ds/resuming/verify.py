@@ -15,10 +15,12 @@ from est_ds import runtime
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.config import Checkpoint, RunConfig, load_run
 from est_ds.errors import Failure, UserError
-from est_ds.launching import check_processes, default_processes, launch
+from est_ds.guard import launch
+from est_ds.launching import check_processes, default_processes, this_machine
 from est_ds.metrics import read_metrics
 from est_ds.resuming.compare import Bounds, Comparison, compare_runs
 from est_ds.resuming.short import default_cut, shortened
+from est_ds.preempt import EXIT_CODE
 from est_ds.run import differences, plan_run, prepare
 
 # Another layout adds up in another order; what was seen stands in configs/LAYOUTS.md.
@@ -108,8 +110,10 @@ class ResumeCheck:
         file, log = (self.folder / f"{name}.{ending}" for ending in ("yaml", "log"))
         file.write_text(half.config.model_copy(update=update).to_yaml())
         with log.open("w") as f:
-            code = launch(["train", str(file)], half.processes, f, kill_when)
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP):
+            where = this_machine(half.config, half.processes)
+            limit_s = half.config.watchdog.limit_s
+            code = launch(["train", str(file)], where, limit_s, f, kill_when)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGHUP, EXIT_CODE):
             raise SystemExit(code)
         if kill_when is not None and code == 0:
             raise Failure("the run ended before it could be killed; use more --steps.")

@@ -1,0 +1,198 @@
+"""Runs the `deepspeed` launcher to its end: signals, the environment, and hosts that hang.
+
+The launcher is started in a session of its own, and never sees the signals that this process gets:
+it would pass no notice on, and give the processes 30 s at most.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TextIO
+
+import torch
+
+from est_ds import hosts, preempt, runtime
+from est_ds.launching import Launch
+
+# Of pdsh, when the command on a host has failed.
+HOST_FAILED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
+# DeepSpeed's log of every host's processes: over ssh it cannot be told to be quiet.
+CHATTER = re.compile(r"(\S+: )?\[[-\d :,]+\] \[(INFO|ERROR)\] \[launch\.py:")
+POLL_S = 0.005
+SSH_OPTIONS = (
+    "-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4"
+)
+
+
+def launch(
+    arguments: list[str],
+    where: Launch,
+    limit_s: float,
+    log: TextIO | None = None,
+    kill_when: Callable[[], bool] | None = None,
+) -> int:
+    """Starts est-ds under the launcher, and waits.
+
+    A notice of pre-emption (SIGTERM, SIGUSR1) goes to the training processes, which save and exit.
+    SIGINT, SIGHUP and the death of this process end them at once.
+
+    Args:
+        arguments: the command line of est-ds.
+        limit_s: how long hosts may go on when one of them has failed.
+        log: takes what they print; None: this process's own output does.
+        kill_when: asked every few milliseconds; once it is true, all are killed (SIGKILL), as
+            they are when a machine is lost.
+
+    Returns:
+        Exit code: 0, 1, 2 or `preempt.EXIT_CODE` as the processes', 128 + n after signal n.
+    """
+    with TemporaryDirectory(prefix="est-ds-") as folder:
+        environment = _environment(where, Path(folder))
+        command = where.command(arguments, Path(folder))
+        sys.stdout.flush()
+        launcher = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE if where.by_ssh else log,
+            stderr=subprocess.PIPE if where.by_ssh else log,
+            text=True,
+            # Inherited by all: a notice that comes before a process heeds it does not kill it.
+            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        )
+        guard = _Guard(where, launcher, limit_s)
+        code = guard.wait(kill_when)
+    if guard.ended_by is not None:
+        return 128 + guard.ended_by
+    return code if code in (0, 2, preempt.EXIT_CODE) else 1
+
+
+class _Guard:
+    """Passes signals on to a launcher, and sees to it that nothing outlives it."""
+
+    def __init__(self, where: Launch, launcher: subprocess.Popen, limit_s: float) -> None:
+        self._where, self._launcher, self._limit_s = where, launcher, limit_s
+        self._noticed = threading.Event()
+        self._listeners: list[threading.Thread] = []
+        self._failed = threading.Event()
+        self.ended_by: int | None = None
+        self._former = {
+            number: signal.signal(number, handler)
+            for number, handler in (
+                *((number, self._end) for number in (signal.SIGINT, signal.SIGHUP)),
+                *((number, lambda n, f: self._noticed.set()) for number in preempt.SIGNALS),
+            )
+            if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
+        }
+        threading.Thread(target=self._notify, daemon=True).start()
+        if where.by_ssh:
+            self._listeners = [
+                threading.Thread(target=self._listen, args=streams, daemon=True)
+                for streams in ((launcher.stdout, sys.stdout), (launcher.stderr, sys.stderr))
+            ]
+            for listener in self._listeners:
+                listener.start()
+            threading.Thread(target=self._end_after_failure, daemon=True).start()
+
+    def wait(self, kill_when: Callable[[], bool] | None) -> int:
+        try:
+            while kill_when and self.ended_by is None and self._launcher.poll() is None:
+                if kill_when():
+                    self.ended_by = signal.SIGKILL
+                    _signal_group(self._launcher, signal.SIGKILL)
+                time.sleep(POLL_S)
+            code = self._launcher.wait()
+        finally:
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
+        self._noticed.set()  # ends its thread
+        _signal_group(self._launcher, signal.SIGKILL)  # whatever outlived the launcher
+        for listener in self._listeners:
+            listener.join(5.0)
+        if self._where.by_ssh and code != 0:
+            _on_hosts(self._where, f"pkill -KILL -f 'start[=]{self._where.name}'")
+        return code
+
+    def _end(self, number: int, frame: object) -> None:
+        self.ended_by = number
+        _signal_group(self._launcher, signal.SIGTERM)
+
+    def _notify(self) -> None:
+        """Sends the notice until all have gone: one that is starting does not heed it yet."""
+        self._noticed.wait()
+        while self._launcher.poll() is None:
+            if self._where.by_ssh:
+                name = self._where.name
+                _on_hosts(self._where, f"pkill -USR1 -f '[-]m est_ds[.]cli .*start[=]{name}'")
+            else:
+                _signal_group(self._launcher, signal.SIGUSR1)
+            time.sleep(1.0)
+
+    def _listen(self, source: TextIO, to: TextIO) -> None:
+        """Passes on what the hosts say, and hears when one of them has failed."""
+        for line in source:
+            if HOST_FAILED.search(line):
+                self._failed.set()
+            elif not CHATTER.match(line):
+                to.write(line)
+                to.flush()
+
+    def _end_after_failure(self) -> None:
+        """pdsh waits for the other hosts, however long they hang."""
+        self._failed.wait()
+        try:
+            self._launcher.wait(min(60.0, self._limit_s))
+        except subprocess.TimeoutExpired:
+            print("est-ds: ending the hosts that still run", file=sys.stderr, flush=True)
+            _signal_group(self._launcher, signal.SIGKILL)
+
+
+def _environment(where: Launch, folder: Path) -> dict[str, str]:
+    # Under mpirun DeepSpeed compares its ranks with MPI's, which are the nodes' here.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMPI_COMM_WORLD_")}
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        largest = max(where.slots.values())
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // largest)))
+    if not where.by_ssh:
+        return environment | {runtime.STARTER: str(os.getpid())}
+    # DeepSpeed reads it by its name in the home folder and in the working directory.
+    name = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    file = folder / "deepspeed_env"
+    hosts.write_environment(file, environment, [Path.home() / name, Path(name)])
+    environment["DS_ENV_FILE"] = str(file)
+    appended = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{SSH_OPTIONS} {appended}".strip()
+    return environment
+
+
+def _on_hosts(where: Launch, command: str) -> None:
+    """Runs a command on every host; a host that cannot be reached is passed over."""
+    environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
+    appended = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{SSH_OPTIONS} {appended}".strip()
+    subprocess.run(
+        ["pdsh", "-t", "5", "-u", "10", "-f", "1024", "-w", ",".join(where.slots), command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        start_new_session=True,
+    )
+
+
+def _signal_group(launcher: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(launcher.pid, number)
+    except ProcessLookupError:
+        pass

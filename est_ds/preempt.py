@@ -1,0 +1,39 @@
+"""Pre-emption: after a notice to any process all of them stop at the same step.
+
+The notice is SIGTERM or SIGUSR1. A handler only notes it: the step under way ends as ever, then the
+processes agree, save, and exit with `EXIT_CODE`.
+"""
+
+from __future__ import annotations
+
+import signal
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again. It is no signal's 128 + n.
+EXIT_CODE = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_received: list[int] = []
+
+
+class Preempted(Exception):
+    """The run was saved and ends before its last step; every process raises it."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"pre-empted: saved after step {step}; start the run again to go on.")
+
+
+def heed_signals() -> None:
+    """Notes the signals from now on, instead of dying of them."""
+    for number in SIGNALS:
+        signal.signal(number, lambda received, frame: _received.append(received))
+
+
+def noticed() -> bool:
+    """Whether any process has got a notice; every process asks together and gets one answer."""
+    import torch  # here, so that signals are heeded before the second that it takes
+    import torch.distributed as dist
+
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor(float(bool(_received)), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())

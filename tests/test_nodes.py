@@ -1,0 +1,254 @@
+"""Training on several hosts, which are namespaces on this machine, and what ends it.
+
+The fast tests are one run over ssh and one killed process; `-m slow` has the other ways to start
+and the other faults.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, est_ds
+from namespaces import Cluster, signal_all, wait_until, why_not
+
+from est_ds.checkpoints.store import LATEST, Store
+from est_ds.metrics import read_metrics
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")
+LIMIT_S = 15
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with Cluster(tmp_path_factory.mktemp("hosts")) as cluster:
+        yield cluster
+
+
+class Job:
+    """A run of the tiny model on a cluster, which goes on until it is ended."""
+
+    def __init__(self, cluster: Cluster, tiny_run: Path, run_dir: Path) -> None:
+        self.cluster, self.run_dir = cluster, run_dir
+        self.arguments = [
+            "train", str(tiny_run), f"run_dir={run_dir}", f"watchdog.limit_s={LIMIT_S}",
+        ]  # fmt: skip
+        self.endless = [*self.arguments, "steps=5000", "method.name=full", "checkpoint.every=1000"]
+
+    def begin(self, *more: str):
+        """Starts it over ssh, and waits until it trains."""
+        hostfile = self.cluster.hostfile()
+        started = self.cluster.est_ds(*self.endless, "--hostfile", str(hostfile), *more)
+        self.wait_for_steps(5, started)
+        return started
+
+    def wait_for_steps(self, steps: int, started) -> None:
+        wait_until(lambda: started.process.poll() is not None or self.steps() >= steps, 90)
+        assert started.process.poll() is None, started.text
+
+    def steps(self) -> int:
+        return len(read_metrics(self.run_dir)[0])
+
+    def left(self) -> list[int]:
+        """Processes of the run on all hosts."""
+        return [pid for h in self.cluster.hosts if h.init for pid in h.find("est_ds.cli train")]
+
+
+@pytest.fixture
+def job(cluster, tiny_run, tmp_path):
+    job = Job(cluster, tiny_run, tmp_path / "run")
+    yield job
+    signal_all(job.left(), signal.SIGKILL)
+
+
+def assert_failed(started, job, within_s: float, *said: str) -> None:
+    """The command ends with 1, in time, and leaves no process on any host."""
+    assert started.wait(within_s) == 1, started.text
+    wait_until(lambda: not job.left(), 10)
+    for text in said:
+        assert text in started.text
+    assert "Traceback" not in started.text
+
+
+def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(
+    job, tiny_run, tmp_path
+):
+    hostfile = str(job.cluster.hostfile())
+    command = [*job.arguments, "--hostfile", hostfile]
+    first = job.cluster.est_ds(*command)
+    job.wait_for_steps(3, first)
+    began = time.monotonic()
+    first.notify(signal.SIGTERM)
+    assert first.wait(60) == 75, first.text
+    print(f"SIGTERM to exit: {time.monotonic() - began:.1f} s")
+    assert not job.left()
+    assert "pre-empted: saved after step" in first.text
+    saved = Store(job.run_dir / "checkpoints").named(LATEST)
+    assert 3 <= saved < 20
+
+    second = job.cluster.est_ds(*command)
+    assert second.wait(90) == 0, second.text
+    assert f"resuming at step {saved}" in second.text
+
+    done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'one'}")
+    assert done.returncode == 0, done.stderr
+    here, there = (read_metrics(folder) for folder in (tmp_path / "one", job.run_dir))
+    for part in (0, 1):
+        name = ("loss", "eval_loss")[part]
+        assert [e[name] for e in here[part]] == [e[name] for e in there[part]]
+
+
+def test_killed_process_ends_all_and_is_named(job):
+    started = job.begin()
+    began = time.monotonic()
+    signal_all(job.cluster.hosts[1].ranks()[:1], signal.SIGKILL)
+    assert_failed(started, job, 30, "rank 2 on node1 (last step ", "3 others waited for it")
+    print(f"killed process to the end of all: {time.monotonic() - began:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host, named", [(0, "rank 0 on node0"), (1, "rank 2 on node1")])
+def test_stopped_process_ends_all_within_the_limit_and_is_named(host, named, job):
+    started = job.begin()
+    signal_all(job.cluster.hosts[host].ranks()[:1], signal.SIGSTOP)
+    assert_failed(started, job, LIMIT_S + 20, f"no progress for {LIMIT_S} s", named)
+
+
+@pytest.mark.slow
+def test_host_whose_processes_all_hang_is_ended(job):
+    started = job.begin()
+    signal_all(job.cluster.hosts[1].ranks(), signal.SIGSTOP)
+    assert_failed(started, job, 3 * LIMIT_S + 15, "rank 2 on node1", "rank 3 on node1")
+
+
+@pytest.mark.slow
+def test_process_that_fails_says_why_on_all_hosts(job):
+    started = job.begin()
+    # Its own code fails, as a bug or a full disk would: rank 0 cannot write its metrics.
+    [rank_0, *_] = job.cluster.hosts[0].ranks()
+    [metrics] = [
+        fd for fd in Path(f"/proc/{rank_0}/fd").iterdir()
+        if os.path.realpath(fd).endswith("metrics.jsonl")
+    ]  # fmt: skip
+    subprocess.run(["prlimit", "--pid", str(rank_0), f"--fsize={metrics.stat().st_size}"])
+    assert started.wait(40) == 1, started.text
+    wait_until(lambda: not job.left(), 10)
+    assert "rank 0 on node0" in started.text and "failed: OSError" in started.text
+
+
+@pytest.mark.slow
+def test_notice_to_one_process_of_one_host_stops_all_at_one_step(job):
+    started = job.begin()
+    signal_all(job.cluster.hosts[1].ranks()[1:], signal.SIGUSR1)
+    assert started.wait(30) == 75, started.text
+    assert not job.left()
+    assert Store(job.run_dir / "checkpoints").named(LATEST) == job.steps()
+
+
+@pytest.mark.slow
+def test_link_that_is_down_for_10_s_only_costs_that_time(job):
+    started = job.begin("watchdog.limit_s=30")
+    link = job.cluster.hosts[1]
+    link.ip("link", "set", "eth0", "down")
+    time.sleep(10)
+    link.ip("link", "set", "eth0", "up")
+    job.wait_for_steps(job.steps() + 20, started)
+    started.notify(signal.SIGTERM)
+    assert started.wait(30) == 75, started.text
+
+
+@pytest.mark.slow
+def test_slow_link_trains_the_same(job, tiny_run, tmp_path):
+    slow = job.cluster.hosts[1]
+    shape = ("dev", "eth0", "root", "tbf", "rate", "20mbit", "burst", "32kb", "latency", "50ms")
+    slow.tc("add", *shape)
+    try:
+        hostfile = str(job.cluster.hostfile())
+        started = job.cluster.est_ds(*job.arguments, "--hostfile", hostfile, "steps=20")
+        assert started.wait(120) == 0, started.text
+    finally:
+        slow.tc("del", "dev", "eth0", "root")
+    done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'one'}")
+    assert done.returncode == 0, done.stderr
+    here, there = (read_metrics(folder)[0] for folder in (tmp_path / "one", job.run_dir))
+    assert [e["loss"] for e in here] == [e["loss"] for e in there]
+
+
+@pytest.mark.slow
+def test_host_that_cannot_be_reached_ends_the_start_and_is_named(job):
+    hostfile = job.cluster.hostfile(2, "node0", "node7")
+    started = job.cluster.est_ds(*job.arguments, "--hostfile", str(hostfile))
+    assert_failed(started, job, 2 * LIMIT_S + 30, "node7")
+
+
+@pytest.mark.slow
+def test_host_of_another_version_is_refused_by_its_name(job):
+    other = job.cluster.folder / "other.py"
+    other.write_text('"""Another version."""\n\n__version__ = "99.0"\n')
+    target = ROOT / "est_ds" / "__init__.py"
+    [host] = job.cluster.hosts[1:]
+    for arguments in (("mount", "--bind", str(other), str(target)), ("umount", str(target))):
+        subprocess.run(host.command(*arguments, cwd=Path("/")), check=True)
+        if arguments[0] == "umount":
+            break
+        hostfile = str(job.cluster.hostfile())
+        started = job.cluster.est_ds(*job.arguments, "--hostfile", hostfile)
+        assert started.wait(60) == 2, started.text
+        assert "99.0 on node1" in started.text
+
+
+@pytest.mark.slow
+def test_node_script_on_every_host_trains_without_ssh_and_heeds_a_notice(job):
+    arguments = [*job.endless[1:], "--processes", "2"]
+
+    def start(rank: int):
+        return job.cluster.start(
+            str(ROOT / "launch" / "node.sh"), *arguments, host=rank,
+            NODE_RANK=str(rank), NNODES="2", MASTER_ADDR="node0",
+        )  # fmt: skip
+
+    nodes = [start(0), start(1)]
+    job.wait_for_steps(5, nodes[0])
+    nodes[1].notify(signal.SIGTERM)  # as when one machine is taken away
+    assert [node.wait(30) for node in nodes] == [75, 75], [node.text for node in nodes]
+    assert not job.left()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun (Debian: openmpi-bin)")
+def test_openmpi_script_trains_on_all_hosts_and_passes_a_notice_on(job):
+    started = job.cluster.start(
+        str(ROOT / "launch" / "openmpi.sh"), str(job.cluster.hostfile()), *job.endless[1:],
+        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+    )  # fmt: skip
+    job.wait_for_steps(5, started)
+    started.notify(signal.SIGTERM)
+    assert started.wait(30) == 75, started.text
+    wait_until(lambda: not job.left(), 10)
+
+
+@pytest.mark.slow
+def test_doctor_measures_between_hosts_and_names_the_one_that_is_not_there(job):
+    run = [*job.arguments[1:]]
+    well = job.cluster.est_ds("doctor", *run, "--hostfile", str(job.cluster.hostfile()))
+    assert well.wait(120) == 0, well.text
+    assert "GB/s" in well.text and "eth0 (10.77.0.11)" in well.text
+
+    hostfile = str(job.cluster.hostfile(2, "node0", "node1", "node7"))
+    missing = job.cluster.est_ds("doctor", *run, "--hostfile", hostfile)
+    assert missing.wait(120) == 2, missing.text
+    assert "node7   FAILS" in missing.text and "GB/s" in missing.text
+
+    nodes = [
+        job.cluster.est_ds(
+            "doctor", *run, "--nodes", "2", "--node-rank", str(rank), "--master", "node0", host=rank
+        )
+        for rank in (0, 1)
+    ]
+    assert [node.wait(120) for node in nodes] == [0, 0], [node.text for node in nodes]

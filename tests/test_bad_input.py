@@ -253,7 +253,7 @@ def test_error_inside_the_launcher_is_said_once(tiny_run, tmp_path):
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'r'}", "batch.micro=3", **launched)
     assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
-    done = est_ds("train", tiny_run, "batch.micro=3", **{**launched, "RANK": "0"})
+    done = est_ds("train", tiny_run, "batch.micro=3", **{**launched, "RANK": "0", "LOCAL_RANK": "0"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 

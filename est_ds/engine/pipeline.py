@@ -35,7 +35,7 @@ class PieceModule(nn.Module):
         self.held = nn.ModuleList(held)
         self.piece = piece
         if checkpointing and piece.layer is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.piece.forward(*self.held, x)

@@ -45,7 +45,7 @@ class ZeroEngine(base.Engine):
             else build_model(hf_config, config.seed)
         )
         if config.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.hf_config, self.family = hf_config, family
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(family, shape, self.layers)

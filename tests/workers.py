@@ -79,11 +79,13 @@ def main(file: str) -> None:
     from est_ds import runtime
     from est_ds import train as training
     from est_ds.config import load_run
-    from est_ds.engine.setup import leave_processes
+    from est_ds.engine.setup import leave_processes, start_processes
     from est_ds.run import prepare
 
     world = runtime.world()
     build = training.build_engine
+    meeting = start_processes(world)  # once for all jobs
+    training.start_processes = lambda *_: meeting
     for job in json.loads(Path(file).read_text()):
         runtime.say(f"=== {job['overrides']}")
         if groups := sys.modules.get("deepspeed.utils.groups"):

@@ -97,7 +97,7 @@ def tiny_run(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared_tokenizer(corpus) -> Path:
+def tokenizer(corpus) -> Path:
     """Folder of a small sentencepiece tokenizer."""
     return corpus / "tokenizer"
 

@@ -80,11 +80,6 @@ def pack(*arguments):
     assert main(pack_arguments(*arguments)) == 0
 
 
-@pytest.fixture(scope="session")
-def tokenizer(prepared_tokenizer):
-    return prepared_tokenizer
-
-
 # shards
 
 

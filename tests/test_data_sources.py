@@ -260,7 +260,7 @@ def test_wrong_data_files_are_refused(tmp_path, capsys, tree, says):
 
 
 def test_a_stream_that_breaks_off_is_a_failure_that_can_be_continued(
-    prepared_tokenizer, tmp_path, capsys, monkeypatch
+    tokenizer, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("data_prep.packing.COMMIT_EVERY_S", 0.0)
     monkeypatch.setattr("data_prep.pack.PIECE_BYTES", 2_000)
@@ -270,7 +270,7 @@ def test_a_stream_that_breaks_off_is_a_failure_that_can_be_continued(
     source = {"dataset": "json", "data_files": str(tmp_path / "d" / "*" / "*.zst")}
     file = tmp_path / "x.yaml"
     file.write_text(yaml.safe_dump({"sources": [source | {"streaming": True}],
-                                    "tokenizer": str(prepared_tokenizer)}))  # fmt: skip
+                                    "tokenizer": str(tokenizer)}))  # fmt: skip
     command = ["pack", "--config", str(file), "--workers", "1", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     second.write_bytes(b"not compressed")
@@ -285,9 +285,9 @@ def test_a_stream_that_breaks_off_is_a_failure_that_can_be_continued(
         assert (tmp_path / f"c.{ending}").read_bytes() == expected
 
 
-def test_wrong_flags_are_refused_by_their_names(prepared_tokenizer, tmp_path, capsys):
+def test_wrong_flags_are_refused_by_their_names(tokenizer, tmp_path, capsys):
     path = write(tmp_path / "in", "jsonl")
-    pack = ["pack", "--out", str(tmp_path / "c"), "--tokenizer", str(prepared_tokenizer)]
+    pack = ["pack", "--out", str(tmp_path / "c"), "--tokenizer", str(tokenizer)]
     for arguments, says in (
         ([*pack], "--input is missing"),
         ([*pack, "--input", str(path), "--held-out", "0"], "--held-out=0.0"),
@@ -312,12 +312,12 @@ def test_settings_that_no_file_takes_up_are_refused(tmp_path):
         texts_of(path=str(tmp_path / "a.jsonl"), separator="x")
 
 
-def test_a_data_file_packs_and_flags_go_before_it(prepared_tokenizer, tmp_path, capsys):
+def test_a_data_file_packs_and_flags_go_before_it(tokenizer, tmp_path, capsys):
     path = write(tmp_path / "x", "jsonl.zst", field="content")
     file = tmp_path / "x.yaml"
     tree = {
         "sources": [{"path": str(path), "text": "content"}],
-        "tokenizer": str(prepared_tokenizer),
+        "tokenizer": str(tokenizer),
         "bos": False,
         "held_out": 0.2,
     }

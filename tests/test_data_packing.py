@@ -175,6 +175,14 @@ def test_held_out_documents_are_chosen_as_the_verb_corpus_does(source, tokenizer
 # interruptions
 
 
+def committed(state):
+    """When it was written; None if it is not there."""
+    try:
+        return state.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def test_packing_killed_at_random_moments_ends_byte_identical(
     source, tokenizer, tmp_path, small_steps
 ):
@@ -190,11 +198,9 @@ def test_packing_killed_at_random_moments_ends_byte_identical(
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         state = Path(f"{out}.packing", "state.npz")
-        before = state.stat().st_mtime_ns if state.exists() else None
+        before = committed(state)
         # From its first commit on, at any moment.
-        while process.poll() is None and (
-            not state.exists() or state.stat().st_mtime_ns == before
-        ):
+        while process.poll() is None and committed(state) in (None, before):
             time.sleep(0.002)
         time.sleep(draws.random() * 0.03)
         if process.poll() is None:

@@ -315,24 +315,55 @@ def test_two_packings_of_one_name_do_not_mix(source, tokenizer, tmp_path, small_
     assert main(arguments) == 0
 
 
-def test_workers_end_when_their_parent_is_killed(source, tokenizer, tmp_path, small_steps):
-    process = subprocess.Popen(
-        [sys.executable, small_steps,
-         *pack_arguments(source, tokenizer, tmp_path / "c", "--workers", "2")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+@pytest.fixture
+def packing_of_two(source, tokenizer, tmp_path, small_steps):
+    """A packing by two workers that has begun; its process, and the ids of its children."""
+    arguments = pack_arguments(source, tokenizer, tmp_path / "c", "--workers", "2")
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, small_steps, *arguments], stderr=stderr,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    workers = []
-    while process.poll() is None and len(workers) < 3:  # the two, and multiprocessing's own
-        workers = children.read_text().split()
+    ids = []
+    while process.poll() is None and len(ids) < 3:  # the two, and multiprocessing's own
+        ids = children.read_text().split()
+    assert len(ids) == 3
+    yield process, ids
+    process.kill()
+    process.wait()
+
+
+def runs(process_id):
+    """Whether it does: an orphan may stay as a zombie where nothing reaps it."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_end_when_their_parent_is_killed(packing_of_two):
+    process, children = packing_of_two
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
-    while alive := [w for w in workers if Path(f"/proc/{w}/stat").exists()
-                    and Path(f"/proc/{w}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"]:
-        assert time.monotonic() < deadline, alive
+    while any(map(runs, children)):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert len(workers) >= 2
+
+
+def test_a_worker_that_dies_ends_the_packing_which_can_be_continued(
+    packing_of_two, source, tokenizer, tmp_path
+):
+    process, children = packing_of_two
+    os.kill(int(children[-1]), signal.SIGKILL)
+    code = process.wait()
+    error = (tmp_path / "stderr").read_text()
+    assert code == 1, error
+    assert "error: one of the 2 worker processes died" in error and "Traceback" not in error
+    pack(source, tokenizer, tmp_path / "c")
+    pack(source, tokenizer, tmp_path / "whole")
+    assert files_of(tmp_path / "c") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")

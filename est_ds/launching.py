@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 from argparse import Namespace
@@ -153,6 +154,12 @@ def over_ssh(hostfile: str, master: str | None) -> Launch:
         UserError: the hostfile is wrong.
     """
     slots = hosts.read_hostfile(hostfile)
+    for tool, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
+        if not shutil.which(tool):
+            raise UserError(
+                f"--hostfile needs {tool} on this machine; install it (Debian: {package}), or start "
+                f"every node by itself (--nodes; launch/README.md)."
+            )
     address = hosts.split_address(master) if master else (hosts.address_of(list(slots)), hosts.PORT)
     return Launch(slots, address, by_ssh=True)
 

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _complain(kind: str, error: Exception) -> None:
     """Once on every host: what is wrong may be wrong on one of them only."""
     world = runtime.world()
-    if world.local_rank == 0:
+    if world.is_first or world.local_rank == 0:
         host = "" if world.is_first else f"{socket.gethostname()}: "
         print(f"est-ds: {kind}: {host}{error}", file=sys.stderr, flush=True)
 

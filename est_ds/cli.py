@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import est_ds
 from est_ds import preempt, runtime
@@ -23,15 +24,24 @@ def main(arguments: list[str] | None = None) -> None:
         parsed.verb(parsed, arguments)
     except UserError as e:
         _complain("error", e)
-        sys.exit(2)
+        _leave(2)
     except Failure as e:
         _complain("failed", e)
-        sys.exit(1)
+        _leave(1)
     except BrokenPipeError:  # `est-ds plan RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process; inside a launcher at once, see `engine.setup.leave_processes`."""
+    if runtime.launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _complain(kind: str, error: Exception) -> None:

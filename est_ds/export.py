@@ -122,7 +122,7 @@ def export(
 def _weights(checkpoint: Path, planned: Planned) -> dict[str, Tensor]:
     """The weights that the engine computed with, tied ones under all their names."""
     if wrong := damage(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another --checkpoint.")
+        raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another one.")
     dtype = torch.bfloat16 if planned.config.precision == "bf16" else torch.float32
     with Checkpoint(checkpoint) as held:
         weights = {name: tensor.to(dtype) for name, tensor in held.weights().items()}

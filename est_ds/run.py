@@ -232,7 +232,8 @@ def prepare(config: RunConfig, processes: int) -> Run:
     for held_out in windows.values():
         held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     check_run_dir(config)
-    return Run(**{f.name: getattr(planned, f.name) for f in fields(planned)}, processes=processes, train=batches, valid=windows)
+    parts = {f.name: getattr(planned, f.name) for f in fields(planned)}
+    return Run(**parts, processes=processes, train=batches, valid=windows)
 
 
 def _refuse_copies(corpora: list[Corpus]) -> None:

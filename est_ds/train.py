@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from est_ds.agreement import check_agreement
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
+from est_ds.config import RunConfig, checked
 from est_ds.data.prefetch import Prefetched
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
@@ -27,7 +28,7 @@ from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.preempt import Preempted, noticed
 from est_ds.progress import Progress
-from est_ds.run import Run, lock_run_dir, write_config
+from est_ds.run import Run, differences, lock_run_dir, write_config
 from est_ds.runtime import World, say
 from est_ds.watchdog import Watchdog
 
@@ -168,14 +169,15 @@ def _entry(
 
 
 def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
-    """How evenly the pipe stages shared the work of a phase, beside what FLOPs and schedule say."""
+    """How evenly the pipe stages shared a phase's work, beside what FLOPs and schedule say."""
     config = run.config
     expected = imbalance(stage_costs(run.method, phase, run.cuts, **run.flops_size(1)))
     waits = bubble(config.parallel.pipe, config.batch.accumulation(engine.num_replicas))
     return (
-        f"phase {run.method.phases[phase].name}: pipe stages compute {' '.join(f'{b:.2f}' for b in shares.busy)} of the "
-        f"time; slowest over mean {shares.imbalance:.2f} (by FLOPs {expected:.2f}), waiting "
-        f"{shares.waiting:.2f} (bubble alone {waits:.2f})"
+        f"phase {run.method.phases[phase].name}: pipe stages compute "
+        f"{' '.join(f'{busy:.2f}' for busy in shares.busy)} of the time; "
+        f"slowest over mean {shares.imbalance:.2f} (by FLOPs {expected:.2f}), "
+        f"waiting {shares.waiting:.2f} (bubble alone {waits:.2f})"
     )
 
 
@@ -254,6 +256,11 @@ def _next(run: Run, step: int) -> dict[str, Any] | None:
 
 
 def _check_state(run: Run, state: dict[str, Any]) -> None:
+    if differing := differences(checked(RunConfig, state["config"]), run.config):
+        raise UserError(
+            f"the checkpoint is of a run of another config: {'; '.join(differing[:3])} (there: the "
+            f"checkpoint). Set these fields as they were, or start a new run_dir."
+        )
     _check_corpora(run, state["corpus"])
     then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
     if then != now:

@@ -17,7 +17,7 @@ from layouts import LAYOUTS, METHODS, name_of, train_in
 from reference import assert_close
 from workers import start, train_all
 
-from est_ds.checkpoints.index import FILE, Damaged, read_index
+from est_ds.checkpoints.index import FILE, Damaged, Index, read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import Store
 from est_ds.config import Checkpoint as Settings
@@ -168,7 +168,8 @@ def test_damaged_checkpoint_gives_way_to_the_newest_good_one(run_at_15, uninterr
     assert "resuming at step 10 of 20" in done.stdout
     for step, name in ((15, FILES[1]), (14, FILES[0])):
         [line] = [x for x in done.stdout.splitlines() if f"step_{step:08d} is damaged: {name}" in x]
-        assert line.startswith("warning: ") and line.endswith("resuming from step 10 instead")
+        assert line.startswith("warning: ") and "resuming from step 10 instead" in line
+        assert (run_at_15 / "checkpoints" / f"damaged_step_{step:08d}").is_dir()
     steps, _ = read_metrics(run_at_15)
     expected, _ = read_metrics(uninterrupted["data 2, ZeRO 1"])
     assert [e["loss"] for e in steps] == [e["loss"] for e in expected]
@@ -182,13 +183,38 @@ def test_damaged_checkpoint_is_an_error_where_the_latest_was_asked_for(run_at_15
     assert "resume=auto" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_run_without_any_good_checkpoint_does_not_begin_anew(run_at_15):
+@pytest.mark.parametrize("name", FILES[:2])
+def test_run_without_any_good_checkpoint_does_not_begin_anew(name, run_at_15):
     for checkpoint in (run_at_15 / "checkpoints").glob("step_*"):
-        harm(checkpoint / FILES[1], "missing")
+        harm(checkpoint / name, "missing")
     before = (run_at_15 / "metrics.jsonl").read_bytes()
     done = est_ds("train", run_at_15, "--processes", "2")
     assert done.returncode == 2 and "no checkpoint of the run is good" in done.stderr
     assert (run_at_15 / "metrics.jsonl").read_bytes() == before
+
+
+def test_renamed_checkpoint_is_not_taken_for_another_step(run_at_15):
+    folder = run_at_15 / "checkpoints"
+    shutil.rmtree(folder / "step_00000015")
+    (folder / "step_00000010").rename(folder / "step_00000015")
+    assert "is of step 10" in damage(folder / "step_00000015")
+
+
+def test_damaged_checkpoints_are_set_aside_and_do_not_count(run_at_15):
+    store = Store(run_at_15 / "checkpoints")
+    store.set_aside(15)
+    assert store.steps() == [5, 8, 10, 14]
+    assert (store.folder / "damaged_step_00000015" / FILE).exists()
+    store.keep(14, Settings(every=5, keep_last=2, keep_best=False))
+    assert store.steps() == [10, 14]
+
+
+def test_config_changed_behind_the_run_is_refused(run_at_15):
+    text = (run_at_15 / "config.yaml").read_text()
+    (run_at_15 / "config.yaml").write_text(text.replace("weight_decay: 0.1", "weight_decay: 5.0"))
+    done = est_ds("train", run_at_15, "--processes", "2")
+    assert done.returncode == 2
+    assert "optimizer.weight_decay is 0.1 there and 5.0 here" in done.stderr
 
 
 @pytest.mark.parametrize("latest", ["", "step_99999999", "\x00garbage"])
@@ -202,10 +228,16 @@ def test_checkpoints_are_kept_as_the_settings_say(uninterrupted, tmp_path):
     store = Store(run / "checkpoints")
     losses = {step: read_index(store.path(step)).eval_loss for step in store.steps()}
     assert {step for step, loss in losses.items() if loss is not None} == {10, 20}
-    best = min((10, 20), key=losses.get)
-    store.keep(20, Settings(every=1, keep_last=1, keep_every=7, keep_best=False))
-    assert store.steps() == [14, 20]
-    assert (store.named("latest"), store.named("best")) == (20, best if best == 20 else 20)
+    # The one in the middle is made the best.
+    tree = json.loads((store.path(10) / FILE).read_text())
+    tree.pop("sha256")
+    (store.path(10) / FILE).write_text(Index(**{**tree, "eval_loss": 1.0}).to_json())
+    store.keep(20, Settings(every=1, keep_last=1, keep_every=7))
+    assert store.steps() == [10, 14, 20]
+    assert (store.named("latest"), store.named("best")) == (20, 10)
+    store.keep(20, Settings(every=1, keep_last=1, keep_best=False))
+    assert store.steps() == [20]
+    assert (store.named("latest"), store.named("best")) == (20, 20)
 
 
 def test_bytes_are_the_same_whether_written_aside_or_not(uninterrupted, synthetic_run, tmp_path):  # noqa: F811

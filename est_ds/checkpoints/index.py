@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FILE = "checkpoint.json"
+FORMAT = 2
+TAG = re.compile(r"step_(\d{8})")
 
 
 class Damaged(Exception):
@@ -63,6 +66,10 @@ def read_index(checkpoint: Path) -> Index:
     file = checkpoint / FILE
     try:
         tree = json.loads(file.read_bytes())
+        if tree["format"] != FORMAT:
+            raise Damaged(
+                f"{FILE} is of format {tree['format']}, and this version of est_ds reads {FORMAT}"
+            )
         digest = tree.pop("sha256")
         index = Index.model_validate(tree)
     except FileNotFoundError:
@@ -75,6 +82,9 @@ def read_index(checkpoint: Path) -> Index:
         raise Damaged(f"{FILE} cannot be read ({type(e).__name__})") from None
     if digest != _digest(tree):
         raise Damaged(f"{FILE} is not what was written (its sha256 differs)")
+    tag = TAG.fullmatch(checkpoint.name)
+    if tag and int(tag[1]) != index.step:
+        raise Damaged(f"{FILE} is of step {index.step}: the folder was renamed")
     return index
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 from est_ds.checkpoints.files import replace_text
-from est_ds.checkpoints.index import FILE, Damaged, read_index
+from est_ds.checkpoints.index import TAG, Damaged, read_index
 from est_ds.config import Checkpoint as Settings
 from est_ds.errors import UserError
 
 LATEST, BEST = "latest", "best"
-TAG = re.compile(r"step_(\d{8})")
 
 
 def tag_of(step: int) -> str:
@@ -26,8 +24,8 @@ class Store:
         self.folder = folder
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that claim to be complete, in order."""
-        matches = [TAG.fullmatch(p.name) for p in self.folder.glob("step_*") if (p / FILE).exists()]
+        """Steps of all checkpoints, in order; a folder gets its name when it is complete."""
+        matches = [TAG.fullmatch(p.name) for p in self.folder.glob("step_*")]
         return sorted(int(m[1]) for m in matches if m)
 
     def path(self, step: int) -> Path:
@@ -37,7 +35,7 @@ class Store:
         """The step that `latest` or `best` names; None without such a file, or if it names none."""
         try:
             match = TAG.fullmatch((self.folder / pointer).read_text().strip())
-        except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        except (OSError, UnicodeDecodeError):
             return None
         return int(match[1]) if match else None
 
@@ -48,6 +46,13 @@ class Store:
         """
         steps, latest = self.steps(), self.named(LATEST)
         return [s for s in reversed(steps) if latest not in steps or s <= latest]
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is neither resumed from nor counted."""
+        aside = self.folder / f"damaged_{tag_of(step)}"
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        return self.path(step).rename(aside)
 
     def find(self, wanted: str) -> int:
         """The step of `latest`, `best`, or a number of steps.
@@ -79,18 +84,25 @@ class Store:
         steps = [step for step in self.steps() if step <= newest]
         losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
         kept = set(steps[-settings.keep_last :] if settings.keep_last else steps)
-        if losses:
-            best = min(losses, key=lambda step: (losses[step], step))
-            replace_text(self.folder / BEST, tag_of(best) + "\n")
-            if settings.keep_best:
-                kept.add(best)
         if settings.keep_every:
             kept.update(step for step in steps if step % settings.keep_every == 0)
+        if settings.keep_best and losses:
+            kept.add(min(losses, key=lambda step: (losses[step], step)))
+        if measured := kept & losses.keys():
+            best = min(measured, key=lambda step: (losses[step], step))
+            replace_text(self.folder / BEST, tag_of(best) + "\n")
+        elif self.named(BEST) not in kept:
+            (self.folder / BEST).unlink(missing_ok=True)
         for step in set(steps) - kept:
-            # Out of sight first: a removal cut short must not leave half a checkpoint.
-            dropped = self.folder / f".{tag_of(step)}.dropped"
-            self.path(step).rename(dropped)
+            self.remove(step)
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint, out of sight first: half of one must never be seen."""
+        dropped = self.folder / f".{tag_of(step)}.dropped"
+        if dropped.is_dir():
             shutil.rmtree(dropped)
+        self.path(step).rename(dropped)
+        shutil.rmtree(dropped) if dropped.is_dir() else dropped.unlink()
 
     def clean(self) -> None:
         """Removes what a killed process left half-written or half-removed."""

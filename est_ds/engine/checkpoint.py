@@ -33,7 +33,7 @@ from est_ds.checkpoints import index
 from est_ds.checkpoints.files import describe, replace_text, sync_file, sync_folder
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import Checkpoint, damage, fragment_key
-from est_ds.checkpoints.store import Store, tag_of
+from est_ds.checkpoints.store import LATEST, Store, tag_of
 from est_ds.engine.base import Engine
 from est_ds.errors import Failure, UserError
 from est_ds.runtime import say
@@ -67,6 +67,7 @@ class Saver:
         self._content: _Content | None = None  # of the checkpoint that is being written
         self._thread: threading.Thread | None = None
         self._error: OSError | SafetensorError | None = None
+        self._written: dict[str, Any] | None = None  # what this rank's file is
         if self._rank == 0:
             store.folder.mkdir(parents=True, exist_ok=True)
             store.clean()
@@ -82,7 +83,8 @@ class Saver:
             # Other ranks may be gone: no communication.
             self._thread.join(LAST_WAIT_S)
             deadline = time.monotonic() + LAST_WAIT_S
-            while self._content and not self.poll() and time.monotonic() < deadline:
+            while self._content and time.monotonic() < deadline:
+                self.poll()
                 time.sleep(0.1)
 
     def check_space(self) -> None:
@@ -127,16 +129,16 @@ class Saver:
         if not aside:
             self._thread.join()
 
-    def poll(self) -> bool:
-        """Completes the checkpoint if every rank has written its part; whether there is none left.
+    def poll(self) -> None:
+        """Completes the checkpoint if every rank has written its part.
 
-        Costs nothing but on rank 0 while one is being written.
+        Costs nothing but on rank 0 while one is being written. What fails is raised by `finish`.
         """
-        if self._rank == 0 and self._content is not None:
-            markers = [self._marker(rank) for rank in range(self._num_ranks)]
-            if all(marker.exists() for marker in markers):
-                self._complete(markers)
-        return self._content is None
+        if self._rank or self._content is None:
+            return
+        markers = [self._marker(rank) for rank in range(self._num_ranks)]
+        if all(marker.exists() for marker in markers):
+            self._complete([json.loads(marker.read_text()) for marker in markers])
 
     def finish(self) -> None:
         """Waits until the checkpoint that is being written is complete.
@@ -149,10 +151,10 @@ class Saver:
         self._thread.join()
         self._thread = None
         self._raise_everywhere()
-        try:
-            self.poll()
-        except OSError as e:
-            self._error = e
+        # Not from the markers: a shared file system may show them late.
+        written = _gathered(self._written)
+        if self._rank == 0 and self._content is not None:
+            self._complete(written)
         self._raise_everywhere()
         self._content = None
 
@@ -182,16 +184,17 @@ class Saver:
                 "parameters": self._engine.fragments.shapes,
             }
             replace_text(file.with_suffix(".json"), json.dumps(written))
+            self._written = written
         except (OSError, SafetensorError) as e:
             self._error = e
 
-    def _complete(self, markers: list[Path]) -> None:
-        content, files, parameters = self._content, {}, {}
-        for marker in markers:
-            written = json.loads(marker.read_text())
-            files[f"{marker.stem}.safetensors"] = written["file"]
-            parameters |= written["parameters"]
-            marker.unlink()
+    def _complete(self, written: list[dict[str, Any]]) -> None:
+        """On rank 0, from what every rank wrote."""
+        content, self._content = self._content, None
+        files, parameters = {}, {}
+        for rank, part in enumerate(written):
+            files[f"rank_{rank:05d}.safetensors"] = part["file"]
+            parameters |= part["parameters"]
         whole = Index(
             step=content.step,
             layout=self._engine.layout,
@@ -200,14 +203,18 @@ class Saver:
             state=content.state,
             eval_loss=content.eval_loss,
         )
-        replace_text(content.partial / index.FILE, whole.to_json())
-        final = self._store.path(content.step)
-        if final.exists():  # of a run that went back
-            shutil.rmtree(final)
-        os.replace(content.partial, final)
-        sync_folder(self._store.folder)
-        self._content = None
-        self._store.keep(content.step, self._engine.config.checkpoint)
+        try:
+            for marker in content.partial.glob("rank_*.json"):
+                marker.unlink()
+            replace_text(content.partial / index.FILE, whole.to_json())
+            final = self._store.path(content.step)
+            if final.exists():  # of a run that went back
+                self._store.remove(content.step)
+            os.replace(content.partial, final)
+            sync_folder(self._store.folder)
+            self._store.keep(content.step, self._engine.config.checkpoint)
+        except OSError as e:
+            self._error = e
 
     def _has_memory(self) -> bool:
         """Whether this host can hold what its ranks copy, and as much again for training."""
@@ -250,24 +257,31 @@ def choose_checkpoint(store: Store, resume: str) -> int | None:
         UserError: none is good, or with `latest` that one is not.
     """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    candidates = _gathered(store.candidates())[0]
-    broken = []
-    for step in candidates:
+    candidates = store.candidates()
+    if resume == "latest" and candidates:
+        candidates = [named] if (named := store.named(LATEST)) is not None else []
+        if not candidates:
+            raise UserError(
+                f"resume=latest: {store.folder / LATEST} names no checkpoint; write one of "
+                f"{[tag_of(step) for step in store.steps()]} into it, or set resume=auto."
+            )
+    broken: dict[int, str] = {}
+    for step in _gathered(candidates)[0]:
         found = _gathered(damage(store.path(step), (rank, num_ranks)))
         wrong = next((text for text in found if text), None)
         if wrong is None:
-            for text in broken:
-                say(f"warning: {text}; resuming from step {step} instead")
+            for bad, text in broken.items():
+                aside = store.set_aside(bad) if rank == 0 else None
+                say(f"warning: {text}; resuming from step {step} instead, and it is now {aside}")
             return step
-        broken.append(f"checkpoint {store.path(step)} is damaged: {wrong}")
-        if resume == "latest":
-            break
+        broken[step] = f"checkpoint {store.path(step)} is damaged: {wrong}"
     if not broken:
         return None
     raise UserError(
-        f"{'; '.join(broken)}. Set resume=auto to use the newest good one, or start a new run_dir."
+        f"{'; '.join(broken.values())}. Set resume=auto to use the newest good one, or start a new "
+        f"run_dir."
         if resume == "latest"
-        else f"no checkpoint of the run is good: {'; '.join(broken)}. Start a new run_dir."
+        else f"no checkpoint of the run is good: {'; '.join(broken.values())}. Start a new run_dir."
     )
 
 

@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -206,7 +208,7 @@ class Packing:
                 return state
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{self.folder}/state.npz cannot be read ({error}); start anew with --fresh."
             ) from None
@@ -217,7 +219,11 @@ class Packing:
         for name, value in self._settings.items():
             if (former := state["settings"].get(name)) != value:
                 raise UserError(f"{began} with {name}={former}, now {name}={value}; {ways}.")
-        if self.place.source >= len(self._readers) or state["sources_read"] != self._sources_read():
+        grown = state["complete"] and self.place.source + 1 < len(self._readers)
+        same = self.place.source < len(self._readers) and (
+            state["sources_read"] == self._sources_read()
+        )
+        if grown or not same:
             raise UserError(
                 f"{began} of other --input: among the files read so far, some were changed, "
                 f"added, removed or touched; {ways}."

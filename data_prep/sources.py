@@ -133,28 +133,35 @@ def _matching(pattern: str) -> list[tuple[str, Path]]:
 
 def walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Paths of files below a folder, but not in hidden folders or those of an excluded name. Links
-    are followed, each folder is entered once."""
+    are followed, after the folders that are no links, and each folder is entered once."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename), error)
 
-    entered = set()
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        entered.add(os.path.realpath(folder))
-        folders[:] = [
-            name
-            for name in folders
-            if name not in excluded
-            and not name.startswith(".")
-            and os.path.realpath(os.path.join(folder, name)) not in entered
-        ]
-        yield from (Path(folder, name) for name in files)
+    entered: set[str] = set()
+    waiting = [str(root)]  # the root, then links, in the order in which they were found
+    for start in waiting:
+        for folder, folders, files in os.walk(start, onerror=refuse):
+            real = os.path.realpath(folder)
+            if real in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders[:] = sorted(n for n in folders if n not in excluded and n[0] != ".")
+            waiting += [path for n in folders if os.path.islink(path := os.path.join(folder, n))]
+            yield from (Path(folder, name) for name in sorted(files))
 
 
 def _check_once(paths: list[Path]) -> None:
     """Refuses what would be read twice, or not at all."""
     seen: dict[str, Path] = {}
     for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--input: the name of the file {os.fsencode(path)!r} is not UTF-8; rename it."
+            ) from None
         if not path.is_file():
             kind = "a broken link" if path.is_symlink() else "no regular file"
             raise UserError(f"--input: {path} is {kind}; correct it or remove it.")

@@ -210,7 +210,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
     data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
-    _refuse_copies(train)
+    _refuse_copies(train, valid)
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
@@ -236,8 +236,19 @@ def prepare(config: RunConfig, processes: int) -> Run:
     return Run(**parts, processes=processes, train=batches, valid=windows)
 
 
-def _refuse_copies(corpora: list[Corpus]) -> None:
+def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
     seen: dict[str, str] = {}
+    for name, corpus in held_out.items():
+        other = seen.setdefault(corpus.fingerprint, name)
+        if other != name:
+            raise UserError(f"data.valid.{name} has the same contents as {other}; list it once.")
+    for corpus in corpora:
+        if corpus.fingerprint in seen:
+            raise UserError(
+                f"data.train: {corpus.prefix} is a held-out corpus too (data.valid), whose loss "
+                f"would say nothing; hold out other documents (`data_prep pack --held-out`)."
+            )
+    seen = {}
     for corpus in corpora:
         other = seen.setdefault(corpus.fingerprint, corpus.prefix)
         if other != corpus.prefix:

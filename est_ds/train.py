@@ -238,6 +238,7 @@ def _state(run: Run, done: int, evaluation_due: bool) -> dict[str, Any]:
         "versions": {name: version(name) for name in VERSIONS},
         "config": run.config.model_dump(mode="json", by_alias=True),
         "corpus": run.train.fingerprint,
+        "held_out": {name: windows.corpus.fingerprint for name, windows in run.valid.items()},
         "tokens": done * run.tokens_per_step,
         "next": _next(run, done),
     }
@@ -262,6 +263,13 @@ def _check_state(run: Run, state: dict[str, Any]) -> None:
             f"checkpoint). Set these fields as they were, or start a new run_dir."
         )
     _check_corpora(run, state["corpus"])
+    for name, fingerprint in state["held_out"].items():
+        if name in run.valid and run.valid[name].corpus.fingerprint != fingerprint:
+            raise UserError(
+                f"the held-out corpus {name!r} (data.valid) is not the one of this run's losses "
+                f"(fingerprint {run.valid[name].corpus.fingerprint}, not {fingerprint}); point it "
+                f"to that corpus, or give the new one another name."
+            )
     then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
     if then != now:
         raise UserError(

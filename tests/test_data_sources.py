@@ -22,8 +22,10 @@ from data_prep.__main__ import main
 from data_prep.config import Preparation, read_data_file
 from data_prep.readers.base import Rules, Skipped
 from data_prep.readers.delimited import DelimitedFile
-from data_prep.sources import open_sources, read_documents
+from data_prep.readers.rows import ParquetFile
+from data_prep.sources import open_sources, read_documents, walk
 from est_ds.data.indexed import Corpus
+from est_ds.errors import UserError
 
 TEXTS = [f"document {i}: " + "naïve 好 text\n" * (i % 7) + "<|end|> </s>" for i in range(300)]
 
@@ -65,7 +67,7 @@ def texts_of(**source):
     skipped = Skipped()
     readers = open_sources(preparation.sources)
     found = [document.text for document in read_documents(readers, Rules(), skipped)]
-    assert not skipped.counts
+    assert set(skipped.counts) <= {"empty"}
     return found
 
 
@@ -333,3 +335,47 @@ def test_a_data_file_packs_and_flags_go_before_it(tokenizer, tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--input", str(path)]) == 2
     assert "--input beside --config" in capsys.readouterr().err
+
+
+def test_order_of_a_folder_with_links_is_not_the_file_systems(tmp_path):
+    found = []
+    for order in (("b", "zz"), ("zz", "b")):
+        root = tmp_path / "-".join(order)
+        for name in order:
+            (root / name).mkdir(parents=True)
+        (root / "zz" / "d").mkdir()
+        (root / "zz" / "d" / "x.txt").write_text("x")
+        (root / "b" / "c").symlink_to(root / "zz" / "d")
+        (root / "m.txt").write_text("m")
+        found.append([path.relative_to(root).as_posix() for path in walk(root)])
+    assert found[0] == found[1] == ["m.txt", "zz/d/x.txt"]
+
+
+def test_folder_beside_a_link_to_it_is_read_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("x")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert list(walk(tmp_path)) == [tmp_path / "a" / "x.txt"]
+
+
+def test_shard_is_not_taken_for_a_corpus(tmp_path):
+    (tmp_path / "c.manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="one shard of"):
+        Corpus.open(tmp_path / "c-00001")
+
+
+def test_empty_compressed_file_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl.gz").touch()
+    with pytest.raises(UserError, match="no compressed file"):
+        list(DelimitedFile("a", tmp_path / "a.jsonl.gz", "text").pieces(None, Rules()))
+
+
+def test_parquet_text_that_is_not_utf_8_is_named_or_skipped(tmp_path):
+    raw = pyarrow.array([b"good", b"\xff\xfe", b"fine"], pyarrow.binary())
+    parquet.write_table(pyarrow.table({"text": raw.view(pyarrow.string())}), tmp_path / "a.parquet")
+    [piece] = ParquetFile("a", tmp_path / "a.parquet", "text").pieces(None, Rules())
+    with pytest.raises(UserError, match="row 1"):
+        list(piece.documents(Rules(), Skipped()))
+    skipped = Skipped()
+    assert [d.text for d in piece.documents(Rules(invalid="skip"), skipped)] == ["good", "fine"]
+    assert sum(skipped.counts.values()) == 1

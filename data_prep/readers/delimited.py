@@ -42,12 +42,17 @@ class DelimitedPiece(Piece):
             skipped.add("too long", f"{self.source}#{self.first}")
             return
         parse = self._plain if self.field is None else self._json
-        for number, raw in enumerate(self.content.split(self.delimiter), self.first):
+        contents = self.content.split(self.delimiter)
+        if not contents[-1]:
+            contents.pop()  # behind the last delimiter there is no document
+        for number, raw in enumerate(contents, self.first):
             id_ = f"{self.source}#{number}"
             if len(raw) > rules.max_document_bytes:
                 skipped.add("too long", id_)
                 continue
             if not raw.strip():
+                if self.field is None:
+                    skipped.add("empty", id_)
                 continue
             text, problem = parse(raw, "utf-8-sig" if number == 1 else "utf-8")
             if problem:
@@ -102,6 +107,8 @@ class DelimitedFile(Reader):
     def pieces(self, position: Position | None, rules: Rules) -> Iterator[Piece]:
         place = position or {"byte": 0, "document": 1}
         offset, first = place["byte"], place["document"]
+        if not self.stored_bytes and self.path.suffix in COMPRESSIONS:
+            raise unreadable(self.path, OSError(0, "empty, which no compressed file is"))
         try:
             with _opened(self.path, offset) as (file, tell):
                 for content, end, too_long in self._blocks(file, rules.max_document_bytes):
@@ -141,7 +148,6 @@ class DelimitedFile(Reader):
             yield b"", dropped + len(rest), True
         elif rest:
             yield rest, len(rest), False
-
 
     def _last_end(self, content: bytes, searched: int) -> int:
         """End of the last delimiter, 0 if there is none. Delimiters are taken from the left: those

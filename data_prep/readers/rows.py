@@ -56,12 +56,29 @@ def _gathered(groups: Iterable[list[Any]]) -> Iterator[list[Any]]:
     rows, size = [], 0
     for group in groups:
         rows += group
-        size += sum(len(text) for text in group if isinstance(text, str))
+        size += _size(group)
         if size >= PIECE_BYTES:
             yield rows
             rows, size = [], 0
     if rows:
         yield rows
+
+
+def _texts(column: Any) -> list[Any]:
+    """Strings of a column; what is not UTF-8 stays bytes, and is no valid text."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        import pyarrow
+
+        return [_decoded(value) for value in column.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return value if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def _size(rows: list[Any]) -> int:
@@ -107,7 +124,7 @@ class ParquetFile(Reader):
         if not wanted:
             return
         for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=wanted, columns=[self.column]):
-            texts = batch.column(0).to_pylist()
+            texts = _texts(batch.column(0))
             yield texts[row:]
             row = max(0, row - len(texts))
 

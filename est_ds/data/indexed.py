@@ -1,6 +1,7 @@
 """Packed corpora: Megatron's indexed dataset, in one pair of files or many, as one stream."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +63,12 @@ class Corpus:
                 raise UserError(
                     f"corpus {prefix}: its shards are there, but not {manifest_path(prefix)}, which "
                     f"names them; copy it beside them, or pack the corpus again."
+                )
+            group = re.fullmatch(r"(.*)-\d{5}", prefix)
+            if group and manifest_path(group[1]).is_file():
+                raise UserError(
+                    f"corpus {prefix} is one shard of {group[1]}; give that prefix, which stands "
+                    f"for all of them."
                 )
             return cls(prefix, [read_header(prefix)], None)
         headers = [read_header(prefix + shard.suffix) for shard in manifest.shards]
@@ -170,7 +177,13 @@ class Corpus:
     def _probe_vocabulary(self) -> int:
         length = min(_PROBE_TOKENS, self.num_tokens)
         starts = np.linspace(0, self.num_tokens - length, _NUM_PROBES).astype(np.int64)
-        return 1 + max(int(self.window(start, length).max()) for start in np.unique(starts))
+        probed = [self.window(start, length) for start in np.unique(starts)]
+        if (lowest := min(int(tokens.min()) for tokens in probed)) < 0:
+            raise UserError(
+                f"corpus {self.prefix}: it holds the token {lowest}, and tokens count from 0; the "
+                f"type in its .idx may be wrong: pack it again as uint16 or int32."
+            )
+        return 1 + max(int(tokens.max()) for tokens in probed)
 
 
 class OpenShard:

@@ -264,6 +264,15 @@ def test_slow_disk_does_not_stop_training(synthetic_run, tmp_path):  # noqa: F81
     assert marks["steps"]["13"] < marks["written"][0]
 
 
+def test_checkpoints_are_completed_without_looking_at_files(synthetic_run, tmp_path):  # noqa: F811
+    processes, arguments = LAYOUTS["data 2, ZeRO 1"]
+    job = {"run": synthetic_run, "overrides": [f"run_dir={tmp_path}/run", *arguments, *EST]}
+    train_all(tmp_path / "log", processes, [{**job, "late_markers": True}])
+    store = Store(tmp_path / "run" / "checkpoints")
+    assert store.steps() == [5, 8, 10, 14, 15, 20] and store.named("latest") == 20
+    assert all(damage(store.path(step)) is None for step in store.steps())
+
+
 def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(run_at_15):
     """The limit of a file's size stands for the disk's: writing fails in the same place."""
     command = f"ulimit -f 300; exec {sys.executable} -m est_ds.cli train {run_at_15} --processes 2"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from dataclasses import dataclass, fields
 from functools import cached_property
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
 
 from est_ds.config import Data, RunConfig, checked
@@ -206,6 +208,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
         UserError: something does not fit or is missing; nothing has been written.
     """
     planned = plan_run(config)
+    _check_compiler(config)
     config.batch.accumulation(config.data_parallel(processes))
     data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
@@ -234,6 +237,15 @@ def prepare(config: RunConfig, processes: int) -> Run:
     check_run_dir(config)
     parts = {f.name: getattr(planned, f.name) for f in fields(planned)}
     return Run(**parts, processes=processes, train=batches, valid=windows)
+
+
+def _check_compiler(config: RunConfig) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise UserError(
+            f"compile=True needs a C++ compiler on a machine without GPU, and there is no "
+            f"{compiler!r}; install it (or name another in CXX), or set compile=false."
+        )
 
 
 def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:

@@ -248,6 +248,12 @@ def test_export_without_a_checkpoint_is_refused(tiny_run, tmp_path, capsys):
     assert "no checkpoint" in refused(capsys, "export", tiny_run, f"run_dir={tmp_path / 'run'}")
 
 
+def test_compiling_without_a_compiler_is_refused(tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", "compile=true")
+    assert "no-such-compiler" in error and "compile=false" in error
+
+
 def test_error_inside_the_launcher_is_said_once(tiny_run, tmp_path):
     # RANK is set as by a launcher of the user's own; the process is the second of two.
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}

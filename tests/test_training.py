@@ -135,7 +135,10 @@ def test_ending_est_ds_ends_every_process(number, tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}"]
     log = (tmp_path / "log").open("w")
+    # Under nohup the tests ignore SIGHUP, which would be inherited.
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     started = subprocess.Popen([*command, "evaluate.every=1"], stdout=log, stderr=log)
+    signal.signal(signal.SIGHUP, former)
     metrics = run_dir / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text())
     started.send_signal(number)

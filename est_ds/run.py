@@ -254,12 +254,6 @@ def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
         other = seen.setdefault(corpus.fingerprint, name)
         if other != name:
             raise UserError(f"data.valid.{name} has the same contents as {other}; list it once.")
-    for corpus in corpora:
-        if corpus.fingerprint in seen:
-            raise UserError(
-                f"data.train: {corpus.prefix} is a held-out corpus too (data.valid), whose loss "
-                f"would say nothing; hold out other documents (`data_prep pack --held-out`)."
-            )
     seen = {}
     for corpus in corpora:
         other = seen.setdefault(corpus.fingerprint, corpus.prefix)

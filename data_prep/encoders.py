@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from est_ds.errors import UserError
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(ABC):
     """A tokenizer that can be sent to another process.
 
     Attributes:
@@ -26,10 +27,10 @@ class Encoder:
     eos_id: int | None
     unknown_id: int | None
 
+    @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts on one thread, with nothing put around them: text that spells a special
         token stays text."""
-        raise NotImplementedError
 
 
 class SentencePiece(Encoder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from data_prep.shards import ShardWriter
 from data_prep.tokenizing import Job, Result
 from est_ds.data.manifest import FORMAT_VERSION, Manifest, Shard, manifest_path
 from est_ds.errors import UserError
+from est_ds.locking import hold
 
 COMMIT_EVERY_S = 10.0
 # Raised whenever the same sources and settings would give other bytes.
@@ -259,20 +259,13 @@ def _remove_former(prefix: str, shards: list[Shard]) -> None:
 def _locked(folder: Path) -> Any:
     """The folder, made and held by this process until the file is closed."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a+")
+        return hold(folder / "lock")
+    except BlockingIOError:
+        raise UserError(
+            f"--out: another process is packing into {folder}; wait for it, or give another --out."
+        ) from None
     except OSError as error:
         raise UserError(
             f"--out: cannot make the folder {folder} ({error.strerror}); give a path that can be "
             f"written."
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"--out: another process is packing into {folder}; wait for it, or give another --out."
-        ) from None
-    except OSError:
-        pass  # some shared file systems have no locks: the packing then goes unguarded
-    return lock

@@ -192,7 +192,7 @@ def _step(text: str) -> int:
 
 
 def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.config import load_run
+    from est_ds.run_file import load_run
     from est_ds.planning import plan_report, plot_plan
 
     config = load_run(parsed.run, parsed.overrides)
@@ -203,7 +203,7 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.checkpoints.store import LATEST, Store
-    from est_ds.config import load_run
+    from est_ds.run_file import load_run
     from est_ds.engine.setup import leave_processes
     from est_ds.guard import launch
     from est_ds.launching import where_to
@@ -264,7 +264,7 @@ def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.config import load_run
+    from est_ds.run_file import load_run
     from est_ds.export import export
     from est_ds.plans.chosen import Keep
 

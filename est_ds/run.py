@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 from dataclasses import dataclass, fields
@@ -24,6 +22,7 @@ from est_ds.data.objectives.base import Objective, Settings, Surroundings
 from est_ds.engine.layout import pipe_cuts
 from est_ds.engine.settings import check_deepspeed_section
 from est_ds.errors import UserError
+from est_ds.locking import hold
 from est_ds.lr import check_schedule
 from est_ds.metrics import FILE
 from est_ds.model import empty_model
@@ -313,27 +312,17 @@ def lock_run_dir(config: RunConfig) -> TextIO:
     Raises:
         UserError: another process trains it, or it cannot be written.
     """
-    directory = Path(config.run_dir)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK).open("a+")
-    except OSError as e:
-        raise UserError(
-            f"run_dir={config.run_dir!r} cannot be written ({e.strerror}); choose another folder."
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(Path(config.run_dir) / LOCK)
     except BlockingIOError:
-        lock.close()
         raise UserError(
             f"run_dir={config.run_dir!r} is being trained by another process; wait for it, stop "
             f"it, or choose another run_dir."
         ) from None
     except OSError as e:
-        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        # Some shared file systems have no locks: the run then goes unguarded.
-    return lock
+        raise UserError(
+            f"run_dir={config.run_dir!r} cannot be written ({e.strerror}); choose another folder."
+        ) from None
 
 
 def write_config(config: RunConfig) -> None:

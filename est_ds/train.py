@@ -17,8 +17,8 @@ from est_ds.config import RunConfig, checked
 from est_ds.data.prefetch import Prefetched
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
-from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
+from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.engine.setup import start_processes
 from est_ds.errors import Failure, UserError
 from est_ds.flops import Flops, dense_flops, step_flops

@@ -22,10 +22,10 @@ hostname {name}
 mount --bind {folder}/{name}.hosts /etc/hosts
 mount -t tmpfs tmpfs /run && mkdir /run/sshd
 mount -t tmpfs tmpfs /dev/shm
-mkdir -p /root/.ssh
-mount -t tmpfs tmpfs /root/.ssh
-cp {folder}/ssh_config /root/.ssh/config
-chmod 700 /root/.ssh && chmod 600 /root/.ssh/config
+mkdir -p ~root/.ssh
+mount -t tmpfs tmpfs ~root/.ssh
+cp {folder}/ssh_config ~root/.ssh/config
+chmod 700 ~root/.ssh && chmod 600 ~root/.ssh/config
 exec {sshd} -D -e -f {folder}/{name}.sshd
 """
 SSHD = """

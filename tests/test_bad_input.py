@@ -10,7 +10,7 @@ import yaml
 from conftest import est_ds
 
 from est_ds import cli
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.run import lock_run_dir
 
 # Overrides of the tiny run, and what the error must name.

@@ -15,7 +15,7 @@ from test_data import write_corpus
 from torch.nn.functional import cross_entropy
 from workers import train_all
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Batches, Windows
 from est_ds.data.objectives.mlm import Masking, Mlm

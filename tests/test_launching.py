@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, est_ds
 
 from est_ds import hosts
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.launching import where_to
 

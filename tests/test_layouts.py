@@ -17,7 +17,7 @@ from conftest import TINY_MODEL, TINY_RUN
 from layouts import LAYOUTS, METHODS, train_in
 from reference import Reference, assert_close, plain_adamw
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.metrics import read_metrics
 
 GOLDEN = Path(__file__).parent / "golden"

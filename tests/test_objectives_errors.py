@@ -7,7 +7,7 @@ import yaml
 from test_data import write_corpus
 from test_objectives_training import BERT, T5
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.run import check_run_dir, prepare
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.planning import plan_report
 from est_ds.run import prepare
 

@@ -8,7 +8,7 @@ import yaml
 from conftest import TINY_MODEL, est_ds
 from reference import assert_close
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.engine.base import adamw
 from est_ds.lr import learning_rate
 from est_ds.metrics import read_metrics

@@ -13,7 +13,7 @@ from reference import assert_close, plain_adamw
 from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import train_all
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.metrics import read_metrics
 from est_ds.run import plan_run

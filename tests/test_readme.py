@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.planning import plan_report
 from est_ds.run import plan_run
 from est_ds.slicing.families import hf_config

@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from conftest import TINY_MODEL
 
-from est_ds.config import RunConfig, load_run
+from est_ds.config import RunConfig
+from est_ds.run_file import load_run
 from est_ds.data.manifest import Manifest, manifest_path
 from est_ds.errors import UserError
 from est_ds.metrics import FILE, MetricsFile

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, est_ds
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.engine.base import token_loss
 from est_ds.errors import UserError
 from est_ds.lr import learning_rate

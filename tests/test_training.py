@@ -15,7 +15,7 @@ import torch
 from conftest import est_ds
 from reference import assert_close, plain_adamw
 
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.metrics import read_metrics
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from est_ds import cli
 from est_ds.checkpoints.files import describe
 from est_ds.checkpoints.index import FILE, read_index
-from est_ds.config import load_run
+from est_ds.run_file import load_run
 from est_ds.resuming.compare import Bounds, compare_runs
 from est_ds.resuming.short import default_cut, shortened
 from est_ds.resuming.verify import OTHER_LAYOUT, ResumeCheck

@@ -79,7 +79,7 @@ def start(
 def main(file: str) -> None:
     from est_ds import runtime
     from est_ds import train as training
-    from est_ds.config import load_run
+    from est_ds.run_file import load_run
     from est_ds.engine.setup import leave_processes, start_processes
     from est_ds.run import prepare
 

@@ -19,7 +19,8 @@ import psutil
 import torch
 
 import est_ds
-from est_ds.config import RunConfig, load_run
+from est_ds.config import RunConfig
+from est_ds.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.engine.rendezvous import interface_of, own_address, versions
 from est_ds.errors import UserError

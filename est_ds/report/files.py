@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from est_ds.config import RunConfig, load_run
+from est_ds.config import RunConfig
+from est_ds.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.flops import phase_ratios
 from est_ds.metrics import FILE, read_metrics

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from est_ds import runtime
 from est_ds.checkpoints.store import LATEST, Store
-from est_ds.config import Checkpoint, RunConfig, load_run
+from est_ds.config import Checkpoint, RunConfig
+from est_ds.run_file import load_run
 from est_ds.errors import Failure, UserError
 from est_ds.guard import launch
 from est_ds.launching import check_processes, default_processes, this_machine

@@ -36,7 +36,8 @@ class Slice:
 class Leaf:
     """A linear layer of which a plan keeps some units.
 
-    `nn.Linear` holds its weight as [out, in], the library's `Conv1D` (GPT-2) as [in, out].
+    No ABC, and so is `Skippable`: its metaclass would become that of every swapped module. A
+    subclass says what `est_kept` is. `nn.Linear` holds its weight as [out, in], the library's `Conv1D` (GPT-2) as [in, out].
     """
 
     est_slice: Slice | None = None

@@ -145,6 +145,8 @@ class Objective(ABC):
     def crossing(self, starts: np.ndarray) -> np.ndarray:
         """Labels of a sample that belong to another document than the token that predicts them.
 
+        Only asked of objectives whose settings are `separable`; the others have none.
+
         Args:
             starts: where documents begin in the window after its first token, sorted.
         """
@@ -179,15 +181,17 @@ class Settings(Strict):
     def target_sequence(self, sequence: int) -> int:
         """Decoder tokens of a sample whose encoder reads `sequence` tokens.
 
+        Only asked of objectives whose `heads` include an encoder-decoder; the others have none.
+
         Raises:
             UserError: `sequence` is too short for the settings.
         """
         raise NotImplementedError
 
+    @abstractmethod
     def build(self, surroundings: Surroundings) -> Objective:
         """The objective.
 
         Raises:
             UserError: the settings do not fit the data or the model.
         """
-        raise NotImplementedError

@@ -7,11 +7,13 @@ every checkpoint and at every phase change, and at no cost in between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch.distributed as dist
 
-from est_ds.errors import Failure
+from est_ds.errors import Failure, UserError
 from est_ds.run import Run
 
 
@@ -43,3 +45,30 @@ def check_agreement(run: Run, step: int) -> None:
                     f"(digests: {named}): they run another version of est_ds, of the run file or "
                     f"of the corpus. Make them equal on every node and start again."
                 )
+
+
+def check_hashes(run: Run, reads: bool, goes_on: Callable[[], None]) -> None:
+    """Compares every byte of the corpora with their manifests. Every rank calls it.
+
+    Args:
+        reads: whether this rank does it: one of every node.
+        goes_on: called every second while any rank reads.
+
+    Raises:
+        UserError: a file was altered, or a corpus has no manifest; all raise it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        reading: Future[None] | None = pool.submit(run.check_hashes) if reads else None
+        while True:
+            goes_on()
+            done = reading is None or bool(wait([reading], 1.0).done)
+            error = reading.exception() if reading and done else None
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, (done, error))
+            for _, found in everyone:
+                if isinstance(found, UserError):
+                    raise found
+            if error:
+                raise error
+            if all(done for done, _ in everyone):
+                return

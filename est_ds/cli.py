@@ -1,4 +1,4 @@
-"""`est-ds VERB`: exit code 0 done, 2 the input is wrong, 1 a failure."""
+"""`est-ds VERB`: exit code 0 done, 2 the input is wrong, 1 a failure (3: one that would recur)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import est_ds
 from est_ds import preempt, runtime
-from est_ds.errors import Failure, UserError
+from est_ds.errors import Diverged, Failure, UserError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         _leave(2)
     except Failure as e:
         _complain("failed", e)
-        _leave(1)
+        _leave(3 if isinstance(e, Diverged) else 1)
     except BrokenPipeError:  # `est-ds plan RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

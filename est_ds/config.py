@@ -266,6 +266,41 @@ class Watchdog(Strict):
     limit_s: Annotated[float, Field(ge=5.0)] = 600.0
 
 
+class Divergence(Strict):
+    """What happens when a loss or a gradient is no number, or when a loss jumps.
+
+    Attributes:
+        nonfinite: `stop` the run; `skip` the step; or `rollback`: go back to the last checkpoint,
+            and leave that step out when it comes again.
+        spikes: `report` a loss that is more than `deviations` robust standard deviations above the
+            median of the last `window` ones of its phase, or `rollback`.
+        limit: steps that may be left out in the whole run (default 10); then it stops.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    spikes: Literal["report", "rollback"] = "report"
+    deviations: Annotated[float, Field(gt=0.0)] = 6.0
+    window: Annotated[int, Field(ge=8)] = 128
+    limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _limit_takes_effect(self) -> Divergence:
+        if self.limit is not None and self.nonfinite == "stop" and self.spikes == "report":
+            raise ValueError(
+                f"limit={self.limit} has no effect with nonfinite=stop and spikes=report, which "
+                f"leave no step out; remove it, or set nonfinite=skip or rollback"
+            )
+        return self
+
+    @property
+    def rolls_back(self) -> bool:
+        return "rollback" in (self.nonfinite, self.spikes)
+
+    @property
+    def allowed(self) -> int:
+        return 10 if self.limit is None else self.limit
+
+
 class Log(Strict):
     every: Positive = 1
 
@@ -292,6 +327,7 @@ class RunConfig(Strict):
     evaluate: Evaluate
     log: Log = Log()
     watchdog: Watchdog = Watchdog()
+    divergence: Divergence = Divergence()
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of every layer
     deepspeed: dict[str, Any] = {}

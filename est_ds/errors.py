@@ -13,3 +13,10 @@ class Failure(RuntimeError):
 
     The command line prints it once, without a traceback, and exits with code 1.
     """
+
+
+class Diverged(Failure):
+    """The run cannot go on because of what it computes: it would come to the same again.
+
+    The command line exits with code 3.
+    """

@@ -53,7 +53,7 @@ def launch(
             they are when a machine is lost.
 
     Returns:
-        Exit code: 0, 1, 2 or `preempt.EXIT_CODE` as the processes', 128 + n after signal n.
+        Exit code: 0, 1, 2, 3 or `preempt.EXIT_CODE` as the processes', 128 + n after signal n.
     """
     with TemporaryDirectory(prefix="est-ds-") as folder:
         environment = _environment(where, Path(folder))
@@ -73,7 +73,7 @@ def launch(
         code = guard.wait(kill_when)
     if guard.ended_by is not None:
         return 128 + guard.ended_by
-    return code if code in (0, 2, preempt.EXIT_CODE) else 1
+    return code if code in (0, 2, 3, preempt.EXIT_CODE) else 1
 
 
 class _Guard:

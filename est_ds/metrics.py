@@ -12,15 +12,24 @@ FILE = "metrics.jsonl"
 
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training lines and evaluation lines, in order; a last line cut short is left out."""
+    lines = _lines(run_dir)
+    return [e for e in lines if "loss" in e], [e for e in lines if "eval_loss" in e]
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of steps that were left out (`skipped`: why) or whose loss was a spike (`spike`)."""
+    return [e for e in _lines(run_dir) if "skipped" in e or "spike" in e]
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / FILE
-    steps, evaluations = [], []
+    found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            entry = json.loads(line)
+            found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        (evaluations if "eval_loss" in entry else steps).append(entry)
-    return steps, evaluations
+    return found
 
 
 class MetricsFile:
@@ -32,18 +41,25 @@ class MetricsFile:
     """
 
     def __init__(self, run_dir: Path, start: int) -> None:
-        file = run_dir / FILE
-        steps, evaluations = read_metrics(run_dir)
-        kept = [e for e in steps if e["step"] < start]
-        kept += [e for e in evaluations if e["step"] < start]
+        self._run_dir = run_dir
+        self._open(start)
+
+    def write(self, **entry: Any) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+
+    def go_back(self, start: int) -> None:
+        """Drops the lines from step `start` on."""
+        self._file.close()
+        self._open(start)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self, start: int) -> None:
+        file = self._run_dir / FILE
+        kept = [e for e in _lines(self._run_dir) if e["step"] < start]
         kept.sort(key=lambda e: (e["step"], "eval_loss" in e))
         beside = file.with_name(FILE + ".partial")
         beside.write_text("".join(json.dumps(e) + "\n" for e in kept))
         os.replace(beside, file)
         self._file = file.open("a", buffering=1)
-
-    def write(self, **entry: Any) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-
-    def close(self) -> None:
-        self._file.close()

@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
     "evaluate.*",
     "log.*",
     "watchdog.*",
+    "divergence.*",
     "activation_checkpointing",
     "compile",
     "data.train",

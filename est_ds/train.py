@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.metadata import version
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from est_ds.agreement import check_agreement
+from est_ds.agreement import check_agreement, check_hashes
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
-from est_ds.config import RunConfig, checked
 from est_ds.data.prefetch import Prefetched
+from est_ds.divergence import History
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
 from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
 from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.engine.setup import start_processes
-from est_ds.errors import Failure, UserError
 from est_ds.flops import Flops, dense_flops, step_flops
 from est_ds.lr import learning_rate
 from est_ds.metrics import MetricsFile
@@ -28,7 +25,8 @@ from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.preempt import Preempted, noticed
 from est_ds.progress import Progress
-from est_ds.run import Run, differences, lock_run_dir, write_config
+from est_ds.run import Run, data_shares, lock_run_dir, write_config
+from est_ds.run_state import check_state, run_state
 from est_ds.runtime import World, say
 from est_ds.watchdog import Watchdog
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 # Micro-batches a pipe stage between two looks for a notice.
 EVALUATE_AT_ONCE = 8
-VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 
 
 def train(run: Run, world: World) -> None:
@@ -45,14 +42,15 @@ def train(run: Run, world: World) -> None:
 
     Raises:
         UserError: the checkpoint does not fit the run, or a corpus was altered.
-        Failure: the loss is no number, ranks disagree, or a checkpoint cannot be written.
+        Failure: ranks disagree, or a checkpoint cannot be written.
+        Diverged: a loss or a gradient is no number, and `divergence` does not let it go on.
     """
     config = run.config
-    if config.data.verify == "hashes" and world.local_rank == 0:
-        run.check_hashes()  # once a node; the others wait for it to join them
     lock = lock_run_dir(config) if world.is_first else None
     meeting = start_processes(world, config.watchdog.limit_s)
     with Watchdog(meeting, world, config.watchdog.limit_s) as watchdog:
+        if config.data.verify == "hashes":
+            check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))
         _train(run, world, watchdog)
     if lock:
         lock.close()
@@ -61,12 +59,11 @@ def train(run: Run, world: World) -> None:
 def _train(run: Run, world: World, watchdog: Watchdog) -> None:
     config, method, directory = run.config, run.method, run.directory
     store = Store(directory / "checkpoints")
-    start = choose_checkpoint(store, config.resume) or 0
-    evaluation_due = False
-    if start:
-        state = read_index(store.path(start)).state
-        _check_state(run, state)
-        evaluation_due = state.get("evaluation_due", False)
+    resumed = choose_checkpoint(store, config.resume)
+    start = resumed or 0
+    state = {} if resumed is None else read_index(store.path(start)).state
+    if state:
+        check_state(run, state)
     if world.is_first:
         write_config(config)
     engine = build_engine(
@@ -78,7 +75,7 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
         world,
         str(directory / "tensorboard"),
     )
-    if start:
+    if resumed is not None:
         load_checkpoint(engine, store.path(start))
     metrics = MetricsFile(directory, start) if world.is_first else None
     _say_start(run, engine, start)
@@ -86,43 +83,58 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
 
     work = _work_by_phase(run)
     ends = {phase.until_step for phase in method.phases}
+    boundaries = ends | {share.from_step for share in data_shares(config)}
+    history = History(config.divergence, boundaries, state.get("divergence"))
     progress = Progress(config.steps, start, _remaining(run, start, work), world.is_first)
     share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
     loader = Prefetched(run.train, config.steps, **share)
     with progress, loader, Saver(engine, store) as saver:
         saver.check_space()
-        if evaluation_due:  # a notice cut it short
+        if state.get("evaluation_due"):  # a notice cut it short
             losses = evaluate(run, engine, start - 1)
             _report_evaluation(run, engine, metrics, progress, start - 1, losses)
-        for step in range(start, config.steps):
+        if config.divergence.rolls_back and resumed is None:
+            saver.save(0, run_state(run, 0, history), None)
+        step = start
+        while step < config.steps:
             watchdog.mark(step, "training")
-            began = time.perf_counter()
+            done = step + 1
             if growth := method.growth(step):
                 # A checkpoint before it has just been written, or loaded: a crash loses nothing.
                 engine.grow(growth)
             plan = method.plan(step)
             rate = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
-            engine.set_learning_rate(rate)
-            with engine.subnetwork.active(plan):
-                loss = engine.train_batch(loader.micro_batches(step))
-            step_s = time.perf_counter() - began
-            if not math.isfinite(loss):
-                raise Failure(
-                    f"the loss of step {step} is {loss}; resume from an earlier checkpoint with a "
-                    f"lower optimizer.lr, or with precision=fp32"
-                )
-
-            done = step + 1
-            phase = method.phases[plan.phase].name
-            progress.step(step, phase, loss, run.tokens_per_step / step_s)
-            if done % config.log.every == 0 or done in ends:
-                entry = _entry(run, engine, step, plan, loss, rate, step_s)
-                if done in ends and (shares := engine.pipe_shares()):
-                    entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
-                    progress.note(_pipe_note(run, engine, plan.phase, shares))
+            if history.begin(step):
+                began = time.perf_counter()
+                engine.set_learning_rate(rate)
+                with engine.subnetwork.active(plan):
+                    loss = engine.train_batch(loader.micro_batches(step))
+                step_s = time.perf_counter() - began
+                if history.judge(step, loss, engine.grad_norm) == "roll back":
+                    saver.finish()
+                    step = _go_back(run, engine, store, history, step)
+                    if metrics:
+                        metrics.go_back(step)
+                    continue
+            if reason := history.skipped.get(step):
+                engine.set_steps_done(done)
+                progress.note(f"step {step} is left out: {reason}")
                 if metrics:
-                    metrics.write(**entry)
-                _to_monitor(engine, entry, done * config.batch.global_)
+                    metrics.write(step=step, skipped=reason)
+            else:
+                phase = method.phases[plan.phase].name
+                progress.step(step, phase, loss, run.tokens_per_step / step_s)
+                if done % config.log.every == 0 or done in ends or history.spike:
+                    entry = _entry(run, engine, step, plan, loss, rate, step_s)
+                    if history.spike:
+                        entry["spike"] = history.spike
+                        progress.note(f"step {step}: {history.spike}")
+                    if done in ends and (shares := engine.pipe_shares()):
+                        entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
+                        progress.note(_pipe_note(run, engine, plan.phase, shares))
+                    if metrics:
+                        metrics.write(**entry)
+                    _to_monitor(engine, entry, done * config.batch.global_)
             eval_loss, last, notice = None, done == config.steps, noticed()
             due = last or done % config.evaluate.every == 0
             if due and (last or not notice):
@@ -135,11 +147,12 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
             if done % config.checkpoint.every == 0 or done in ends or notice:
                 watchdog.mark(done, "saving")
                 check_agreement(run, done)
-                saver.save(done, _state(run, done, due and notice), eval_loss)
+                saver.save(done, run_state(run, done, history, due and notice), eval_loss)
                 notice = notice or noticed()
             if notice and not last:
                 saver.finish()
                 raise Preempted(done)
+            step = done
     if metrics:
         metrics.close()
 
@@ -231,63 +244,13 @@ def _report_evaluation(
     return mean
 
 
-def _state(run: Run, done: int, evaluation_due: bool) -> dict[str, Any]:
-    """What a checkpoint holds besides weights and optimizer."""
-    return {
-        "evaluation_due": evaluation_due,
-        "versions": {name: version(name) for name in VERSIONS},
-        "config": run.config.model_dump(mode="json", by_alias=True),
-        "corpus": run.train.fingerprint,
-        "held_out": {name: windows.corpus.fingerprint for name, windows in run.valid.items()},
-        "tokens": done * run.tokens_per_step,
-        "next": _next(run, done),
-    }
-
-
-def _next(run: Run, step: int) -> dict[str, Any] | None:
-    """What the step after a checkpoint does, as far as it can be said beforehand."""
-    config = run.config
-    if step == config.steps:
-        return None
-    return {
-        "lr": learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
-        "plan_digest": run.method.plan(step).digest,
-        "data_digest": run.train.digest(step),
-    }
-
-
-def _check_state(run: Run, state: dict[str, Any]) -> None:
-    if differing := differences(checked(RunConfig, state["config"]), run.config):
-        raise UserError(
-            f"the checkpoint is of a run of another config: {'; '.join(differing[:3])} (there: the "
-            f"checkpoint). Set these fields as they were, or start a new run_dir."
-        )
-    _check_corpora(run, state["corpus"])
-    for name, fingerprint in state["held_out"].items():
-        if name in run.valid and run.valid[name].corpus.fingerprint != fingerprint:
-            raise UserError(
-                f"the held-out corpus {name!r} (data.valid) is not the one of this run's losses "
-                f"(fingerprint {run.valid[name].corpus.fingerprint}, not {fingerprint}); point it "
-                f"to that corpus, or give the new one another name."
-            )
-    then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
-    if then != now:
-        raise UserError(
-            f"the checkpoint's next step was to be {then}, and is now {now}: the checkpoint is of "
-            f"{state['versions']}, and this version goes on otherwise; use that version, or start "
-            f"a new run_dir."
-        )
-
-
-def _check_corpora(run: Run, trained_on: str) -> None:
-    then, now = trained_on.split("+"), run.train.fingerprint.split("+")
-    for i, part in enumerate(run.config.data.parts):
-        if now[i] not in then[i : i + 1]:
-            raise UserError(
-                f"data.train={part.corpus!r} is not the corpus that the checkpoint was trained on "
-                f"(fingerprint {now[i]}, not {(*then, 'none')[i]}); point it to that corpus, or "
-                f"start a new run_dir."
-            )
+def _go_back(run: Run, engine: Engine, store: Store, history: History, step: int) -> int:
+    """Loads the last good checkpoint before a step that is to be left out; returns its step."""
+    back = choose_checkpoint(store, "auto")
+    say(f"step {step}: {history.skipped[step]}; going back to step {back}, to leave that one out")
+    load_checkpoint(engine, store.path(back))
+    history.go_back(read_index(store.path(back)).state.get("divergence"))
+    return back
 
 
 def _flops(run: Run, plan: Plan) -> tuple[Flops, Flops]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,14 @@ class Reference:
     model: nn.Module
 
 
-def plain_adamw(config: RunConfig) -> Reference:
+def plain_adamw(config: RunConfig, left_out: Collection[int] = ()) -> Reference:
     """Trains a run without DeepSpeed; inactive parameters have zero gradients.
 
     Under precision bf16 the model computes in bf16 with the same fp32 buffers, gradients of the
     micro-batches are added in fp32, and AdamW steps fp32 weights, from which bf16 ones are taken.
+
+    Args:
+        left_out: steps that are not trained.
     """
     torch.set_num_threads(1)
     run = prepare(config, 1)
@@ -52,6 +56,8 @@ def plain_adamw(config: RunConfig) -> Reference:
     )
     found = Reference([], [], {}, model)
     for step in range(config.steps):
+        if step in left_out:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
         for master in masters:

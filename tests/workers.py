@@ -39,8 +39,10 @@ def start(
             the bytes that rank 0 communicates in every step are written there, if the overrides
             turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
             takes that much longer. With `late_markers` rank 0
-            never sees what others wrote. With `free_bytes` the disk has no more. With `odd_from` the last rank draws another plan from that step
-            on.
+            never sees what others wrote. With `free_bytes` the disk has no more. With `odd_from` the
+            last rank draws another plan from that step on. `poison` has lists [step, what]: in
+            that step the last rank's activations become infinite (`loss`) or stand in the wrong
+            order (`jump`), or the first rank's gradients become infinite (`gradient`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
@@ -93,6 +95,8 @@ def main(file: str) -> None:
             groups.mpu = None  # a pipeline's, which a plain engine after it would take for its own
         traffic: list[dict[str, int]] = []
         training.build_engine = partial(_counted, build, traffic) if "traffic" in job else build
+        if "poison" in job:
+            training.build_engine = partial(_poisoned, build, job["poison"])
         if "late_markers" in job:  # a shared file system that shows other ranks' files late
             from est_ds.engine.checkpoint import Saver
 
@@ -142,6 +146,28 @@ def _slow_disk(job: dict) -> None:
         return learning_rate(schedule, peak, step, steps)
 
     checkpoint.save_file, training.learning_rate = slow, noting
+
+
+def _poisoned(build, poison: list, *arguments):
+    """An engine whose numbers go wrong in some steps, in one layer of one rank."""
+    import torch.distributed as dist
+
+    engine = build(*arguments)
+    by_step = dict(poison)
+    is_first, is_last = dist.get_rank() == 0, dist.get_rank() == dist.get_world_size() - 1
+
+    def wrong(module, inputs, output):
+        what = by_step.get(engine.deepspeed.global_steps)
+        if what is None or not output.requires_grad:  # in an evaluation
+            return output
+        if what == "gradient" and is_first:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+        if what == "loss" and is_last:
+            return output * float("inf")
+        return output.flip(1) if what == "jump" and is_last else output
+
+    engine.layers[min(engine.layers)].register_forward_hook(wrong)
+    return engine
 
 
 def _counted(build, traffic: list[dict[str, int]], *arguments):

@@ -8,7 +8,7 @@ positions) and labels (alone, or with a divisor).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,13 +40,15 @@ def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
 
     The number is B * T, or the divisor given with the labels. It does not depend on the labels
     themselves, so that micro-batches may be averaged in any grouping (a padded batch counts for
-    what it holds).
+    what it holds). An infinite loss, whose gradient may be finite, gets one that is no number: the
+    norm of the gradients alone then tells every rank that the step must not be applied.
     """
     labels_BT, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
     losses = cross_entropy(
         logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="sum"
     )
-    return losses / divisor
+    loss = losses / divisor
+    return loss * (1.0 + 0.0 * loss.detach())
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
@@ -109,19 +111,24 @@ class Engine(ABC):
         return self.config.layout(self.num_replicas * self.config.parallel.pipe)
 
     @property
-    def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients before clipping; None if none was computed."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradients before clipping.
+
+        If it is not finite, the step was not applied.
+        """
+        return float(self.deepspeed.get_global_grad_norm())
 
     def clip_over(self, group: Any | None) -> None:
-        """Replaces DeepSpeed's clipping without ZeRO, which clips every pipe stage by its own norm
-        and does not say the norm.
+        """Replaces DeepSpeed's clipping without ZeRO, which clips every pipe stage by its own norm,
+        does not say the norm, and steps whatever it is.
 
         Args:
             group: the processes that hold the pipe stages of this replica; None: this one alone.
         """
-        self.deepspeed.clip_fp32_gradients = partial(_clip, self.deepspeed, group)
+        if self.config.parallel.zero == 0:
+            engine = self.deepspeed
+            engine.clip_fp32_gradients = lambda: None
+            engine.optimizer.step = partial(_clipped_step, engine, group, engine.optimizer.step)
 
     def grow(self, growth: Growth) -> None:
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
@@ -149,7 +156,7 @@ class Engine(ABC):
             self.deepspeed.monitor.write_events([(k, v, samples) for k, v in events.items()])
 
 
-def _clip(engine: Any, group: Any | None) -> None:
+def _clipped_step(engine: Any, group: Any | None, step: Callable[[], None]) -> None:
     gradients = [
         p.grad
         for p in engine.module.parameters()
@@ -159,9 +166,11 @@ def _clip(engine: Any, group: Any | None) -> None:
     if group is not None:
         dist.all_reduce(squares, group=group)
     norm = engine._global_grad_norm = squares.sqrt()
-    torch.nn.utils.clip_grads_with_norm_(
-        engine.module.parameters(), engine.gradient_clipping(), norm
-    )
+    if not norm.isfinite():
+        return
+    if limit := engine.gradient_clipping():
+        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), limit, norm)
+    step()
 
 
 def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:

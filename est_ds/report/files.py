@@ -12,7 +12,7 @@ from est_ds.config import RunConfig
 from est_ds.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.flops import phase_ratios
-from est_ds.metrics import FILE, read_metrics
+from est_ds.metrics import FILE, read_events, read_metrics
 from est_ds.plans.methods.base import Method
 from est_ds.run import plan_run
 
@@ -38,6 +38,7 @@ class RunFiles:
     method: Method
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
 
     def lines_of(self, phase: int) -> list[dict[str, Any]]:
         """The training lines of a phase, told by step since names may repeat."""
@@ -78,7 +79,7 @@ def read_run(run_dir: str | os.PathLike) -> RunFiles:
                 f"{', '.join(missing)}; every line needs {', '.join(FIELDS)}: restore the file, or "
                 f"train again in another run_dir."
             )
-    files = RunFiles(directory, config, method, steps, evaluations)
+    files = RunFiles(directory, config, method, steps, evaluations, read_events(directory))
     if not 0 <= steps[-1]["step"] < config.steps:
         raise UserError(
             f"{directory / FILE}: step {steps[-1]['step']} is beyond steps={config.steps} of "

@@ -64,6 +64,8 @@ class Summary:
         saved_time: fraction of the time saved against the same steps at `full_step_s` each,
             every phase at its median step time; evaluations and checkpoints do not count.
         efficiency: `saved_time / saved_model`; None if nothing was to be saved.
+        skipped: steps that were left out, their loss or gradient being no number or a spike.
+        spikes: steps whose loss was a spike, and that were trained.
     """
 
     run_dir: str
@@ -84,6 +86,8 @@ class Summary:
     full_from: int | None
     saved_time: float | None
     efficiency: float | None
+    skipped: tuple[int, ...]
+    spikes: tuple[int, ...]
 
     @property
     def time_s(self) -> float:
@@ -138,6 +142,8 @@ def summary_of(run: RunFiles) -> Summary:
         full_from=run.method.phases[full[0]].from_step if full else None,
         saved_time=saved_time,
         efficiency=saved_time / saved_model if saves else None,
+        skipped=tuple(e["step"] for e in run.events if "skipped" in e),
+        spikes=tuple(e["step"] for e in run.events if "spike" in e),
     )
 
 

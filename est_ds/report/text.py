@@ -89,6 +89,10 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
         ("held-out loss", _loss(summary)),
         ("unigram entropy", _entropy(summary)),
     ]
+    for name, steps in (("steps left out", summary.skipped), ("loss spikes", summary.spikes)):
+        if steps:
+            shown = ", ".join(f"{step:,}" for step in steps[:8]) + ", ..." * (len(steps) > 8)
+            rows.append((name, f"{len(steps):,}: step {shown} (why: metrics.jsonl)"))
     if _is_dense(summary):
         return rows + [
             ("FLOPs saved", "none: every step trained the full model"),

@@ -280,7 +280,7 @@ class Divergence(Strict):
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     spikes: Literal["report", "rollback"] = "report"
     deviations: Annotated[float, Field(gt=0.0)] = 6.0
-    window: Annotated[int, Field(ge=8)] = 128
+    window: Annotated[int, Field(ge=16)] = 128
     limit: Positive | None = None
 
     @model_validator(mode="after")

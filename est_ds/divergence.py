@@ -91,7 +91,7 @@ class History:
 
     def _limit(self) -> float:
         """The largest loss that is no spike: k robust deviations above the median."""
-        if len(self._losses) < self._settings.window / 4:
+        if len(self._losses) < self._settings.window / 2:
             return math.inf
         middle = median(self._losses)
         deviation = TO_SIGMA * median(abs(loss - middle) for loss in self._losses)

@@ -159,7 +159,7 @@ def test_spike_is_left_out_and_the_run_equals_one_without_that_step(
 ):
     jobs = []
     for policy in ("report", "rollback"):
-        spikes = [f"divergence.spikes={policy}", "divergence.window=8", "divergence.deviations=4"]
+        spikes = [f"divergence.spikes={policy}", "divergence.window=16", "divergence.deviations=2"]
         overrides = [f"run_dir={tmp_path}/{policy}", *LAYOUTS["data 2, ZeRO 1"][1], FULL, *spikes]
         jobs.append({"run": synthetic_run, "overrides": overrides, "poison": [[16, "jump"]]})
     train_all(tmp_path / "log", 2, jobs)
@@ -193,6 +193,9 @@ def test_finite_losses_and_gradients_are_not_touched():
     assert loss == expected and torch.equal(logits.grad, plain.grad)
 
 
+LEVEL = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0, 3.1, 2.9]
+
+
 def history(state=None, boundaries=(), **settings) -> History:
     return History(Divergence(**settings), boundaries, state)
 
@@ -207,24 +210,21 @@ def losses(past: History, values, first: int = 0) -> list[str | None]:
 
 
 def test_spike_is_judged_by_the_median_and_not_by_former_spikes():
-    level = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0, 3.1, 2.9]
-    found = losses(history(window=8), [*level, 9.0, 3.0, 9.0, 3.1, 3.2])
+    found = losses(history(window=16), [*LEVEL, 9.0, 3.0, 9.0, 3.1, 3.2])
     assert [i for i, spike in enumerate(found) if spike] == [8, 10]
     assert found[8].startswith("the loss 9.0000 is a spike (above 3.")
 
 
 def test_losses_of_another_phase_are_not_compared():
-    level = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0, 3.1, 2.9]
-    assert not any(losses(history(window=8, boundaries={8}), [*level, 9.0, 9.1, 8.9]))
+    assert not any(losses(history(window=16, boundaries={8}), [*LEVEL, 9.0, 9.1, 8.9]))
 
 
 def test_history_of_a_checkpoint_goes_on_as_if_never_stopped():
-    level = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0]
-    whole, first = history(window=8), history(window=8)
-    losses(first, level[:4])
-    again = history(json.loads(json.dumps(first.state)), window=8)
-    found = losses(whole, [*level, 9.0])[4:]
-    assert losses(again, [*level[4:], 9.0], first=4) == found and found[-1]
+    whole, first = history(window=16), history(window=16)
+    losses(first, LEVEL[:4])
+    again = history(json.loads(json.dumps(first.state)), window=16)
+    found = losses(whole, [*LEVEL, 9.0])[4:]
+    assert losses(again, [*LEVEL[4:], 9.0], first=4) == found and found[-1]
 
 
 @pytest.mark.parametrize("loss, norm", [(nan, 1.0), (inf, 1.0), (2.0, inf), (2.0, nan)])
@@ -238,7 +238,7 @@ def test_what_is_no_number_stops_by_default(loss, norm):
     [
         ("divergence.limit=3", "no effect with nonfinite=stop and spikes=report"),
         ("divergence.nonfinite=ignore", "divergence.nonfinite='ignore'"),
-        ("divergence.window=2", "divergence.window=2"),
+        ("divergence.window=8", "divergence.window=8"),
         ("divergence.skip=2", "unknown key 'divergence.skip'"),
     ],
 )

@@ -41,8 +41,8 @@ def start(
             takes that much longer. With `late_markers` rank 0
             never sees what others wrote. With `free_bytes` the disk has no more. With `odd_from` the
             last rank draws another plan from that step on. `poison` has lists [step, what]: in
-            that step the last rank's activations become infinite (`loss`) or stand in the wrong
-            order (`jump`), or the first rank's gradients become infinite (`gradient`).
+            that step the last rank's activations become infinite (`loss`) or change places
+            (`jump`), or the first rank's gradients become infinite (`gradient`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "jobs.json"
@@ -164,7 +164,7 @@ def _poisoned(build, poison: list, *arguments):
             output.register_hook(lambda gradient: gradient * float("inf"))
         if what == "loss" and is_last:
             return output * float("inf")
-        return output.flip(1) if what == "jump" and is_last else output
+        return output.flip(-1) if what == "jump" and is_last else output
 
     engine.layers[min(engine.layers)].register_forward_hook(wrong)
     return engine

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 

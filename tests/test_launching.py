@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import yaml

@@ -33,6 +33,7 @@ from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
 
 LOCK = ".lock"
+UNBEGUN = (LOCK, "config.yaml.partial")  # of a run killed before it had a config.yaml
 
 # Fields that a resumed run may change; all others make it another run. Corpora may move: the
 # checkpoint holds their fingerprints.
@@ -289,7 +290,7 @@ def check_run_dir(config: RunConfig) -> None:
     file = directory / "config.yaml"
     if not file.exists():
         if directory.exists() and (
-            not directory.is_dir() or any(p.name != LOCK for p in directory.iterdir())
+            not directory.is_dir() or any(p.name not in UNBEGUN for p in directory.iterdir())
         ):
             raise UserError(
                 f"run_dir={config.run_dir!r} exists and is no run directory (it has no "

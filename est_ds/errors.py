@@ -1,5 +1,11 @@
 """What ends a command with one clear line."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Wrong input; the text names field, value, what is allowed and what to do.
@@ -20,3 +26,18 @@ class Diverged(Failure):
 
     The command line exits with code 3.
     """
+
+
+class LocalFailure(RuntimeError):
+    """As `Failure`, but of this process alone: the watchdog tells the others, and ends all."""
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the path to an error of reading or writing that names none, as of an open file."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            e.filename = str(path)
+        raise

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from est_ds.errors import naming
 
 FILE = "metrics.jsonl"
 
@@ -33,7 +36,7 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends lines, each on disk when the call returns.
+    """Appends lines, each in the file when the call returns; a number that is none is null.
 
     Args:
         start: first step that this run trains; lines of a lost future, which a crashed run wrote
@@ -45,7 +48,8 @@ class MetricsFile:
         self._open(start)
 
     def write(self, **entry: Any) -> None:
-        self._file.write(json.dumps(entry) + "\n")
+        with naming(self._file.name):
+            self._file.write(_line(entry))
 
     def go_back(self, start: int) -> None:
         """Drops the lines from step `start` on."""
@@ -60,6 +64,18 @@ class MetricsFile:
         kept = [e for e in _lines(self._run_dir) if e["step"] < start]
         kept.sort(key=lambda e: (e["step"], "eval_loss" in e))
         beside = file.with_name(FILE + ".partial")
-        beside.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        with naming(beside):
+            beside.write_text("".join(_line(e) for e in kept))
         os.replace(beside, file)
         self._file = file.open("a", buffering=1)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(_finite(entry), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

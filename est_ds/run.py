@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 import torch
-import yaml
 
-from est_ds.config import Data, RunConfig, checked
+from est_ds.config import Data, RunConfig
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Windows
 from est_ds.data.mixture import Share
@@ -21,14 +21,15 @@ from est_ds.data.objectives import objective_settings
 from est_ds.data.objectives.base import Objective, Settings, Surroundings
 from est_ds.engine.layout import pipe_cuts
 from est_ds.engine.settings import check_deepspeed_section
-from est_ds.errors import UserError
+from est_ds.errors import UserError, naming
 from est_ds.locking import hold
 from est_ds.lr import check_schedule
-from est_ds.metrics import FILE
+from est_ds.metrics import FILE, read_metrics
 from est_ds.model import empty_model
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import phases_until
+from est_ds.run_file import load_run
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
 
@@ -279,25 +280,39 @@ def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:
 
 
 def check_run_dir(config: RunConfig) -> None:
-    """Refuses a run directory that belongs to another run.
+    """Refuses a run directory that belongs to another run, or has lost its checkpoints.
 
     A run that never trained a step may still change.
 
     Raises:
-        UserError: it holds another run, or files that are no run's.
+        UserError: it holds another run, or files that are no run's; or it cannot be read.
     """
+    try:
+        if (Path(config.run_dir) / "config.yaml").exists():
+            _check_same_run(config)
+        else:
+            _check_unused(config)
+    except OSError as e:
+        raise UserError(
+            f"run_dir={config.run_dir!r} cannot be read ({e.strerror}: {e.filename}); mend that, "
+            f"or choose another run_dir."
+        ) from None
+
+
+def _check_unused(config: RunConfig) -> None:
     directory = Path(config.run_dir)
-    file = directory / "config.yaml"
-    if not file.exists():
-        if directory.exists() and (
-            not directory.is_dir() or any(p.name not in UNBEGUN for p in directory.iterdir())
-        ):
-            raise UserError(
-                f"run_dir={config.run_dir!r} exists and is no run directory (it has no "
-                f"config.yaml); choose another run_dir, or move it away."
-            )
-        return
-    former = checked(RunConfig, yaml.safe_load(file.read_text()))
+    if directory.exists() and (
+        not directory.is_dir() or any(p.name not in UNBEGUN for p in directory.iterdir())
+    ):
+        raise UserError(
+            f"run_dir={config.run_dir!r} exists and is no run directory (it has no "
+            f"config.yaml); choose another run_dir, or move it away."
+        )
+
+
+def _check_same_run(config: RunConfig) -> None:
+    directory = Path(config.run_dir)
+    former = load_run(directory)
     differing = differences(former, config)
     begun = (directory / "checkpoints" / "latest").exists() or (directory / FILE).exists()
     if differing and begun:
@@ -306,16 +321,32 @@ def check_run_dir(config: RunConfig) -> None:
             f"run_dir={config.run_dir!r} holds a run of another config: {shown}. Choose another "
             f"run_dir, or resume that run as it is: est-ds train {config.run_dir}"
         )
+    checkpoints = directory / "checkpoints"
+    if any(checkpoints.glob("*step_*")):
+        return
+    steps, _ = read_metrics(directory)
+    # By then one is complete: the next waits for it.
+    if steps and (not checkpoints.is_dir() or steps[-1]["step"] >= 2 * former.checkpoint.every):
+        raise UserError(
+            f"run_dir={config.run_dir!r} has trained {steps[-1]['step'] + 1} steps, and "
+            f"{str(checkpoints)!r} holds no checkpoint: moved away, or not mounted. Put it back, "
+            f"or choose another run_dir to begin anew."
+        )
 
 
 def lock_run_dir(config: RunConfig) -> TextIO:
     """Takes the run directory for this process until the file is closed, or the process ends.
 
     Raises:
-        UserError: another process trains it, or it cannot be written.
+        UserError: another process trains it, or it or one of its folders cannot be written.
     """
+    folder = directory = Path(config.run_dir)
     try:
-        return hold(Path(config.run_dir) / LOCK)
+        lock = hold(directory / LOCK)
+        for folder in (directory, directory / "checkpoints", directory / "tensorboard"):
+            if os.path.lexists(folder):
+                TemporaryFile(dir=folder).close()
+        return lock
     except BlockingIOError:
         raise UserError(
             f"run_dir={config.run_dir!r} is being trained by another process; wait for it, stop "
@@ -323,7 +354,8 @@ def lock_run_dir(config: RunConfig) -> TextIO:
         ) from None
     except OSError as e:
         raise UserError(
-            f"run_dir={config.run_dir!r} cannot be written ({e.strerror}); choose another folder."
+            f"run_dir={config.run_dir!r}: {str(folder)!r} cannot be written ({e.strerror}); mend "
+            f"that, or choose another run_dir."
         ) from None
 
 
@@ -334,7 +366,8 @@ def write_config(config: RunConfig) -> None:
     beside = directory / "config.yaml.partial"
     # Absolute, so that the run can be resumed from any working directory.
     absolute = config.model_copy(update={"data": _with_absolute_paths(config.data)})
-    beside.write_text(absolute.to_yaml())
+    with naming(beside):
+        beside.write_text(absolute.to_yaml())
     os.replace(beside, directory / "config.yaml")
 
 

@@ -17,6 +17,7 @@ BROKEN = re.compile(
     re.IGNORECASE,
 )
 WAITING = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/pipe/p2p")
+WAITED = ("/threading.py", "concurrent/futures/_base.py")
 SHOWN = 8
 
 
@@ -51,7 +52,8 @@ def where_main_is(thread: int) -> str | None:
     stack = traceback.extract_stack(frame)
     if any(part in f.filename.replace("\\", "/") for f in stack for part in WAITING):
         return None
-    last = stack[-1]
+    # Not where a thread is waited for, but who waits.
+    last = next((f for f in reversed(stack) if not f.filename.endswith(WAITED)), stack[-1])
     return f"{'/'.join(Path(last.filename).parts[-2:])}:{last.lineno} ({last.name})"
 
 

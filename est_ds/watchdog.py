@@ -21,7 +21,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from est_ds.engine.rendezvous import Meeting, connect
-from est_ds.errors import Failure, UserError
+from est_ds.errors import Failure, LocalFailure, UserError
 from est_ds.preempt import Preempted
 from est_ds.runtime import World
 from est_ds.verdict import Record, is_broken_connection, verdict, where_main_is
@@ -71,11 +71,13 @@ class Watchdog:
             return
         if is_broken_connection(error):
             self._conclude("the connection to a process broke.")
-        traceback.print_exception(error)
-        self._conclude(
-            f"rank {self._world.rank} on {self._host} failed.",
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-        )
+        said = " ".join(str(error).split())[:500]
+        # A file that cannot be read or written is no fault of the code's, and the error names it.
+        if not isinstance(error, LocalFailure):
+            said = f"{type(error).__name__}: {said}"
+            if not (isinstance(error, OSError) and error.filename):
+                traceback.print_exception(error)
+        self._conclude(f"rank {self._world.rank} on {self._host} failed.", said)
 
     @property
     def _host(self) -> str:

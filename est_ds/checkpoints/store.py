@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -111,6 +112,7 @@ class Store:
 
     def _eval_loss(self, step: int) -> float | None:
         try:
-            return read_index(self.path(step)).eval_loss
+            loss = read_index(self.path(step)).eval_loss
         except Damaged:
             return None
+        return loss if loss is not None and math.isfinite(loss) else None

@@ -1,6 +1,7 @@
 """Packed corpora: Megatron's indexed dataset, in one pair of files or many, as one stream."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 from est_ds.data.header import Header, read_header
 from est_ds.data.manifest import Manifest, Shard, manifest_path, read_manifest
 from est_ds.data.tokenizer import file_sha256, tokenizer_sha256
-from est_ds.errors import UserError
+from est_ds.errors import LocalFailure, UserError
 
 _PROBE_TOKENS = 1 << 14
 _NUM_PROBES = 64
@@ -127,6 +128,16 @@ class Corpus:
                 starts[chosen] = first + self.shards[number].document_start(inside)
         return starts
 
+    def check_unchanged(self) -> None:
+        """Compares the files that are being read with what they were when the corpus was opened;
+        reading one beyond its end would kill the process.
+
+        Raises:
+            LocalFailure: One was removed, replaced or changed, or cannot be reached.
+        """
+        for shard in self.shards:
+            shard.check_unchanged()
+
     def check_hashes(self) -> None:
         """Reads every byte and compares it with the manifest's hashes, at about 1 GB/s.
 
@@ -191,15 +202,39 @@ class OpenShard:
 
     def __init__(self, header: Header) -> None:
         self.header = header
+        self._opened = {file: _identity(file) for file in self._files}
 
     @cached_property
     def tokens(self) -> np.ndarray:
+        self._compare()
         return self.header.tokens()
 
     @cached_property
     def index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lengths [S], byte offsets [S] and boundaries [D]."""
+        self._compare()
         return self.header.arrays()
+
+    @property
+    def _files(self) -> tuple[str, str]:
+        return f"{self.header.prefix}.bin", f"{self.header.prefix}.idx"
+
+    def check_unchanged(self) -> None:
+        """As `Corpus.check_unchanged`, of what has been mapped; the rest is looked at then."""
+        if not vars(self).keys().isdisjoint(("tokens", "index")):
+            self._compare()
+
+    def _compare(self) -> None:
+        for file, opened in self._opened.items():
+            try:
+                wrong = None if _identity(file) == opened else "was changed or replaced"
+            except OSError as e:
+                wrong = f"cannot be read any more ({e.strerror})"
+            if wrong:
+                raise LocalFailure(
+                    f"{file} {wrong} while the run was reading it; put the corpus back as it was "
+                    f"and start the run again."
+                )
 
     def document_start(self, documents: np.ndarray) -> np.ndarray:
         """As `Corpus.document_start`, in this shard."""
@@ -209,6 +244,11 @@ class OpenShard:
         inside = sequences < self.header.num_sequences
         starts = offsets[np.where(inside, sequences, 0)] // self.header.dtype.itemsize
         return np.where(inside, starts, self.header.num_tokens)
+
+
+def _identity(file: str) -> tuple[int, int, int]:
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_shard_hashes(prefix: str, shard: Shard) -> None:

@@ -131,6 +131,7 @@ class Windows:
         return self._held_out(count, rank, world, micro)
 
     def _held_out(self, count, rank, world, micro):
+        self.corpus.check_unchanged()
         draws = [Draws(0, HELD_OUT, i) for i in range(count)]
         divisor = self.divisor((self.num_targets(i, draws[i]) for i in range(count)), micro)
         # Micro-batches go round the ranks, so that padding gathers in the last round.
@@ -275,6 +276,7 @@ class Batches:
             Inputs and labels, int64, global_batch / (world * micro) times.
 
         Raises:
+            LocalFailure: A file of a corpus is no longer what it was.
             UserError: world * micro does not divide global_batch.
         """
         assert 0 <= rank < world and micro >= 1
@@ -288,6 +290,8 @@ class Batches:
         return self._micro_batches(step, rank, world, micro)
 
     def _micro_batches(self, step, rank, world, micro):
+        for windows in self.corpora:
+            windows.corpus.check_unchanged()
         first = step * self.global_batch
         draws = [Draws(self.seed, TRAINING, first + row) for row in range(self.global_batch)]
         corpora, epochs, ids = self.samples(step)

@@ -7,6 +7,7 @@ positions) and labels (alone, or with a divisor).
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
 from est_ds.engine.inactive import FreezingAdamW
 from est_ds.engine.setup import quiet
+from est_ds.errors import naming
 from est_ds.plans.growth import Growth
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
@@ -196,8 +198,26 @@ def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, An
             config=settings,
             dist_init_required=False,
         )
+    _name_errors(engine.monitor, settings["tensorboard"]["output_path"])
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         setattr(parent, leaf, buffer.to(getattr(parent, leaf).device))
     return engine
+
+
+def _name_errors(monitor: Any, folder: str) -> None:
+    """TensorBoard writes on a thread, and raises its error, which names no file, where the next
+    figures come: that is enough to be said of it."""
+    write_events = monitor.write_events
+
+    def naming_the_folder(events: list) -> None:
+        with naming(folder):
+            write_events(events)
+
+    def say_others(died: threading.ExceptHookArgs) -> None:
+        if not issubclass(died.exc_type, OSError):
+            threading.__excepthook__(died)
+
+    monitor.write_events = naming_the_folder
+    threading.excepthook = say_others

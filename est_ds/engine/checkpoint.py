@@ -18,6 +18,7 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: OSError | SafetensorError | None = None
         self._written: dict[str, Any] | None = None  # what this rank's file is
-        if self._rank == 0:
-            store.folder.mkdir(parents=True, exist_ok=True)
-            store.clean()
-        dist.barrier()
+        self._on_rank_0(self._open)
 
     def __enter__(self) -> Saver:
         return self
@@ -83,7 +81,7 @@ class Saver:
             # Other ranks may be gone: no communication.
             self._thread.join(LAST_WAIT_S)
             deadline = time.monotonic() + LAST_WAIT_S
-            while self._content and time.monotonic() < deadline:
+            while self._content and not self._error and time.monotonic() < deadline:
                 self.poll()
                 time.sleep(0.1)
 
@@ -91,10 +89,9 @@ class Saver:
         """Compares free disk space with what a checkpoint takes.
 
         Raises:
-            Failure: there is less.
+            Failure: there is less, or the store is not what it was at the start.
         """
-        free = shutil.disk_usage(self._store.folder).free if self._rank == 0 else 0
-        free = _gathered(free)[0]
+        free = self._on_rank_0(self._free_bytes)
         if free < self._total_bytes:
             raise Failure(
                 f"a checkpoint takes {_gb(self._total_bytes)} and {self._store.folder} has "
@@ -114,10 +111,7 @@ class Saver:
         state = {**state, "optimizer_steps": fragments.optimizer_steps}
         partial = self._store.folder / f".{tag_of(step)}.partial"
         self._content = _Content(partial, step, state, eval_loss)
-        if self._rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        dist.barrier()
+        self._on_rank_0(self._begin)
         aside = self._engine.config.checkpoint.asynchronous and self._has_memory()
         tensors = {
             fragment_key(key, fragment.start, fragment.name): tensor.to("cpu", copy=aside)
@@ -137,8 +131,14 @@ class Saver:
         if self._rank or self._content is None:
             return
         markers = [self._marker(rank) for rank in range(self._num_ranks)]
-        if all(marker.exists() for marker in markers):
-            self._complete([json.loads(marker.read_text()) for marker in markers])
+        try:
+            if not all(marker.exists() for marker in markers):
+                return
+            written = [json.loads(marker.read_text()) for marker in markers]
+        except OSError as e:
+            self._error, self._content = e, None
+        else:
+            self._complete(written)
 
     def finish(self) -> None:
         """Waits until the checkpoint that is being written is complete.
@@ -157,6 +157,38 @@ class Saver:
             self._complete(written)
         self._raise_everywhere()
         self._content = None
+
+    def _open(self) -> None:
+        self._store.folder.mkdir(parents=True, exist_ok=True)
+        self._store.clean()
+        self._identity = _identity(self._store.folder)
+
+    def _free_bytes(self) -> int:
+        if _identity(self._store.folder) != self._identity:
+            raise OSError(
+                "it is another folder than when the run started: moved away, or its file system "
+                "mounted or unmounted"
+            )
+        return shutil.disk_usage(self._store.folder).free
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._content.partial, ignore_errors=True)
+        self._content.partial.mkdir()
+
+    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """What rank 0's files give, on every rank.
+
+        Raises:
+            Failure: they cannot be read or written; every rank raises it.
+        """
+        found = None
+        if self._rank == 0:
+            try:
+                found = work()
+            except OSError as e:
+                self._error = e
+        self._raise_everywhere()
+        return _gathered(found)[0]
 
     def _raise_everywhere(self) -> None:
         errors = _gathered(self._error and f"{type(self._error).__name__}: {self._error}")
@@ -290,6 +322,11 @@ def _gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _gb(num_bytes: int) -> str:

@@ -132,7 +132,10 @@ def summary_of(run: RunFiles) -> Summary:
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
-        eval_losses=last_evaluation.get("eval_losses", {}),
+        eval_losses={
+            name: math.nan if loss is None else loss
+            for name, loss in last_evaluation.get("eval_losses", {}).items()
+        },
         valid_entropy=_unigram_entropy({prefix: 1.0 for prefix in data.held_out.values()}),
         train_entropy=_unigram_entropy({part.corpus: part.weight for part in data.parts}),
         saved_blocks=saved_blocks,

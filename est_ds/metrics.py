@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from est_ds.checkpoints.files import replace_text
 from est_ds.errors import naming
 
 FILE = "metrics.jsonl"
@@ -51,6 +52,11 @@ class MetricsFile:
         with naming(self._file.name):
             self._file.write(_line(entry))
 
+    def sync(self) -> None:
+        """Waits until all lines are on disk, so that no checkpoint outlives those before it."""
+        with naming(self._file.name):
+            os.fsync(self._file.fileno())
+
     def go_back(self, start: int) -> None:
         """Drops the lines from step `start` on."""
         self._file.close()
@@ -63,10 +69,7 @@ class MetricsFile:
         file = self._run_dir / FILE
         kept = [e for e in _lines(self._run_dir) if e["step"] < start]
         kept.sort(key=lambda e: (e["step"], "eval_loss" in e))
-        beside = file.with_name(FILE + ".partial")
-        with naming(beside):
-            beside.write_text("".join(_line(e) for e in kept))
-        os.replace(beside, file)
+        replace_text(file, "".join(map(_line, kept)))
         self._file = file.open("a", buffering=1)
 
 

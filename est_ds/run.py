@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
+from est_ds.checkpoints.files import replace_text
 from est_ds.config import Data, RunConfig
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Windows
@@ -21,7 +22,7 @@ from est_ds.data.objectives import objective_settings
 from est_ds.data.objectives.base import Objective, Settings, Surroundings
 from est_ds.engine.layout import pipe_cuts
 from est_ds.engine.settings import check_deepspeed_section
-from est_ds.errors import UserError, naming
+from est_ds.errors import UserError
 from est_ds.locking import hold
 from est_ds.lr import check_schedule
 from est_ds.metrics import FILE, read_metrics
@@ -34,7 +35,7 @@ from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
 
 LOCK = ".lock"
-UNBEGUN = (LOCK, "config.yaml.partial")  # of a run killed before it had a config.yaml
+UNBEGUN = (LOCK, ".config.yaml.partial")  # of a run killed before it had a config.yaml
 
 # Fields that a resumed run may change; all others make it another run. Corpora may move: the
 # checkpoint holds their fingerprints.
@@ -363,12 +364,9 @@ def write_config(config: RunConfig) -> None:
     """Saves the resolved config in the run directory, whole or not at all."""
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / "config.yaml.partial"
     # Absolute, so that the run can be resumed from any working directory.
     absolute = config.model_copy(update={"data": _with_absolute_paths(config.data)})
-    with naming(beside):
-        beside.write_text(absolute.to_yaml())
-    os.replace(beside, directory / "config.yaml")
+    replace_text(directory / "config.yaml", absolute.to_yaml())
 
 
 def _with_absolute_paths(data: Data) -> Data:

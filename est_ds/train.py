@@ -146,6 +146,8 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
             saver.poll()
             if done % config.checkpoint.every == 0 or done in ends or notice:
                 watchdog.mark(done, "saving")
+                if metrics:
+                    metrics.sync()
                 check_agreement(run, done)
                 saver.save(done, run_state(run, done, history, due and notice), eval_loss)
                 notice = notice or noticed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -17,7 +18,7 @@ BROKEN = re.compile(
     re.IGNORECASE,
 )
 WAITING = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/pipe/p2p")
-WAITED = ("/threading.py", "concurrent/futures/_base.py")
+PYTHON = str(Path(os.__file__).parent)
 SHOWN = 8
 
 
@@ -52,9 +53,13 @@ def where_main_is(thread: int) -> str | None:
     stack = traceback.extract_stack(frame)
     if any(part in f.filename.replace("\\", "/") for f in stack for part in WAITING):
         return None
-    # Not where a thread is waited for, but who waits.
-    last = next((f for f in reversed(stack) if not f.filename.endswith(WAITED)), stack[-1])
+    # Not where Python's own library waits, for a file or a thread, but who asked it to.
+    last = next((f for f in reversed(stack) if not _is_pythons(f.filename)), stack[-1])
     return f"{'/'.join(Path(last.filename).parts[-2:])}:{last.lineno} ({last.name})"
+
+
+def _is_pythons(file: str) -> bool:
+    return file.startswith((PYTHON, "<frozen")) and "site-packages" not in file
 
 
 def is_broken_connection(error: BaseException) -> bool:

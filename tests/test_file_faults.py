@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 from namespaces import Started, wait_until
 
+from est_ds.checkpoints.index import FILE as INDEX
+from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import damage
-from est_ds.checkpoints.store import LATEST, Store
+from est_ds.checkpoints.store import BEST, LATEST, Store
+from est_ds.config import Checkpoint as Settings
 from est_ds.data.indexed import Corpus
 from est_ds.errors import LocalFailure
 from est_ds.metrics import FILE, MetricsFile, read_metrics
@@ -74,7 +76,7 @@ def begin(folder: Path, run_dir: Path, *overrides: str) -> Started:
     command += [f"run_dir={run_dir}", *corpora, f"data.tokenizer={folder}", *SETTINGS, *overrides]
     log = folder / f"log-{time.monotonic_ns()}"
     with log.open("w") as out:
-        process = psutil.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     return Started(process, log)
 
 
@@ -257,7 +259,7 @@ def test_start_killed_before_it_had_a_config_does_not_block_the_directory(tiny_r
     from est_ds.run_file import load_run
 
     (tmp_path / ".lock").touch()
-    (tmp_path / "config.yaml.partial").write_text("run_d")
+    (tmp_path / ".config.yaml.partial").write_text("run_d")
     check_run_dir(load_run(tiny_run, [f"run_dir={tmp_path}"]))
 
 
@@ -296,3 +298,14 @@ def test_loss_that_is_no_number_is_valid_json_in_the_metrics(tmp_path):
     line = json.loads((tmp_path / FILE).read_text(), parse_constant=refuse)
     assert line == {"step": 0, "eval_loss": None, "eval_losses": {"a": None, "b": 1.5}}
     assert read_metrics(tmp_path)[1] == [line]
+
+
+def test_checkpoint_whose_held_out_loss_is_no_number_is_never_the_best(tmp_path):
+    store = Store(tmp_path)
+    for step, loss in ((1, 3.0), (2, math.nan), (3, 2.0), (4, -math.inf)):
+        store.path(step).mkdir()
+        index = Index(step=step, layout={}, parameters={}, files={}, state={}, eval_loss=loss)
+        assert "NaN" not in index.to_json() and "Infinity" not in index.to_json()
+        (store.path(step) / INDEX).write_text(index.to_json())
+    store.keep(4, Settings(every=1, keep_last=1))
+    assert store.named(BEST) == 3 and store.steps() == [3, 4]

@@ -150,7 +150,7 @@ def live(arguments: list[str], seen: Seen, kind: str, draw: random.Random) -> fl
     """
     began = time.monotonic()
     with seen.output.open("w") as output:
-        started = psutil.Popen(arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        started = subprocess.Popen(arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     for is_time in instants(kind, draw, seen):
         if started.poll() is not None:
             assert started.returncode == 0, seen.output.read_text()
@@ -163,9 +163,13 @@ def live(arguments: list[str], seen: Seen, kind: str, draw: random.Random) -> fl
     return lived_s
 
 
-def kill_all(started: psutil.Popen, run_dir: Path) -> None:
+def kill_all(started: subprocess.Popen, run_dir: Path) -> None:
     """SIGKILL to est-ds, its launcher and every rank, within about a millisecond."""
-    for process in [started, *started.children(recursive=True)]:
+    family = []
+    if started.poll() is None:
+        est_ds = psutil.Process(started.pid)
+        family = [est_ds, *est_ds.children(recursive=True)]
+    for process in family:
         try:
             process.kill()
         except psutil.NoSuchProcess:

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from est_ds.checkpoints.index import File
+from est_ds.errors import naming
 
 
 def replace_text(file: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
     beside = file.with_name(f".{file.name}.partial")
-    with beside.open("w") as f:
+    with naming(beside), beside.open("w") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())

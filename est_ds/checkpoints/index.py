@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 FILE = "checkpoint.json"
 FORMAT = 2
@@ -50,6 +51,11 @@ class Index(BaseModel):
     files: dict[str, File]
     state: dict[str, Any]
     eval_loss: float | None = None
+
+    @field_validator("eval_loss")
+    @classmethod
+    def _not_measured_if_no_number(cls, loss: float | None) -> float | None:
+        return loss if loss is not None and math.isfinite(loss) else None
 
     def to_json(self) -> str:
         """JSON that ends with a hash of the rest."""

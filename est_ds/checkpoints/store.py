@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 
@@ -112,7 +111,6 @@ class Store:
 
     def _eval_loss(self, step: int) -> float | None:
         try:
-            loss = read_index(self.path(step)).eval_loss
+            return read_index(self.path(step)).eval_loss
         except Damaged:
             return None
-        return loss if loss is not None and math.isfinite(loss) else None

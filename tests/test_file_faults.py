@@ -189,6 +189,7 @@ def test_disk_that_becomes_read_only_ends_the_run_and_its_checkpoint_stays(disk,
         Path("/sys/fs/ext4", device(disk), "trigger_fs_error").write_text("1")
         check_end(job, str(run_dir), "Read-only file system")
     subprocess.run(["umount", disk], check=True)
+    subprocess.run(["/sbin/e2fsck", "-y", folder / "image"], capture_output=True)
     subprocess.run(mounting(folder / "image", disk), check=True)
     check_goes_on(folder, run_dir)
 

@@ -167,7 +167,7 @@ FAULTS = {
     "corpus truncated": (truncated, "train.bin", ["was changed or replaced", "rank "], ()),
     "corpus replaced": (replaced, "train.bin", ["was changed or replaced"], slow),
     "held-out corpus deleted": (gone, "valid.bin", [UNREADABLE], slow),
-    "checkpoints moved away": (gone, "run/checkpoints", [LOST, "No such file"], ()),
+    "checkpoints moved away": (gone, "run/checkpoints", [LOST, "No such file"], slow),
     "checkpoints a link to nowhere": (
         link_to_nowhere, "run/checkpoints", [LOST, "No such file"], slow,
     ),
@@ -194,6 +194,7 @@ def test_disk_that_becomes_read_only_ends_the_run_and_its_checkpoint_stays(disk,
     check_goes_on(folder, run_dir)
 
 
+@slow
 def test_store_that_hangs_ends_the_run_and_the_line_that_waits_is_named(folder):
     """A pipe that nobody reads blocks who opens it, as a dead file server does."""
     run_dir = folder / "run"

@@ -128,7 +128,7 @@ def instants(kind: str, draw: random.Random, seen: Seen) -> Iterator[bool]:
         if kind == "evaluating":
             return (seen.evaluating() or 0) > min(saved + ahead, STEPS - 1)
         if kind == "phase boundary":
-            return seen.logged >= next(end for end in ENDS if end > saved) - 1
+            return seen.logged >= min(end for end in ENDS if end >= saved) - 1
         return seen.logged > saved + ahead
 
     while not reached():
@@ -150,7 +150,8 @@ def live(arguments: list[str], seen: Seen, kind: str, draw: random.Random) -> fl
     """
     began = time.monotonic()
     with seen.output.open("w") as output:
-        started = subprocess.Popen(arguments, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        started = subprocess.Popen(arguments, **streams)
     for is_time in instants(kind, draw, seen):
         if started.poll() is not None:
             assert started.returncode == 0, seen.output.read_text()
@@ -214,7 +215,12 @@ def check_equal(run_dir: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     "kills", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 200))]
 )
-def test_killed_run_is_the_one_never_killed(kills, synthetic_run, uninterrupted, tmp_path):  # noqa: F811
+def test_killed_run_is_the_one_never_killed(
+    kills,
+    synthetic_run,  # noqa: F811
+    uninterrupted,
+    tmp_path,
+):
     draw = random.Random(kills)
     log = (tmp_path / "kills.txt").open("w", buffering=1)
     counts: Counter[tuple[str, str]] = Counter()

@@ -95,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start on this machine (default: every GPU; on CPU what RUN says)",
     )
+    train.add_argument(
+        "--restarts",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="start a failed run again, up to N times without a new checkpoint in between, on the "
+        "hosts of the hostfile that answer (default: 0)",
+    )
     _many_nodes(train)
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -205,13 +213,18 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.checkpoints.store import LATEST, Store
     from est_ds.run_file import load_run
     from est_ds.engine.setup import leave_processes
-    from est_ds.guard import launch
     from est_ds.launching import where_to
+    from est_ds.restarting import train_again_until_done
     from est_ds.run import lock_run_dir, prepare
     from est_ds.train import train
 
     config = load_run(parsed.run, parsed.overrides)
     if runtime.launched():
+        if parsed.restarts:
+            raise UserError(
+                f"--restarts={parsed.restarts} inside a launcher, which starts the processes: let "
+                f"it start them again, or start est-ds train outside of it."
+            )
         world = runtime.world()
         runtime.end_with_starter()
         try:
@@ -233,10 +246,7 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         lock_run_dir(config).close()
     # Without the options that say where: DeepSpeed's launcher would take some as its own.
     arguments = ["train", parsed.run, *parsed.overrides]
-    code = launch(arguments, where, config.watchdog.limit_s)
-    if code == 0 and where.is_first and checkpoints.named(LATEST) != config.steps:
-        raise Failure("the launcher was ended from outside; start the run again to go on.")
-    sys.exit(code)
+    sys.exit(train_again_until_done(arguments, where, config, parsed.restarts))
 
 
 def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:

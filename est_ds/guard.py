@@ -14,23 +14,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
 import torch
 
-from est_ds import hosts, preempt, runtime
+from est_ds import hosts, preempt, remote, runtime
 from est_ds.launching import Launch
+from est_ds.sentinel import Sentinel
+from est_ds.signals import Signals
 
 # Of pdsh, when the command on a host has failed.
 HOST_FAILED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 # DeepSpeed's log of every host's processes: over ssh it cannot be told to be quiet.
 CHATTER = re.compile(r"(\S+: )?\[[-\d :,]+\] \[(INFO|ERROR)\] \[launch\.py:")
 POLL_S = 0.005
-SSH_OPTIONS = (
-    "-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4"
-)
+# Of the processes, when all end alike: done, wrong input, diverged, pre-empted. The rest is 1.
+PASSED_ON = (0, 2, 3, preempt.EXIT_CODE)
 
 
 def launch(
@@ -55,7 +57,21 @@ def launch(
     Returns:
         Exit code: 0, 1, 2, 3 or `preempt.EXIT_CODE` as the processes', 128 + n after signal n.
     """
-    with TemporaryDirectory(prefix="est-ds-") as folder:
+    with Signals() as signals:
+        return start(arguments, where, limit_s, signals, log, kill_when)
+
+
+def start(
+    arguments: list[str],
+    where: Launch,
+    limit_s: float,
+    signals: Signals,
+    log: TextIO | None = None,
+    kill_when: Callable[[], bool] | None = None,
+) -> int:
+    """As `launch`, for who goes on to heed signals afterwards."""
+    sentinel = Sentinel(where.name, where.slots) if where.by_ssh else nullcontext()
+    with TemporaryDirectory(prefix="est-ds-") as folder, sentinel:
         environment = _environment(where, Path(folder))
         command = where.command(arguments, Path(folder))
         sys.stdout.flush()
@@ -69,30 +85,31 @@ def launch(
             # Inherited by all: a notice that comes before a process heeds it does not kill it.
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
-        guard = _Guard(where, launcher, limit_s)
+        if where.by_ssh:
+            sentinel.guard(launcher.pid)
+        guard = _Guard(where, launcher, limit_s, signals)
         code = guard.wait(kill_when)
-    if guard.ended_by is not None:
-        return 128 + guard.ended_by
-    return code if code in (0, 2, 3, preempt.EXIT_CODE) else 1
+    if guard.was_killed:
+        return 128 + signal.SIGKILL
+    if signals.ended_by is not None:
+        return 128 + signals.ended_by
+    return code if code in PASSED_ON else 1
 
 
 class _Guard:
     """Passes signals on to a launcher, and sees to it that nothing outlives it."""
 
-    def __init__(self, where: Launch, launcher: subprocess.Popen, limit_s: float) -> None:
+    def __init__(
+        self, where: Launch, launcher: subprocess.Popen, limit_s: float, signals: Signals
+    ) -> None:
         self._where, self._launcher, self._limit_s = where, launcher, limit_s
-        self._noticed = threading.Event()
+        self._signals = signals
         self._listeners: list[threading.Thread] = []
         self._failed = threading.Event()
-        self.ended_by: int | None = None
-        self._former = {
-            number: signal.signal(number, handler)
-            for number, handler in (
-                *((number, self._end) for number in (signal.SIGINT, signal.SIGHUP)),
-                *((number, lambda n, f: self._noticed.set()) for number in preempt.SIGNALS),
-            )
-            if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
-        }
+        self.was_killed = False
+        signals.end = self._end
+        if signals.ended_by is not None:  # it came before
+            self._end()
         threading.Thread(target=self._notify, daemon=True).start()
         if where.by_ssh:
             self._listeners = [
@@ -104,35 +121,32 @@ class _Guard:
             threading.Thread(target=self._end_after_failure, daemon=True).start()
 
     def wait(self, kill_when: Callable[[], bool] | None) -> int:
-        try:
-            while kill_when and self.ended_by is None and self._launcher.poll() is None:
-                if kill_when():
-                    self.ended_by = signal.SIGKILL
-                    _signal_group(self._launcher, signal.SIGKILL)
-                time.sleep(POLL_S)
-            code = self._launcher.wait()
-        finally:
-            for number, handler in self._former.items():
-                signal.signal(number, handler)
-        self._noticed.set()  # ends its thread
+        while kill_when and self._signals.ended_by is None and self._launcher.poll() is None:
+            if kill_when():
+                self.was_killed = True
+                _signal_group(self._launcher, signal.SIGKILL)
+                break
+            time.sleep(POLL_S)
+        code = self._launcher.wait()
+        self._signals.end = lambda: None
         _signal_group(self._launcher, signal.SIGKILL)  # whatever outlived the launcher
         for listener in self._listeners:
             listener.join(5.0)
         if self._where.by_ssh and code != 0:
-            _on_hosts(self._where, f"pkill -KILL -f 'start[=]{self._where.name}'")
+            remote.kill(self._where.slots, self._where.name)
         return code
 
-    def _end(self, number: int, frame: object) -> None:
-        self.ended_by = number
+    def _end(self) -> None:
         _signal_group(self._launcher, signal.SIGTERM)
 
     def _notify(self) -> None:
-        """Sends the notice until all have gone: one that is starting does not heed it yet."""
-        self._noticed.wait()
+        """Sends a notice until all have gone: one that is starting does not heed it yet."""
         while self._launcher.poll() is None:
+            if not self._signals.noticed:
+                time.sleep(0.1)
+                continue
             if self._where.by_ssh:
-                name = self._where.name
-                _on_hosts(self._where, f"pkill -USR1 -f '[-]m est_ds[.]cli .*start[=]{name}'")
+                remote.notify(self._where.slots, self._where.name)
             else:
                 _signal_group(self._launcher, signal.SIGUSR1)
             time.sleep(1.0)
@@ -171,24 +185,7 @@ def _environment(where: Launch, folder: Path) -> dict[str, str]:
     name = environment.get("DS_ENV_FILE", ".deepspeed_env")
     file = folder / "deepspeed_env"
     hosts.write_environment(file, environment, [Path.home() / name, Path(name)])
-    environment["DS_ENV_FILE"] = str(file)
-    appended = environment.get("PDSH_SSH_ARGS_APPEND", "")
-    environment["PDSH_SSH_ARGS_APPEND"] = f"{SSH_OPTIONS} {appended}".strip()
-    return environment
-
-
-def _on_hosts(where: Launch, command: str) -> None:
-    """Runs a command on every host; a host that cannot be reached is passed over."""
-    environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
-    appended = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    environment["PDSH_SSH_ARGS_APPEND"] = f"{SSH_OPTIONS} {appended}".strip()
-    subprocess.run(
-        ["pdsh", "-t", "5", "-u", "10", "-f", "1024", "-w", ",".join(where.slots), command],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        start_new_session=True,
-    )
+    return remote.with_ssh_options(environment | {"DS_ENV_FILE": str(file)})
 
 
 def _signal_group(launcher: subprocess.Popen, number: int) -> None:

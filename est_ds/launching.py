@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class Launch:
         node_rank: this node, when every node is started by itself; None when this process starts
             all.
         by_ssh: whether the nodes are other hosts.
+        name: of this one start; it stands on the command line of every process.
     """
 
     slots: dict[str, int]
@@ -47,6 +48,16 @@ class Launch:
     def is_first(self) -> bool:
         """Whether this is the only or the first `est-ds` of the run."""
         return not self.node_rank
+
+    def again(self, slots: dict[str, int]) -> Launch:
+        """Another start on `slots`, which are this one's or fewer."""
+        address, port = self.master
+        if self.by_ssh and next(iter(slots)) != next(iter(self.slots)):
+            address = hosts.address_of(list(slots))
+        elif not self.by_ssh and self.node_rank is None:
+            port = _free_port()
+        master, name = (address, port), secrets.token_hex(4)
+        return replace(self, slots=slots, master=master, name=name)
 
     def command(self, arguments: list[str], folder: Path) -> list[str]:
         """The launcher's command line; `folder` is for files that it reads."""

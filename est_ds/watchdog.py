@@ -20,7 +20,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from est_ds.engine.rendezvous import Meeting, connect
+from est_ds.engine.rendezvous import Meeting, OtherStart, connect
 from est_ds.errors import Failure, LocalFailure, UserError
 from est_ds.preempt import Preempted
 from est_ds.runtime import World
@@ -95,22 +95,27 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Tells the store of this process, and listens for the alarm."""
-        board = _Board(self._meeting.store.clone(), self._world)
+        board = None
         while not self._ended.wait(EVERY_S):
             try:
+                board = board or _Board(self._connect(), self._world)
                 board.beat(self._record())
                 self._alarm = board.alarm()
                 self._last |= board.beats([0])
                 self._heard = time.monotonic()
-            except dist.DistError:
-                try:
-                    board = _Board(self._connect(), self._world)
-                except (OSError, dist.DistError):
-                    pass
+            except OtherStart:
+                self._alarm = "rank 0 has gone, and the run was started again."
+            except (OSError, dist.DistError):
+                board = None
 
-    def _connect(self) -> dist.TCPStore:
-        """A connection of its own; a lost one does not come back by itself."""
-        return connect(os.environ["MASTER_ADDR"], self._meeting.port)
+    def _connect(self) -> dist.Store:
+        """A connection of its own; a lost one does not come back by itself.
+
+        Never to the store of a later start, whose processes would hear this one's alarm.
+        """
+        if self._world.is_first:
+            return self._meeting.store.clone()
+        return connect(os.environ["MASTER_ADDR"], self._meeting.port, self._meeting.token)
 
     def _record(self, error: str | None = None) -> Record:
         # If it concludes itself, it failed, or waited for others when a connection broke.

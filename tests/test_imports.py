@@ -9,15 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
 LAYERS = [
-    {"errors", "config", "run_file", "locking", "runtime", "preempt"},
+    {"errors", "config", "run_file", "locking", "runtime", "preempt", "remote"},
     {"plans", "flops", "lr"},
     {"slicing", "data", "model", "checkpoints"},
     {"engine"},
     {"run", "metrics", "progress", "planning", "export", "report", "agreement", "verdict", "hosts",
      "divergence", "run_state"},
-    {"watchdog", "launching", "doctor"},
+    {"watchdog", "launching", "doctor", "sentinel", "signals"},
     {"guard"},
-    {"resuming"},
+    {"resuming", "restarting"},
     {"train"},
     {"cli"},
 ]

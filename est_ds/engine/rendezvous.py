@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 import platform
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -26,17 +27,20 @@ from est_ds.runtime import World
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 CALL_S = 5.0  # for one request to a store that is there
+TOKEN = "est_ds/token"
 
 
 @dataclass(frozen=True)
 class Meeting:
     """The store on rank 0, its port, and of all ranks the hosts and their addresses.
 
-    An address is the one on the way to rank 0; on rank 0's own host it may be the loopback's.
+    An address is the one on the way to rank 0; on rank 0's own host it may be the loopback's. The
+    token is another one whenever the run is started again, on the same port too.
     """
 
     store: dist.Store
     port: int
+    token: str
     hosts: list[str]
     addresses: list[str | None]
 
@@ -63,6 +67,7 @@ def meet(world: World, limit_s: float) -> Meeting:
     own = own_address(address)
     mine = {"host": socket.gethostname(), "address": own, "versions": versions()}
     try:
+        token = store.get(TOKEN).decode()
         store.set(_key(world.rank), json.dumps(mine))
         everyone = [json.loads(text) for text in _all(store, world.size, deadline, limit_s)]
     except (dist.DistError, OSError):
@@ -71,24 +76,35 @@ def meet(world: World, limit_s: float) -> Meeting:
         ) from None
     hosts = [theirs["host"] for theirs in everyone]
     _compare(hosts, [theirs["versions"] for theirs in everyone])
-    return Meeting(store, store.port, hosts, [theirs["address"] for theirs in everyone])
+    return Meeting(store, store.port, token, hosts, [theirs["address"] for theirs in everyone])
 
 
-def connect(address: str, port: int) -> dist.TCPStore:
+class OtherStart(OSError):
+    """The run was started again: what answers is not the store of this process's start."""
+
+
+def connect(address: str, port: int, token: str | None = None) -> dist.TCPStore:
     """A connection to the store that rank 0 has opened.
 
+    Args:
+        token: of the meeting that it must be.
+
     Raises:
+        OtherStart: it is another one.
         OSError: nobody answers there.
     """
     # Without this look TCPStore tries again and again, and logs each.
     socket.create_connection((address, port), timeout=CALL_S).close()
     timeout = timedelta(seconds=CALL_S)
-    return dist.TCPStore(address, port, timeout=timeout, wait_for_workers=False)
+    store = dist.TCPStore(address, port, timeout=timeout, wait_for_workers=False)
+    if token is not None and store.get(TOKEN).decode() != token:
+        raise OtherStart(f"the processes of another start meet at {address}:{port}")
+    return store
 
 
 def _serve(port: int) -> dist.TCPStore:
     try:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             "localhost",
             port,
             is_master=True,
@@ -100,6 +116,8 @@ def _serve(port: int) -> dist.TCPStore:
             f"port {port} of {socket.gethostname()} cannot be used ({_first_line(e)}); end what "
             f"uses it, or start with another port (--master HOST:PORT)."
         ) from None
+    store.set(TOKEN, secrets.token_hex(8))
+    return store
 
 
 def _reach(world: World, address: str, port: int, limit_s: float) -> dist.TCPStore:

@@ -1,0 +1,153 @@
+"""Starts a failed run again by itself: bounded, with back-off, on the hosts that are left.
+
+A run goes on from its last checkpoint, which belongs to no layout: on fewer hosts it trains the
+same batches with fewer replicas.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from est_ds import guard, remote
+from est_ds.checkpoints.store import LATEST, Store
+from est_ds.config import Batch, RunConfig
+from est_ds.errors import UserError
+from est_ds.launching import Launch
+from est_ds.run import lock_run_dir
+from est_ds.signals import Signals
+
+FAILED = 1
+FIRST_WAIT_S, LONGEST_WAIT_S = 5.0, 300.0  # doubled from one try to the next
+
+
+def train_again_until_done(
+    arguments: list[str], where: Launch, config: RunConfig, restarts: int
+) -> int:
+    """Trains a run under the launcher; after a failure it starts it again.
+
+    Wrong input, divergence and what a signal has ended are not started again. A notice of
+    pre-emption, or SIGINT or SIGHUP, between two starts ends the waiting at once.
+
+    Args:
+        arguments: the command line of est-ds in every process.
+        restarts: how often in a row without a new checkpoint.
+
+    Returns:
+        The exit code of the last start, or what a signal between two asks for.
+    """
+    store = Store(Path(config.run_dir) / "checkpoints")
+    furthest, tries, wait_s = store.named(LATEST) or 0, 0, FIRST_WAIT_S
+    with Signals() as signals:
+        code = _start(arguments, where, config, signals)
+        while code == FAILED and restarts:
+            if (saved := store.named(LATEST) or 0) > furthest:
+                furthest, tries, wait_s = saved, 0, FIRST_WAIT_S
+            if furthest == config.steps:
+                return 0
+            if tries == restarts:
+                _say(f"not started again: step {furthest} is the last one saved, for {tries} tries")
+                break
+            tries += 1
+            _say(
+                f"exit code {code}; try {tries} of {restarts} from step {furthest} in "
+                f"{wait_s:g} s, on {_described(where)}"
+            )
+            signals.wait(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+            again = _place(where, config, signals)
+            if signals.code is not None:
+                _say("not started again, because of a signal; the run goes on from where it was")
+                return signals.code
+            if again is not None:
+                code = _start(arguments, again, config, signals)
+    return code
+
+
+def fit(slots: Mapping[str, int], batch: Batch, pipe: int) -> dict[str, int] | None:
+    """The largest layout of the same pipeline and batch on the processes that hosts can have.
+
+    Args:
+        slots: processes that every host can have, in order.
+        pipe: pipe stages; the processes are a multiple of them.
+
+    Returns:
+        Processes of the hosts that have any, the first ones full; None if nothing fits.
+    """
+    for replicas in range(sum(slots.values()) // pipe, 0, -1):
+        if batch.global_ % (batch.micro * replicas) == 0:
+            break
+    else:
+        return None
+    left, chosen = replicas * pipe, {}
+    for host, most in slots.items():
+        if left:
+            chosen[host] = min(most, left)
+            left -= chosen[host]
+    return chosen
+
+
+def _start(arguments: list[str], where: Launch, config: RunConfig, signals: Signals) -> int:
+    code = guard.start(arguments, where, config.watchdog.limit_s, signals)
+    store = Store(Path(config.run_dir) / "checkpoints")
+    if code == 0 and where.is_first and store.named(LATEST) != config.steps:
+        _say("failed: the launcher was ended from outside; start the run again to go on.")
+        return FAILED
+    return code
+
+
+def _place(where: Launch, config: RunConfig, signals: Signals) -> Launch | None:
+    """Where the run can start now; None, after saying why, where it cannot, or if a signal came."""
+    slots = where.slots
+    if where.by_ssh:
+        there = _answering(slots, signals)
+        slots = fit(
+            {host: n for host, n in slots.items() if host in there},
+            config.batch,
+            config.parallel.pipe,
+        )
+        if signals.code is None and slots != where.slots:
+            away = ", ".join(host for host in where.slots if host not in there)
+            if slots is None:
+                have = sum(where.slots[host] for host in there)
+                _say(
+                    f"failed: {away} does not answer, and the {have} processes of the other hosts "
+                    f"are too few: parallel.pipe={config.parallel.pipe} needs that many."
+                )
+            else:
+                _say(f"{away} does not answer; on {_described(where.again(slots))}")
+    if slots is None or signals.code is not None:
+        return None
+    if where.is_first:
+        try:
+            # Rank 0 takes it: a run that somebody else has started meanwhile is left alone.
+            lock_run_dir(config).close()
+        except UserError as e:
+            _say(f"failed: {e}")
+            return None
+    return where.again(slots)
+
+
+def _answering(slots: Mapping[str, int], signals: Signals) -> list[str]:
+    there: list[str] = []
+    asking = threading.Thread(target=lambda: there.extend(remote.answering(slots)), daemon=True)
+    asking.start()
+    while asking.is_alive() and signals.code is None:
+        time.sleep(0.1)
+    return there
+
+
+def _described(where: Launch) -> str:
+    if where.by_ssh:
+        named = ", ".join(f"{host} slots={n}" for host, n in where.slots.items())
+        return f"{where.processes} processes ({named})"
+    if where.node_rank is not None:
+        return f"node {where.node_rank} of {len(where.slots)}"
+    return f"{where.processes} processes"
+
+
+def _say(text: str) -> None:
+    print(f"est-ds: {text}", file=sys.stderr, flush=True)

@@ -39,32 +39,33 @@ def train_again_until_done(
     Returns:
         The exit code of the last start, or what a signal between two asks for.
     """
-    store = Store(Path(config.run_dir) / "checkpoints")
-    furthest, tries, wait_s = store.named(LATEST) or 0, 0, FIRST_WAIT_S
+    furthest, tries, wait_s = 0, 0, FIRST_WAIT_S
+    place: Launch | None = where
     with Signals() as signals:
-        code = _start(arguments, where, config, signals)
-        while code == FAILED and restarts:
-            if (saved := store.named(LATEST) or 0) > furthest:
-                furthest, tries, wait_s = saved, 0, FIRST_WAIT_S
-            if furthest == config.steps:
+        while True:
+            furthest = max(furthest, _saved(config))
+            code = _start(arguments, place, config, signals) if place else FAILED
+            if code != FAILED or not restarts:
+                return code
+            if _saved(config) > furthest:
+                tries, wait_s = 0, FIRST_WAIT_S
+            if _saved(config) == config.steps:
+                _say("all steps were saved before that")
                 return 0
             if tries == restarts:
-                _say(f"not started again: step {furthest} is the last one saved, for {tries} tries")
-                break
+                _say(f"not started again: {tries} tries have saved nothing after step {furthest}")
+                return code
             tries += 1
             _say(
-                f"exit code {code}; try {tries} of {restarts} from step {furthest} in "
-                f"{wait_s:g} s, on {_described(where)}"
+                f"exit code {code}; try {tries} of {restarts}, from step {_saved(config)}, in "
+                f"{wait_s:g} s on {_described(where)}"
             )
             signals.wait(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            again = _place(where, config, signals)
+            place = _place(where, config, signals)
             if signals.code is not None:
-                _say("not started again, because of a signal; the run goes on from where it was")
+                _say("not started again, because of a signal; start it again to go on")
                 return signals.code
-            if again is not None:
-                code = _start(arguments, again, config, signals)
-    return code
 
 
 def fit(slots: Mapping[str, int], batch: Batch, pipe: int) -> dict[str, int] | None:
@@ -92,11 +93,15 @@ def fit(slots: Mapping[str, int], batch: Batch, pipe: int) -> dict[str, int] | N
 
 def _start(arguments: list[str], where: Launch, config: RunConfig, signals: Signals) -> int:
     code = guard.start(arguments, where, config.watchdog.limit_s, signals)
-    store = Store(Path(config.run_dir) / "checkpoints")
-    if code == 0 and where.is_first and store.named(LATEST) != config.steps:
+    if code == 0 and where.is_first and _saved(config) != config.steps:
         _say("failed: the launcher was ended from outside; start the run again to go on.")
         return FAILED
     return code
+
+
+def _saved(config: RunConfig) -> int:
+    """The step of the latest checkpoint."""
+    return Store(Path(config.run_dir) / "checkpoints").named(LATEST) or 0
 
 
 def _place(where: Launch, config: RunConfig, signals: Signals) -> Launch | None:

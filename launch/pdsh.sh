@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains RUN on the hosts of a hostfile (lines HOST slots=N), reached by ssh and pdsh:
-#     launch/pdsh.sh HOSTFILE RUN [field=value ...]
+#     launch/pdsh.sh HOSTFILE RUN [field=value ...] [--restarts N]
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
 # shellcheck source=launch/env.sh

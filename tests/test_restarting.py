@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -191,3 +192,53 @@ def test_restarts_inside_a_launcher_are_refused(tiny_run, tmp_path):
         "train", tiny_run, f"run_dir={tmp_path / 'run'}", "--restarts", "3", RANK="0", WORLD_SIZE="1"
     )
     assert done.returncode == 2 and "--restarts=3 inside a launcher" in done.stderr
+
+
+OLD_AND_NEW = """
+import sys, time
+from est_ds import runtime
+from est_ds.engine.rendezvous import meet
+from est_ds.watchdog import Watchdog
+world = runtime.world()
+with Watchdog(meet(world, 100), world, 100) as watchdog:
+    print("met", flush=True)
+    while True:
+        watchdog.mark(0, "training")
+        time.sleep(0.5)
+"""
+
+
+def test_process_left_of_an_earlier_start_ends_and_does_not_touch_the_new_one(tmp_path):
+    """Rank 0 died, and the new one listens on the same port before the others have noticed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    logs: list[Path] = []
+
+    def process(rank: int) -> subprocess.Popen:
+        logs.append(tmp_path / f"log-{len(logs)}")
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        with logs[-1].open("w") as out:
+            return subprocess.Popen(
+                [sys.executable, "-c", OLD_AND_NEW], stdout=out, stderr=out,
+                env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )  # fmt: skip
+
+    old = [process(0), process(1)]
+    new: list[subprocess.Popen] = []
+    try:
+        wait_until(lambda: all("met" in log.read_text() for log in logs), 90)
+        old[1].send_signal(signal.SIGSTOP)
+        old[0].kill()
+        old[0].wait()
+        new += [process(0), process(1)]
+        wait_until(lambda: all("met" in log.read_text() for log in logs), 90)
+        old[1].send_signal(signal.SIGCONT)
+        assert old[1].wait(40) == 1
+        assert "the run was started again" in logs[1].read_text()
+        time.sleep(3)  # longer than the new ones need to hear an alarm
+        assert [each.poll() for each in new] == [None, None], logs[2].read_text()
+    finally:
+        for each in old + new:
+            each.kill()
+            each.wait()

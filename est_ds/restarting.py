@@ -58,7 +58,8 @@ def train_again_until_done(
             tries += 1
             _say(
                 f"exit code {code}; try {tries} of {restarts}, from step {_saved(config)}, in "
-                f"{wait_s:g} s on {_described(where)}"
+                f"{wait_s:g} s: {_described(where.slots)}"
+                f"{', as far as the hosts answer' if where.by_ssh else ''}"
             )
             signals.wait(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
@@ -106,25 +107,8 @@ def _saved(config: RunConfig) -> int:
 
 def _place(where: Launch, config: RunConfig, signals: Signals) -> Launch | None:
     """Where the run can start now; None, after saying why, where it cannot, or if a signal came."""
-    slots = where.slots
-    if where.by_ssh:
-        there = _answering(slots, signals)
-        slots = fit(
-            {host: n for host, n in slots.items() if host in there},
-            config.batch,
-            config.parallel.pipe,
-        )
-        if signals.code is None and slots != where.slots:
-            away = ", ".join(host for host in where.slots if host not in there)
-            if slots is None:
-                have = sum(where.slots[host] for host in there)
-                _say(
-                    f"failed: {away} does not answer, and the {have} processes of the other hosts "
-                    f"are too few: parallel.pipe={config.parallel.pipe} needs that many."
-                )
-            else:
-                _say(f"{away} does not answer; on {_described(where.again(slots))}")
-    if slots is None or signals.code is not None:
+    slots = _slots_left(where, config, signals) if where.by_ssh else where.slots
+    if slots is None:
         return None
     if where.is_first:
         try:
@@ -136,6 +120,25 @@ def _place(where: Launch, config: RunConfig, signals: Signals) -> Launch | None:
     return where.again(slots)
 
 
+def _slots_left(where: Launch, config: RunConfig, signals: Signals) -> dict[str, int] | None:
+    """Processes of the hosts that answer; None if nothing fits, or if a signal came."""
+    there = _answering(where.slots, signals)
+    if signals.code is not None:
+        return None
+    pipe = config.parallel.pipe
+    left = {host: n for host, n in where.slots.items() if host in there}
+    slots = fit(left, config.batch, pipe)
+    away = ", ".join(host for host in where.slots if host not in there)
+    if slots is None:
+        _say(
+            f"failed: no answer from {away}; the others have {sum(left.values())} processes, and "
+            f"parallel.pipe={pipe} needs {pipe}"
+        )
+    elif away:
+        _say(f"no answer from {away}; starting {_described(slots)}")
+    return slots
+
+
 def _answering(slots: Mapping[str, int], signals: Signals) -> list[str]:
     there: list[str] = []
     asking = threading.Thread(target=lambda: there.extend(remote.answering(slots)), daemon=True)
@@ -145,13 +148,9 @@ def _answering(slots: Mapping[str, int], signals: Signals) -> list[str]:
     return there
 
 
-def _described(where: Launch) -> str:
-    if where.by_ssh:
-        named = ", ".join(f"{host} slots={n}" for host, n in where.slots.items())
-        return f"{where.processes} processes ({named})"
-    if where.node_rank is not None:
-        return f"node {where.node_rank} of {len(where.slots)}"
-    return f"{where.processes} processes"
+def _described(slots: Mapping[str, int]) -> str:
+    hosts = ", ".join(f"{n} on {host}" for host, n in slots.items())
+    return f"{sum(slots.values())} processes ({hosts})"
 
 
 def _say(text: str) -> None:

@@ -19,7 +19,10 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}"
 TRY = "est-ds: exit code 1; try "
 # A checkpoint every second or so, and time enough for a fault before the run is done.
 STEPS = 60
-LONGER = [f"steps={STEPS}", "method.name=full", "checkpoint.every=5", "evaluate.every=20"]
+LONGER = [
+    f"steps={STEPS}", "method.name=full", "checkpoint.every=5", "evaluate.every=20",
+    "watchdog.limit_s=40",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -46,11 +49,16 @@ def assert_same_losses(run_dir, expected) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
+def wait_for_steps(job, steps: int, started) -> None:  # noqa: F811
+    wait_until(lambda: started.process.poll() is not None or job.steps() >= steps, 240)
+    assert started.process.poll() is None, started.text
+
+
 def start(job, *more: str, names=("node0", "node1"), steps: int = 12):  # noqa: F811
     """From the third host, until it has trained some steps."""
     hostfile = str(job.cluster.hostfile(2, *names))
     started = job.cluster.est_ds(*job.arguments, *LONGER, "--hostfile", hostfile, *more, host=2)
-    job.wait_for_steps(steps, started)
+    wait_for_steps(job, steps, started)
     return started
 
 
@@ -63,11 +71,12 @@ def test_run_goes_on_without_a_host_that_died_and_trains_the_same(
     began = time.monotonic()
     job.cluster.hosts[dies].stop()
     at = job.steps()
-    wait_until(lambda: "1 replicas" in started.text, 120)
-    wait_until(lambda: job.steps() > at or started.process.poll() is not None, 120)
+    wait_until(lambda: "1 replicas" in started.text, 240)
+    wait_until(lambda: job.steps() > at or started.process.poll() is not None, 240)
     print(f"host {dies} dies, to a new step on the other: {time.monotonic() - began:.1f} s")
     assert started.wait(240) == 0, started.text
-    assert f"node{dies} does not answer; on 2 processes (node{left} slots=2)" in started.text
+    said = f"no answer from node{dies}; starting 2 processes (2 on node{left})"
+    assert said in started.text
     assert started.text.count(TRY) == 1
     assert "micro_batch 2 x accumulation 4 x data_parallel 1" in started.text
     assert_same_losses(job.run_dir, uninterrupted)
@@ -75,13 +84,13 @@ def test_run_goes_on_without_a_host_that_died_and_trains_the_same(
 
 @pytest.mark.slow
 def test_host_that_is_back_is_used_again(job, uninterrupted):  # noqa: F811
-    started = start(job, "--restarts", "3")
+    started = start(job, "--restarts", "3", "watchdog.limit_s=20")
     lost = job.cluster.hosts[1]
     lost.ip("link", "set", "eth0", "down")
-    wait_until(lambda: "1 replicas" in started.text, 200)
+    wait_until(lambda: "1 replicas" in started.text, 240)
     lost.ip("link", "set", "eth0", "up")
     before = job.steps()
-    wait_until(lambda: job.steps() > before + 6, 60)
+    wait_until(lambda: job.steps() > before + 6, 240)
     signal_all(job.cluster.hosts[0].ranks()[:1], signal.SIGKILL)
     assert started.wait(240) == 0, started.text
     assert started.text.count("= 2 pipe stages x 2 replicas") == 2
@@ -97,10 +106,10 @@ def test_too_few_hosts_are_tries_and_named(job):  # noqa: F811
     started = job.cluster.est_ds(
         *job.arguments, *LONGER, "--hostfile", str(file), "--restarts", "2", host=2
     )
-    job.wait_for_steps(7, started)
+    wait_for_steps(job, 7, started)
     job.cluster.hosts[1].stop()
-    assert started.wait(120) == 1, started.text
-    assert started.text.count("node1 does not answer, and the 1 processes of the other hosts") == 2
+    assert started.wait(240) == 1, started.text
+    assert started.text.count("no answer from node1; the others have 1 processes") == 2
     assert started.text.count(TRY) == 2
 
 
@@ -116,7 +125,7 @@ def test_nodes_that_are_each_started_by_themselves_all_start_again(
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    job.wait_for_steps(12, nodes[0])
+    wait_for_steps(job, 12, nodes[0])
     signal_all(job.cluster.hosts[1].ranks()[:1], signal.SIGKILL)
     assert [node.wait(240) for node in nodes] == [0, 0], [node.text for node in nodes]
     assert [node.text.count(TRY) for node in nodes] == [1, 1]

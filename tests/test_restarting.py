@@ -29,6 +29,7 @@ from est_ds.restarting import fit, train_again_until_done
 from est_ds.run_file import load_run
 
 SMALL = ["parallel={pipe: 1, zero: 1, processes: 2}", "batch={global: 4, micro: 1}"]
+ALONE = ["parallel={pipe: 1, zero: 1, processes: 1}"]
 TRY = "est-ds: exit code 1; try "
 # Less than a checkpoint of the tiny model: every start fails when it saves.
 TOO_SMALL_FILE_BYTES = 100_000
@@ -36,7 +37,7 @@ TOO_SMALL_FILE_BYTES = 100_000
 
 def command(tiny_run, run_dir, *more):
     return [
-        sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}", *SMALL,
+        sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}", *ALONE,
         *more,
     ]  # fmt: skip
 
@@ -96,29 +97,31 @@ def test_another_start_has_another_name_and_the_first_host_left_is_the_master():
 
 
 def test_run_whose_processes_are_killed_now_and_then_is_completed(
-    tiny_run, tmp_path, trained, monkeypatch, capfd
+    tiny_run, tmp_path, monkeypatch, capfd
 ):
     """Two kills with one restart allowed: a new checkpoint in between resets the count."""
+    done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'whole'}", *SMALL)
+    assert done.returncode == 0, done.stderr
     monkeypatch.setattr(restarting, "FIRST_WAIT_S", 0.5)
-    run_dir = tmp_path / "run"
-    config = load_run(tiny_run, [f"run_dir={run_dir}"])
-    given = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=4)
+    overrides = [f"run_dir={tmp_path / 'killed'}", *SMALL]
+    config = load_run(tiny_run, overrides)
+    given = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=2)
 
     def kill_two():
         for step in (6, 12):  # after the checkpoints 5 and 10
-            wait_until(lambda: len(read_metrics(run_dir)[0]) >= step, 240, every_s=0.01)
+            wait_until(lambda: len(read_metrics(tmp_path / "killed")[0]) >= step, 240, every_s=0.01)
             os.kill(max(ranks(os.getpid())), signal.SIGKILL)
 
     killing = threading.Thread(target=kill_two)
     killing.start()
-    arguments = ["train", str(tiny_run), f"run_dir={run_dir}"]
     where = where_to(config, Namespace(**given))
+    arguments = ["train", str(tiny_run), *overrides]
     code = train_again_until_done(arguments, where, config, restarts=1)
     killing.join()
     said = capfd.readouterr().err
     assert code == 0, said
     assert said.count(TRY + "1 of 1") == said.count(TRY) == 2, said
-    expected, found = read_metrics(trained), read_metrics(run_dir)
+    expected, found = (read_metrics(tmp_path / name) for name in ("whole", "killed"))
     for part, name in ((0, "loss"), (1, "eval_loss")):
         assert [(e["step"], e[name]) for e in found[part]] == [
             (e["step"], e[name]) for e in expected[part]
@@ -181,7 +184,7 @@ def test_wrong_input_is_not_started_again(tiny_run, tmp_path, corpus):
     data.write_bytes(bytes(10) + data.read_bytes()[10:])
     done = est_ds(
         "train", tiny_run, f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'train'}",
-        "data.verify=hashes", *SMALL, "--restarts", "3",
+        "data.verify=hashes", *ALONE, "--restarts", "3",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert TRY not in done.stderr

@@ -33,9 +33,10 @@ def cluster(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_run, tmp_path_factory):
-    """On this machine, in the layout of two hosts."""
+    """In one process on this machine."""
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *LONGER)
+    alone = "parallel={pipe: 1, zero: 1, processes: 1}"
+    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *LONGER, alone)
     assert done.returncode == 0, done.stderr
     return read_metrics(run_dir)
 

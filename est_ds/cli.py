@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_natural,
         default=0,
         metavar="N",
-        help="start a failed run again, up to N times without a new checkpoint in between, on the "
-        "hosts of the hostfile that answer (default: 0)",
+        help="start a failed run again, up to N times without a new checkpoint in between (default: "
+        "0); with --hostfile on the hosts that answer, else on the same nodes",
     )
     _many_nodes(train)
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.

@@ -191,9 +191,8 @@ def test_wrong_input_is_not_started_again(tiny_run, tmp_path, corpus):
 
 
 def test_restarts_inside_a_launcher_are_refused(tiny_run, tmp_path):
-    done = est_ds(
-        "train", tiny_run, f"run_dir={tmp_path / 'run'}", "--restarts", "3", RANK="0", WORLD_SIZE="1"
-    )
+    run_dir = f"run_dir={tmp_path / 'run'}"
+    done = est_ds("train", tiny_run, run_dir, "--restarts", "3", RANK="0", WORLD_SIZE="1")
     assert done.returncode == 2 and "--restarts=3 inside a launcher" in done.stderr
 
 

@@ -105,8 +105,9 @@ def test_too_few_hosts_are_tries_and_named(job):  # noqa: F811
     file = job.cluster.folder / "uneven"
     file.write_text("node0 slots=1\nnode1 slots=3\n")
     started = job.cluster.est_ds(
-        *job.arguments, *LONGER, "--hostfile", str(file), "--restarts", "2", host=2
-    )
+        *job.arguments, *LONGER, "watchdog.limit_s=100", "--hostfile", str(file),
+        "--restarts", "2", host=2,
+    )  # fmt: skip
     wait_for_steps(job, 7, started)
     job.cluster.hosts[1].stop()
     assert started.wait(240) == 1, started.text

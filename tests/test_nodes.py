@@ -1,7 +1,7 @@
 """Training on several hosts, which are namespaces on this machine, and what ends it.
 
-The fast tests are one run over ssh and one killed process; `-m slow` has the other ways to start
-and the other faults.
+`-m slow` has the other ways to start, and processes that are stopped. With `-s` the tests print how
+long it took until nothing of the run was left.
 """
 
 from __future__ import annotations
@@ -67,10 +67,16 @@ def job(cluster, tiny_run, tmp_path):
     signal_all(job.left(), signal.SIGKILL)
 
 
-def assert_failed(started, job, within_s: float, *said: str) -> None:
-    """The command ends with 1, in time, and leaves no process on any host."""
+def assert_failed(started, job, within_s: float, what: str, *said: str) -> None:
+    """The command ends with 1, in time, and leaves no process on any host.
+
+    Args:
+        what: happened just now.
+    """
+    began = time.monotonic()
     assert started.wait(within_s) == 1, started.text
     wait_until(lambda: not job.left(), 10)
+    print(f"{what}, to the end of all: {time.monotonic() - began:.1f} s")
     for text in said:
         assert text in started.text
     assert "Traceback" not in started.text
@@ -106,10 +112,15 @@ def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(
 
 def test_killed_process_ends_all_and_is_named(job):
     started = job.begin()
-    began = time.monotonic()
     signal_all(job.cluster.hosts[1].ranks()[:1], signal.SIGKILL)
-    assert_failed(started, job, 30, "rank 2 on node1 (last step ", "3 others waited for it")
-    print(f"killed process to the end of all: {time.monotonic() - began:.1f} s")
+    said = ("rank 2 on node1 (last step ", "3 others waited for it")
+    assert_failed(started, job, 30, "a process killed", *said)
+
+
+def test_killed_rank_0_ends_all(job):
+    started = job.begin()
+    signal_all(job.cluster.hosts[0].ranks()[:1], signal.SIGKILL)
+    assert_failed(started, job, 30, "rank 0 killed", "rank 0 on node0")
 
 
 @pytest.mark.slow
@@ -117,14 +128,16 @@ def test_killed_process_ends_all_and_is_named(job):
 def test_stopped_process_ends_all_within_the_limit_and_is_named(host, named, job):
     started = job.begin()
     signal_all(job.cluster.hosts[host].ranks()[:1], signal.SIGSTOP)
-    assert_failed(started, job, LIMIT_S + 20, f"no progress for {LIMIT_S} s", named)
+    said = (f"no progress for {LIMIT_S} s", named)
+    assert_failed(started, job, LIMIT_S + 20, f"{named} stopped", *said)
 
 
 @pytest.mark.slow
 def test_host_whose_processes_all_hang_is_ended(job):
     started = job.begin()
     signal_all(job.cluster.hosts[1].ranks(), signal.SIGSTOP)
-    assert_failed(started, job, 3 * LIMIT_S + 15, "rank 2 on node1", "rank 3 on node1")
+    said = ("rank 2 on node1", "rank 3 on node1")
+    assert_failed(started, job, 3 * LIMIT_S + 15, "all processes of a host stopped", *said)
 
 
 @pytest.mark.slow
@@ -145,13 +158,14 @@ def test_process_that_fails_says_why_on_all_hosts(job):
 @pytest.mark.slow
 def test_notice_to_one_process_of_one_host_stops_all_at_one_step(job):
     started = job.begin()
+    began = time.monotonic()
     signal_all(job.cluster.hosts[1].ranks()[1:], signal.SIGUSR1)
     assert started.wait(30) == 75, started.text
+    print(f"SIGUSR1 to one process, to exit: {time.monotonic() - began:.1f} s")
     assert not job.left()
     assert Store(job.run_dir / "checkpoints").named(LATEST) == job.steps()
 
 
-@pytest.mark.slow
 def test_link_that_is_down_for_10_s_only_costs_that_time(job):
     started = job.begin("watchdog.limit_s=30")
     link = job.cluster.hosts[1]
@@ -164,6 +178,16 @@ def test_link_that_is_down_for_10_s_only_costs_that_time(job):
 
 
 @pytest.mark.slow
+def test_link_that_is_gone_ends_all_within_the_limit(job):
+    started = job.begin()
+    link = job.cluster.hosts[1]
+    link.ip("link", "set", "eth0", "down")
+    try:
+        assert_failed(started, job, 4 * LIMIT_S, "a link gone", "rank 2 on node1")
+    finally:
+        link.ip("link", "set", "eth0", "up")
+
+
 def test_slow_link_trains_the_same(job, tiny_run, tmp_path):
     slow = job.cluster.hosts[1]
     shape = ("dev", "eth0", "root", "tbf", "rate", "20mbit", "burst", "32kb", "latency", "50ms")
@@ -180,14 +204,12 @@ def test_slow_link_trains_the_same(job, tiny_run, tmp_path):
     assert [e["loss"] for e in here] == [e["loss"] for e in there]
 
 
-@pytest.mark.slow
 def test_host_that_cannot_be_reached_ends_the_start_and_is_named(job):
     hostfile = job.cluster.hostfile(2, "node0", "node7")
     started = job.cluster.est_ds(*job.arguments, "--hostfile", str(hostfile))
-    assert_failed(started, job, 2 * LIMIT_S + 30, "node7")
+    assert_failed(started, job, 2 * LIMIT_S + 30, "a host that is not there", "node7")
 
 
-@pytest.mark.slow
 def test_host_of_another_version_is_refused_by_its_name(job):
     other = job.cluster.folder / "other.py"
     other.write_text('"""Another version."""\n\n__version__ = "99.0"\n')

@@ -215,7 +215,8 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.engine.setup import leave_processes
     from est_ds.launching import where_to
     from est_ds.restarting import train_again_until_done
-    from est_ds.run import lock_run_dir, prepare
+    from est_ds.run import prepare
+    from est_ds.run_dir import lock_run_dir
     from est_ds.train import train
 
     config = load_run(parsed.run, parsed.overrides)

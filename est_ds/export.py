@@ -22,7 +22,8 @@ from est_ds.errors import UserError
 from est_ds.model import build_model, empty_model
 from est_ds.plans.chosen import Keep, plan_to_keep
 from est_ds.plans.plan import Plan
-from est_ds.run import Planned, check_run_dir, plan_run
+from est_ds.run import Planned, plan_run
+from est_ds.run_dir import check_run_dir
 from est_ds.slicing.extract import smaller_model
 from est_ds.slicing.subnetwork import Subnetwork
 

@@ -17,7 +17,7 @@ from est_ds.checkpoints.store import LATEST, Store
 from est_ds.config import Batch, RunConfig
 from est_ds.errors import UserError
 from est_ds.launching import Launch
-from est_ds.run import lock_run_dir
+from est_ds.run_dir import lock_run_dir
 from est_ds.signals import Signals
 
 FAILED = 1

@@ -9,7 +9,8 @@ from est_ds.config import RunConfig, checked
 from est_ds.divergence import History
 from est_ds.errors import UserError
 from est_ds.lr import learning_rate
-from est_ds.run import Run, differences
+from est_ds.run import Run
+from est_ds.run_dir import differences
 
 VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 

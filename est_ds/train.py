@@ -25,7 +25,8 @@ from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.preempt import Preempted, noticed
 from est_ds.progress import Progress
-from est_ds.run import Run, data_shares, lock_run_dir, write_config
+from est_ds.run import Run, data_shares
+from est_ds.run_dir import lock_run_dir, write_config
 from est_ds.run_state import check_state, run_state
 from est_ds.runtime import World, say
 from est_ds.watchdog import Watchdog

@@ -24,7 +24,7 @@ from est_ds.errors import UserError
 from est_ds.metrics import read_metrics
 from est_ds.model import build_model
 from est_ds.report.summary import summarise
-from est_ds.run import check_run_dir
+from est_ds.run_dir import check_run_dir
 from est_ds.slicing.families import family_of, hf_config
 
 SMALL = {

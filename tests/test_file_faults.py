@@ -257,7 +257,7 @@ def test_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(
 
 
 def test_start_killed_before_it_had_a_config_does_not_block_the_directory(tiny_run, tmp_path):
-    from est_ds.run import check_run_dir
+    from est_ds.run_dir import check_run_dir
     from est_ds.run_file import load_run
 
     (tmp_path / ".lock").touch()

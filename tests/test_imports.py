@@ -14,7 +14,7 @@ LAYERS = [
     {"slicing", "data", "model", "checkpoints"},
     {"engine"},
     {"run", "metrics", "progress", "planning", "export", "report", "agreement", "verdict", "hosts",
-     "divergence", "run_state"},
+     "divergence", "run_dir", "run_state"},
     {"watchdog", "launching", "doctor", "sentinel", "signals"},
     {"guard"},
     {"resuming", "restarting"},

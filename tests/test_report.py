@@ -15,7 +15,7 @@ from est_ds.errors import UserError
 from est_ds.metrics import FILE, MetricsFile
 from est_ds.report.page import write_report
 from est_ds.report.summary import print_summary, summarise
-from est_ds.run import write_config
+from est_ds.run_dir import write_config
 
 PHASES = [
     {"name": "small", "until": 4, "layers": 0.5, "heads": 0.5, "columns": 0.5},

@@ -22,7 +22,8 @@ from est_ds.metrics import read_metrics
 from est_ds.resuming.compare import Bounds, Comparison, compare_runs
 from est_ds.resuming.short import default_cut, shortened
 from est_ds.preempt import EXIT_CODE
-from est_ds.run import differences, plan_run, prepare
+from est_ds.run import plan_run, prepare
+from est_ds.run_dir import differences
 
 # Another layout adds up in another order; what was seen stands in configs/LAYOUTS.md.
 OTHER_LAYOUT = {

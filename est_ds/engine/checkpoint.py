@@ -80,7 +80,7 @@ class Saver:
         elif self._thread is not None:
             # Other ranks may be gone: no communication.
             self._thread.join(LAST_WAIT_S)
-            deadline = time.monotonic() + LAST_WAIT_S
+            deadline = time.monotonic() + LAST_WAIT_S * (self._rank == 0)
             while self._content and not self._error and time.monotonic() < deadline:
                 self.poll()
                 time.sleep(0.1)

@@ -58,11 +58,17 @@ def disk(tmp_path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"loop devices are not allowed here: {mounted.stderr.strip()}")
     yield where
-    subprocess.run(["umount", where], check=True)
+    unmount(where)
 
 
 def mounting(image: Path, where: Path) -> list[str]:
     return ["mount", "-o", "loop,errors=remount-ro", str(image), str(where)]
+
+
+def unmount(disk: Path) -> None:
+    """Once the processes that were killed have let go of it."""
+    command = ["umount", str(disk)]
+    wait_until(lambda: subprocess.run(command, capture_output=True).returncode == 0, 30)
 
 
 def device(disk: Path) -> str:
@@ -188,7 +194,7 @@ def test_disk_that_becomes_read_only_ends_the_run_and_its_checkpoint_stays(disk,
     with trained(folder, run_dir) as job:
         Path("/sys/fs/ext4", device(disk), "trigger_fs_error").write_text("1")
         check_end(job, str(run_dir), "Read-only file system")
-    subprocess.run(["umount", disk], check=True)
+    unmount(disk)
     subprocess.run(["/sbin/e2fsck", "-y", folder / "image"], capture_output=True)
     subprocess.run(mounting(folder / "image", disk), check=True)
     check_goes_on(folder, run_dir)

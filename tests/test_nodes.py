@@ -216,7 +216,7 @@ def test_host_of_another_version_is_refused_by_its_name(job):
             break
         hostfile = str(job.cluster.hostfile())
         started = job.cluster.est_ds(*job.arguments, "--hostfile", hostfile)
-        assert started.wait(60) == 2, started.text
+        assert started.wait(120) == 2, started.text
         assert "99.0 on node1" in started.text
 
 

@@ -18,6 +18,7 @@ from est_ds.engine.build import build_engine
 from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
 from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.engine.setup import start_processes
+from est_ds.errors import Failure
 from est_ds.flops import Flops, dense_flops, step_flops
 from est_ds.lr import learning_rate
 from est_ds.metrics import MetricsFile
@@ -123,19 +124,8 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
                 if metrics:
                     metrics.write(step=step, skipped=reason)
             else:
-                phase = method.phases[plan.phase].name
-                progress.step(step, phase, loss, run.tokens_per_step / step_s)
-                if done % config.log.every == 0 or done in ends or history.spike:
-                    entry = _entry(run, engine, step, plan, loss, rate, step_s)
-                    if history.spike:
-                        entry["spike"] = history.spike
-                        progress.note(f"step {step}: {history.spike}")
-                    if done in ends and (shares := engine.pipe_shares()):
-                        entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
-                        progress.note(_pipe_note(run, engine, plan.phase, shares))
-                    if metrics:
-                        metrics.write(**entry)
-                    _to_monitor(engine, entry, done * config.batch.global_)
+                trained = (step, plan, loss, rate, step_s, history.spike)
+                _report_step(run, engine, metrics, progress, *trained)
             eval_loss, last, notice = None, done == config.steps, noticed()
             due = last or done % config.evaluate.every == 0
             if due and (last or not notice):
@@ -158,6 +148,36 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
             step = done
     if metrics:
         metrics.close()
+
+
+def _report_step(
+    run: Run,
+    engine: Engine,
+    metrics: MetricsFile | None,
+    progress: Progress,
+    step: int,
+    plan: Plan,
+    loss: float,
+    rate: float,
+    step_s: float,
+    spike: str | None,
+) -> None:
+    """Shows a step, and logs it where `log.every` says so, at the end of a phase, or as a spike."""
+    done, phase = step + 1, run.method.phases[plan.phase]
+    progress.step(step, phase.name, loss, run.tokens_per_step / step_s)
+    is_end = done == phase.until_step
+    if done % run.config.log.every and not is_end and not spike:
+        return
+    entry = _entry(run, engine, step, plan, loss, rate, step_s)
+    if spike:
+        entry["spike"] = spike
+        progress.note(f"step {step}: {spike}")
+    if is_end and (shares := engine.pipe_shares()):
+        entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
+        progress.note(_pipe_note(run, engine, plan.phase, shares))
+    if metrics:
+        metrics.write(**entry)
+    _to_monitor(engine, entry, done * run.config.batch.global_)
 
 
 def _entry(
@@ -250,6 +270,8 @@ def _report_evaluation(
 def _go_back(run: Run, engine: Engine, store: Store, history: History, step: int) -> int:
     """Loads the last good checkpoint before a step that is to be left out; returns its step."""
     back = choose_checkpoint(store, "auto")
+    if back is None:
+        raise Failure(f"step {step}: {history.skipped[step]}; {store.folder} holds no checkpoint.")
     say(f"step {step}: {history.skipped[step]}; going back to step {back}, to leave that one out")
     load_checkpoint(engine, store.path(back))
     history.go_back(read_index(store.path(back)).state.get("divergence"))

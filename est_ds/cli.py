@@ -210,7 +210,7 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.checkpoints.store import LATEST, Store
+    from est_ds.checkpoints.store import Store
     from est_ds.run_file import load_run
     from est_ds.engine.setup import leave_processes
     from est_ds.launching import where_to
@@ -238,8 +238,8 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         leave_processes()
     where = where_to(config, parsed)
     checkpoints = Store(prepare(config, where.processes).directory / "checkpoints")
-    if checkpoints.named(LATEST) == config.steps:
-        print(f"{config.run_dir} is done: all {config.steps} steps are trained.")
+    if checkpoints.latest == config.steps:
+        print(f"{config.run_dir} is done: all {config.steps} steps are behind it.")
         if where.is_first:
             _summary(config.run_dir)
         return
@@ -300,7 +300,10 @@ def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _summary(run_dir: str) -> None:
     from est_ds.report.summary import print_summary
 
-    print_summary(run_dir)
+    try:
+        print_summary(run_dir)
+    except UserError as e:  # the run is done all the same
+        print(f"no summary: {e}")
 
 
 if __name__ == "__main__":

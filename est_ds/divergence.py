@@ -58,7 +58,8 @@ class History:
         return {"losses": list(self._losses), "skipped": skipped}
 
     def begin(self, step: int) -> bool:
-        """Whether a step is to be trained; called for every step in its turn."""
+        """Begins a step, each in its turn; returns whether it is to be trained."""
+        self.spike = None
         if step in self._boundaries:
             self._losses.clear()
         return step not in self.skipped
@@ -73,10 +74,9 @@ class History:
         Raises:
             Diverged: the policy is to stop, or allows no more.
         """
-        self.spike = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            what = "gradients are" if math.isfinite(loss) else f"loss is {loss}, its gradients"
-            return self._refuse(step, f"the {what} no numbers", self._settings.nonfinite)
+            reason = "the gradients are no numbers" if math.isfinite(loss) else f"the loss is {loss}"
+            return self._refuse(step, reason, self._settings.nonfinite)
         limit = self._limit()
         if loss > limit:
             self.spike = f"the loss {loss:.4f} is a spike (above {limit:.4f})"
@@ -95,7 +95,8 @@ class History:
             return math.inf
         middle = median(self._losses)
         deviation = TO_SIGMA * median(abs(loss - middle) for loss in self._losses)
-        return middle + self._settings.deviations * deviation
+        # Zero when most losses are equal: nothing can be said of the others.
+        return middle + self._settings.deviations * deviation if deviation else math.inf
 
     def _refuse(self, step: int, reason: str, policy: str) -> Action:
         allowed = self._settings.allowed

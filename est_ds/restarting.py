@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from est_ds import guard, remote
-from est_ds.checkpoints.store import LATEST, Store
+from est_ds.checkpoints.store import Store
 from est_ds.config import Batch, RunConfig
 from est_ds.errors import UserError
 from est_ds.launching import Launch
@@ -55,6 +55,9 @@ def train_again_until_done(
             if tries == restarts:
                 _say(f"not started again: {tries} tries have saved nothing after step {furthest}")
                 return code
+            if signals.code is not None:
+                _say("not started again, because of a signal; start it again to go on")
+                return signals.code
             tries += 1
             _say(
                 f"exit code {code}; try {tries} of {restarts}, from step {_saved(config)}, in "
@@ -102,7 +105,7 @@ def _start(arguments: list[str], where: Launch, config: RunConfig, signals: Sign
 
 def _saved(config: RunConfig) -> int:
     """The step of the latest checkpoint."""
-    return Store(Path(config.run_dir) / "checkpoints").named(LATEST) or 0
+    return Store(Path(config.run_dir) / "checkpoints").latest or 0
 
 
 def _place(where: Launch, config: RunConfig, signals: Signals) -> Launch | None:

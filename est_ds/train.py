@@ -18,7 +18,7 @@ from est_ds.engine.build import build_engine
 from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
 from est_ds.engine.layout import bubble, imbalance, stage_costs
 from est_ds.engine.setup import start_processes
-from est_ds.errors import Failure
+from est_ds.errors import Failure, UserError
 from est_ds.flops import Flops, dense_flops, step_flops
 from est_ds.lr import learning_rate
 from est_ds.metrics import MetricsFile
@@ -114,12 +114,17 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
                 step_s = time.perf_counter() - began
                 if history.judge(step, loss, engine.grad_norm) == "roll back":
                     saver.finish()
-                    step = _go_back(run, engine, store, history, step)
+                    watchdog.mark(step, "going back")
+                    progress.note(f"step {step}: {history.skipped[step]}; going back")
+                    step = _go_back(engine, store, history, step)
+                    progress.note(f"at step {step}, the last checkpoint")
                     if metrics:
                         metrics.go_back(step)
                     continue
             if reason := history.skipped.get(step):
                 engine.set_steps_done(done)
+                if done in ends:
+                    engine.pipe_shares()  # of this phase: not to be counted in the next
                 progress.note(f"step {step} is left out: {reason}")
                 if metrics:
                     metrics.write(step=step, skipped=reason)
@@ -140,7 +145,7 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
                 if metrics:
                     metrics.sync()
                 check_agreement(run, done)
-                saver.save(done, run_state(run, done, history, due and notice), eval_loss)
+                saver.save(done, run_state(run, done, history, due and eval_loss is None), eval_loss)
                 notice = notice or noticed()
             if notice and not last:
                 saver.finish()
@@ -267,12 +272,22 @@ def _report_evaluation(
     return mean
 
 
-def _go_back(run: Run, engine: Engine, store: Store, history: History, step: int) -> int:
-    """Loads the last good checkpoint before a step that is to be left out; returns its step."""
-    back = choose_checkpoint(store, "auto")
+def _go_back(engine: Engine, store: Store, history: History, step: int) -> int:
+    """Loads the last good checkpoint before a step that is to be left out; returns its step.
+
+    Raises:
+        Failure: there is none.
+    """
+    try:
+        back = choose_checkpoint(store, "auto")
+    except UserError as e:
+        raise Failure(f"step {step}: {history.skipped[step]}; {e}") from None
     if back is None:
-        raise Failure(f"step {step}: {history.skipped[step]}; {store.folder} holds no checkpoint.")
-    say(f"step {step}: {history.skipped[step]}; going back to step {back}, to leave that one out")
+        raise Failure(
+            f"step {step}: {history.skipped[step]}; {store.folder} holds no checkpoint to go back "
+            f"to: put them back and start the run again."
+        )
+    engine.pipe_shares()  # what is trained again is not to be counted twice
     load_checkpoint(engine, store.path(back))
     history.go_back(read_index(store.path(back)).state.get("divergence"))
     return back
@@ -295,9 +310,10 @@ def _work_by_phase(run: Run) -> list[float]:
 
 def _remaining(run: Run, start: int, work: list[float]):
     """Maps a step to the share of the work from `start` on that is still to do after it."""
-    per_step = [work[run.method.phase_at(step)] for step in range(start, run.config.steps)]
-    done = list(accumulate(per_step))
-    return lambda step: 1.0 - done[step - start] / done[-1]
+    per_step = [work[run.method.phase_at(step)] for step in range(run.config.steps)]
+    done = [0.0, *accumulate(per_step)]
+    # A run that went back may be before `start`.
+    return lambda step: 1.0 - max(0.0, done[step + 1] - done[start]) / (done[-1] - done[start])
 
 
 def _to_monitor(engine: Engine, entry: dict[str, Any], samples: int) -> None:

@@ -21,8 +21,7 @@ done
 # would make a SIGKILL within a second.
 mpirun --hostfile "$hostfile" --map-by ppr:1:node --bind-to none "${travelling[@]}" \
     "$folder/node.sh" "$@" --processes "$slots" &
-trap 'kill -USR1 $!' TERM USR1
-while true; do
-    wait $! && code=0 || code=$?
-    case $code in 138 | 143) ;; *) exit "$code" ;; esac # a signal came: wait on
-done
+trap 'kill -USR1 $! || true' TERM USR1
+# A signal ends `wait`, not what it waits for.
+while kill -0 $! 2>/dev/null; do wait $! || true; done
+wait $!

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from math import inf, nan
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from est_ds.divergence import History
 from est_ds.engine.base import token_loss
 from est_ds.errors import Diverged
 from est_ds.metrics import read_events, read_metrics
+from est_ds.report.summary import summarise
 from est_ds.resuming.compare import Bounds, compare_runs
 from est_ds.run_file import load_run
 
@@ -32,15 +34,16 @@ POISON = [[6, "loss"], [11, "gradient"]]
 KEPT = ("step", "loss", "grad_norm", "lr", "tokens", "plan_digest", "data_digest")
 
 
-SKIPPING = [name for name in LAYOUTS if name != "pipe 4, ZeRO 1"]
-GOING_BACK = ["pipe 2, ZeRO 0", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
-# Others that DeepSpeed takes another way with.
-OTHERWISE = {
+# name: layout, overrides
+CASES = {name: (name, []) for name in LAYOUTS if name != "pipe 4, ZeRO 1"} | {
     "bf16": ("data 2, ZeRO 1", ["precision=bf16"]),
     "bf16 in a pipeline": ("pipe 2, ZeRO 0", ["precision=bf16", "parallel.zero=1"]),
     "offload, ZeRO 2": ("data 2, ZeRO 2", ["parallel.offload=true"]),
     "offload, ZeRO 3": ("data 2, ZeRO 3", ["parallel.offload=true"]),
 }
+FAST = ["bf16", "pipe 2, ZeRO 0", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
+SLOW = [name for name in CASES if name not in FAST]
+GOING_BACK = FAST[1:]
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +60,60 @@ def reference(synthetic_run, tmp_path_factory):  # noqa: F811
     return found
 
 
-@pytest.fixture(scope="module")
-def poisoned(synthetic_run, tmp_path_factory):  # noqa: F811
-    """Run directories by layout and policy."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    cases = [(name, name, [], "skip") for name in SKIPPING]
-    cases += [(name, name, [], "rollback") for name in GOING_BACK]
-    cases += [(name, layout, more, "skip") for name, (layout, more) in OTHERWISE.items()]
+def train_poisoned(folder: Path, run: Path, cases: Iterable[tuple[str, str]]) -> dict:
+    """Run directories by case and policy."""
     found, jobs = {}, {}
-    for name, layout, more, policy in cases:
+    for name, policy in cases:
+        layout, more = CASES[name]
         processes, arguments = LAYOUTS[layout]
         run_dir = found[name, policy] = folder / name_of(name, policy)
         settings = [EST, *arguments, *more, f"divergence.nonfinite={policy}"]
         overrides = [f"run_dir={run_dir}", *settings]
-        job = {"run": synthetic_run, "overrides": overrides, "poison": POISON}
+        job = {"run": run, "overrides": overrides, "poison": POISON}
         jobs.setdefault(processes, []).append(job)
     for processes, some in jobs.items():
         train_all(folder / f"processes_{processes}", processes, some)
     return found
 
 
-@pytest.mark.parametrize("layout", [*SKIPPING, *OTHERWISE])
-def test_skipped_steps_leave_no_trace_in_any_layout(layout, poisoned, reference):
-    steps, _ = read_metrics(poisoned[layout, "skip"])
+@pytest.fixture(scope="module")
+def poisoned(synthetic_run, tmp_path_factory):  # noqa: F811
+    cases = [(name, "skip") for name in FAST] + [(name, "rollback") for name in GOING_BACK]
+    return train_poisoned(tmp_path_factory.mktemp("poisoned"), synthetic_run, cases)
+
+
+@pytest.fixture(scope="module")
+def poisoned_too(synthetic_run, tmp_path_factory):  # noqa: F811
+    cases = [(name, "skip") for name in SLOW]
+    return train_poisoned(tmp_path_factory.mktemp("poisoned_too"), synthetic_run, cases)
+
+
+@pytest.mark.parametrize("case", FAST)
+def test_skipped_steps_leave_no_trace_in_any_layout(case, poisoned, reference):
+    assert_nothing_of_skipped_steps(case, poisoned[case, "skip"], reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_skipped_steps_leave_no_trace_in_other_layouts(case, poisoned_too, reference):
+    assert_nothing_of_skipped_steps(case, poisoned_too[case, "skip"], reference)
+
+
+def assert_nothing_of_skipped_steps(case: str, run: Path, reference: dict) -> None:
+    steps, _ = read_metrics(run)
     assert [e["step"] for e in steps] == [s for s in range(20) if s not in (6, 11)]
-    precision, within = ("bf16", BF16_BOUND) if "bf16" in layout else ("fp32", 1e-5)
+    precision, within = ("bf16", BF16_BOUND) if "bf16" in case else ("fp32", 1e-5)
     expected = reference["est", (6, 11), precision]
     assert_close([e["loss"] for e in steps], expected.losses, within)
     if precision == "fp32":
         assert_close([e["grad_norm"] for e in steps], expected.norms, within=1e-4)
-    events = {e["step"]: e["skipped"] for e in read_events(poisoned[layout, "skip"])}
-    assert list(events) == [6, 11]
-    assert "the loss is nan" in events[6]
-    assert "the gradients are no numbers" in events[11]
+    events = {e["step"]: e["skipped"] for e in read_events(run)}
+    assert events == {6: "the loss is nan", 11: "the gradients are no numbers"}
 
 
-@pytest.mark.parametrize("layout", GOING_BACK)
-def test_going_back_gives_what_skipping_gives_bit_for_bit(layout, poisoned):
-    skipped, went_back = poisoned[layout, "skip"], poisoned[layout, "rollback"]
+@pytest.mark.parametrize("case", GOING_BACK)
+def test_going_back_gives_what_skipping_gives_bit_for_bit(case, poisoned):
+    skipped, went_back = poisoned[case, "skip"], poisoned[case, "rollback"]
     assert not compare_runs(skipped, went_back, Bounds()).first
     one, other = (Store(run / "checkpoints").path(20) for run in (skipped, went_back))
     files = [json.loads((f / "checkpoint.json").read_text())["files"] for f in (one, other)]
@@ -104,18 +123,14 @@ def test_going_back_gives_what_skipping_gives_bit_for_bit(layout, poisoned):
 
 
 def test_stop_ends_all_ranks_before_the_step_is_applied(synthetic_run, tmp_path):  # noqa: F811
-    processes, arguments = LAYOUTS["pipe 2 x data 2, ZeRO 1"]
+    processes, arguments = LAYOUTS["pipe 2, ZeRO 0"]
     overrides = [f"run_dir={tmp_path}/run", *arguments, EST]
     job = {"run": synthetic_run, "overrides": overrides, "poison": [[11, "gradient"]]}
     codes, logs = start(tmp_path / "log", processes, [job], timeout_s=120)
     assert codes == [1] * processes
     for log in logs:
         assert "step 11: the gradients are no numbers; the step was not applied" in log
-    assert Store(tmp_path / "run" / "checkpoints").named("latest") == 10
-    # Without what was wrong it goes on to the end.
-    train_all(tmp_path / "again", processes, [{"run": tmp_path / "run", "overrides": []}])
-    steps, _ = read_metrics(tmp_path / "run")
-    assert [e["step"] for e in steps] == list(range(20))
+    assert Store(tmp_path / "run" / "checkpoints").latest == 10
 
 
 def test_diverging_run_ends_with_code_3_and_one_line(tiny_run, tmp_path):
@@ -141,6 +156,36 @@ def test_resumed_run_still_leaves_out_what_was_skipped(poisoned, tmp_path):
     assert [[e[k] for k in KEPT] for e in after[0]] == [[e[k] for k in KEPT] for e in before[0]]
     index = json.loads((Store(run / "checkpoints").path(20) / "checkpoint.json").read_text())
     assert list(index["state"]["divergence"]["skipped"]) == ["6", "11"]
+
+
+def test_run_goes_back_and_never_forward_to_checkpoints_of_a_lost_future(poisoned, tmp_path):
+    run = shutil.copytree(poisoned["data 2, ZeRO 2", "rollback"], tmp_path / "run")
+    store = Store(run / "checkpoints")
+    # Back to step 14, whose checkpoint is bad, as is the one before it; later ones are there still.
+    (store.folder / "latest").write_text("step_00000014\n")
+    for step in (14, 10):
+        (store.path(step) / "rank_00000.safetensors").write_bytes(b"bad")
+    job = {"run": run, "overrides": [f"run_dir={run}"], "poison": [[12, "loss"]]}
+    said = train_all(tmp_path / "log", 2, [job])
+    assert "going back" in said and "at step 10, the last checkpoint" in said
+    steps, _ = read_metrics(run)
+    assert [e["step"] for e in steps] == [s for s in range(20) if s not in (6, 12)]
+    assert store.latest == 20
+
+
+def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(
+    synthetic_run, tmp_path  # noqa: F811
+):
+    policy = ["divergence.nonfinite=skip", "divergence.limit=20"]
+    overrides = [f"run_dir={tmp_path}/run", *LAYOUTS["pipe 2, ZeRO 0"][1], EST, *policy]
+    poison = [[step, "loss"] for step in (*range(8, 14), 19)]
+    train_all(tmp_path / "log", 2, [{"run": synthetic_run, "overrides": overrides, "poison": poison}])
+    found = summarise(tmp_path / "run")
+    assert [phase.name for phase in found.phases] == ["small", "full"]
+    assert (found.num_steps, found.skipped) == (20, (*range(8, 14), 19))
+    assert found.tokens == 13 * 8 * 64
+    again = est_ds("train", tmp_path / "run")
+    assert again.returncode == 0 and "steps left out" in again.stdout
 
 
 def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):  # noqa: F811

@@ -101,7 +101,7 @@ def test_finished_run_is_not_trained_over(trained):
     before = (trained / "metrics.jsonl").read_bytes()
     again = est_ds("train", trained)
     assert again.returncode == 0
-    assert "all 20 steps are trained" in again.stdout
+    assert "all 20 steps are behind it" in again.stdout
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 

@@ -39,6 +39,12 @@ class Store:
             return None
         return int(match[1]) if match else None
 
+    @property
+    def latest(self) -> int | None:
+        """The step that `latest` names, if that checkpoint is there."""
+        step = self.named(LATEST)
+        return step if step is not None and self.path(step).is_dir() else None
+
     def candidates(self) -> list[int]:
         """Steps to resume from, the best choice first: what `latest` names, then what is before it.
 
@@ -46,6 +52,10 @@ class Store:
         """
         steps, latest = self.steps(), self.named(LATEST)
         return [s for s in reversed(steps) if latest not in steps or s <= latest]
+
+    def point_to(self, step: int) -> None:
+        """Makes a checkpoint the latest."""
+        replace_text(self.folder / LATEST, tag_of(step) + "\n")
 
     def set_aside(self, step: int) -> Path:
         """Renames a damaged checkpoint, so that it is neither resumed from nor counted."""
@@ -80,7 +90,7 @@ class Store:
         Args:
             newest: the checkpoint just completed. Later ones, of a run that went back, are left.
         """
-        replace_text(self.folder / LATEST, tag_of(newest) + "\n")
+        self.point_to(newest)
         steps = [step for step in self.steps() if step <= newest]
         losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
         kept = set(steps[-settings.keep_last :] if settings.keep_last else steps)

@@ -202,7 +202,7 @@ class OpenShard:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self._opened = {file: _identity(file) for file in self._files}
+        self._opened = {file: _size_and_time(file) for file in self._files}
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -227,7 +227,7 @@ class OpenShard:
     def _compare(self) -> None:
         for file, opened in self._opened.items():
             try:
-                wrong = None if _identity(file) == opened else "was changed or replaced"
+                wrong = None if _size_and_time(file) == opened else "was changed or replaced"
             except OSError as e:
                 wrong = f"cannot be read any more ({e.strerror})"
             if wrong:
@@ -246,9 +246,10 @@ class OpenShard:
         return np.where(inside, starts, self.header.num_tokens)
 
 
-def _identity(file: str) -> tuple[int, int, int]:
+def _size_and_time(file: str) -> tuple[int, int]:
+    # Not the inode, which some network file systems make up anew.
     status = os.stat(file)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def check_shard_hashes(prefix: str, shard: Shard) -> None:

@@ -161,10 +161,10 @@ class Saver:
     def _open(self) -> None:
         self._store.folder.mkdir(parents=True, exist_ok=True)
         self._store.clean()
-        self._identity = _identity(self._store.folder)
+        self._identity = _folder_identity(self._store.folder)
 
     def _free_bytes(self) -> int:
-        if _identity(self._store.folder) != self._identity:
+        if _folder_identity(self._store.folder) != self._identity:
             raise OSError(
                 "it is another folder than when the run started: moved away, or its file system "
                 "mounted or unmounted"
@@ -305,6 +305,8 @@ def choose_checkpoint(store: Store, resume: str) -> int | None:
             for bad, text in broken.items():
                 aside = store.set_aside(bad) if rank == 0 else None
                 say(f"warning: {text}; resuming from step {step} instead, and it is now {aside}")
+            if broken and rank == 0:
+                store.point_to(step)  # else later ones, of a run that went back, would count again
             return step
         broken[step] = f"checkpoint {store.path(step)} is damaged: {wrong}"
     if not broken:
@@ -324,7 +326,7 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _folder_identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
 

@@ -64,11 +64,13 @@ class PipeClock:
         """Forgets what was not a training step."""
         self._marks.clear()
 
-    def shares(self) -> PipeShares:
-        """Every process calls it."""
+    def shares(self) -> PipeShares | None:
+        """Since the last call; None if no step was done. Every process calls it."""
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (self._stage, self._busy_s, self._total_s))
         self._busy_s = self._total_s = 0.0
+        if not any(total_s for _, _, total_s in everyone):
+            return None
         busy = []
         for stage in range(self._num_stages):
             of_stage = [(b, t) for s, b, t in everyone if s == stage]

@@ -154,7 +154,7 @@ class PipelineEngine(base.Engine):
         self._clock.drop()
         return loss.item()
 
-    def pipe_shares(self) -> PipeShares:
+    def pipe_shares(self) -> PipeShares | None:
         return self._clock.shares()
 
 

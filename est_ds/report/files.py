@@ -14,6 +14,7 @@ from est_ds.errors import UserError
 from est_ds.flops import phase_ratios
 from est_ds.metrics import FILE, read_events, read_metrics
 from est_ds.plans.methods.base import Method
+from est_ds.plans.phases import Phase
 from est_ds.run import plan_run
 
 FIELDS = (
@@ -40,10 +41,19 @@ class RunFiles:
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch.global_ * self.config.data.sequence
+
     def lines_of(self, phase: int) -> list[dict[str, Any]]:
         """The training lines of a phase, told by step since names may repeat."""
         within = self.method.phases[phase]
         return [e for e in self.steps if within.from_step <= e["step"] < within.until_step]
+
+    def left_out(self, phase: Phase) -> list[int]:
+        """Steps of a phase that were not trained."""
+        steps = [e["step"] for e in self.events if "skipped" in e]
+        return [step for step in steps if phase.from_step <= step < phase.until_step]
 
     def keeps_everything(self, phase: int) -> bool:
         """Whether every step of a phase is a step of the full model."""
@@ -86,7 +96,7 @@ def read_run(run_dir: str | os.PathLike) -> RunFiles:
             f"config.yaml; the two are of different runs: restore the one that belongs here."
         )
     for i, phase in enumerate(method.phases[: method.phase_at(steps[-1]["step"]) + 1]):
-        if not files.lines_of(i):
+        if not files.lines_of(i) and not files.left_out(phase):
             raise UserError(
                 f"{directory / FILE} has no line of phase {phase.name!r} (steps {phase.from_step} "
                 f"to {phase.until_step - 1}) though it has later ones; restore the whole file, or "

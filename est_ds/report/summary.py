@@ -15,7 +15,7 @@ from est_ds.report.files import RunFiles, read_run
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """One phase that has begun.
+    """One phase that has begun, and in which a step was trained.
 
     Attributes:
         from_step: its first step.
@@ -109,17 +109,19 @@ def summary_of(run: RunFiles) -> Summary:
     full = [i for i in range(len(run.method.phases)) if run.keeps_everything(i)]
     full_lines = [entry for i in full for entry in run.lines_of(i)]
     full_step_s = _median_step_s(full_lines) if full_lines else None
-    done = run.steps[-1]["step"] + 1
+    skipped = tuple(e["step"] for e in run.events if "skipped" in e)
+    done = max(run.steps[-1]["step"], *skipped, -1) + 1
     phases = tuple(
         _phase(run, i, done, full_step_s, i in full)
         for i, phase in enumerate(run.method.phases)
-        if phase.from_step < done
+        if phase.from_step < done and run.lines_of(i)
     )
-    saved_blocks = 1.0 - sum(p.num_steps * p.blocks_ratio for p in phases) / done
-    saved_model = 1.0 - sum(p.num_steps * p.model_ratio for p in phases) / done
+    counted = sum(p.num_steps for p in phases)
+    saved_blocks = 1.0 - sum(p.num_steps * p.blocks_ratio for p in phases) / counted
+    saved_model = 1.0 - sum(p.num_steps * p.model_ratio for p in phases) / counted
     saved_time = None
     if full_step_s:
-        saved_time = 1.0 - sum(p.num_steps * p.median_step_s for p in phases) / done / full_step_s
+        saved_time = 1.0 - sum(p.num_steps * p.median_step_s for p in phases) / counted / full_step_s
     saves = saved_time is not None and not math.isclose(saved_model, 0.0, abs_tol=1e-12)
     data = run.config.data
     last_evaluation = run.evaluations[-1] if run.evaluations else {}
@@ -128,7 +130,7 @@ def summary_of(run: RunFiles) -> Summary:
         method=run.config.method["name"],
         num_steps=done,
         total_steps=run.config.steps,
-        tokens=run.steps[-1]["tokens"],
+        tokens=(done - len(skipped)) * run.tokens_per_step,
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
@@ -145,7 +147,7 @@ def summary_of(run: RunFiles) -> Summary:
         full_from=run.method.phases[full[0]].from_step if full else None,
         saved_time=saved_time,
         efficiency=saved_time / saved_model if saves else None,
-        skipped=tuple(e["step"] for e in run.events if "skipped" in e),
+        skipped=skipped,
         spikes=tuple(e["step"] for e in run.events if "spike" in e),
     )
 
@@ -155,8 +157,6 @@ def _phase(
 ) -> PhaseSummary:
     phase, lines = run.method.phases[i], run.lines_of(i)
     step_s = _median_step_s(lines)
-    tokens_per_step = run.config.batch.global_ * run.config.data.sequence
-
     def ratio(figure: str) -> float:
         return sum(e[f"{figure}_active"] for e in lines) / sum(e[f"{figure}_dense"] for e in lines)
 
@@ -165,7 +165,7 @@ def _phase(
         from_step=phase.from_step,
         until_step=min(done, phase.until_step),
         median_step_s=step_s,
-        tokens_per_s=tokens_per_step / step_s,
+        tokens_per_s=run.tokens_per_step / step_s,
         time_ratio=step_s / full_step_s if full_step_s else None,
         blocks_ratio=ratio("blocks"),
         model_ratio=ratio("flops"),

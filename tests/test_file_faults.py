@@ -255,7 +255,7 @@ def test_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(
     steps, there, tiny_run, tmp_path, capsys
 ):
     (tmp_path / "config.yaml").write_text(tiny_run.read_text())
-    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(steps))
+    lines = "".join(json.dumps({"step": step, "loss": 6.0}) + "\n" for step in range(steps))
     (tmp_path / FILE).write_text(lines)
     if there:  # an empty mount point
         (tmp_path / "checkpoints").mkdir()

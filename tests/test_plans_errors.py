@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 from test_plans import PHASES, TINYLLAMA, est, shape_of
 
@@ -135,13 +137,23 @@ def test_a_step_beyond_the_run_is_refused():
 
 
 @pytest.mark.parametrize("step", [0, 300])
-def test_a_plan_of_tinyllama_costs_milliseconds_at_most(step):
-    """1.0 ms where all layers are kept and 0.5 ms where half are, on one 2020s server core."""
+def test_a_plan_of_tinyllama_costs_less_than_half_of_sorting_its_keys(step):
+    """1.0 ms where all layers are kept and 0.5 ms where half are, on one 2020s server core; a
+    quarter of the sorting there, and on slower and busier machines."""
     method = est(TINYLLAMA, steps=1000, phases=PHASES)
 
-    def seconds(at: int) -> float:
-        start = time.thread_time()
-        assert method.plan(at).digest
-        return time.thread_time() - start
+    def sort_all_keys(at: int) -> None:
+        for layer in range(22):
+            for num in (32, 5632):  # its heads and columns
+                keys = np.random.Philox(key=0, counter=[0, num, layer, at]).random_raw(num)
+                np.sort(np.argsort(keys, kind="stable")[: num // 2])
 
-    assert min(seconds(step + i) for i in range(60)) < 10e-3
+    def seconds(work: Callable[[int], object]) -> float:
+        found = []
+        for i in range(60):
+            start = time.thread_time()
+            work(step + i)
+            found.append(time.thread_time() - start)
+        return min(found)
+
+    assert seconds(lambda at: method.plan(at).digest) < 0.5 * seconds(sort_all_keys)

@@ -55,18 +55,16 @@ def train_again_until_done(
             if tries == restarts:
                 _say(f"not started again: {tries} tries have saved nothing after step {furthest}")
                 return code
-            if signals.code is not None:
-                _say("not started again, because of a signal; start it again to go on")
-                return signals.code
-            tries += 1
-            _say(
-                f"exit code {code}; try {tries} of {restarts}, from step {_saved(config)}, in "
-                f"{wait_s:g} s: {_described(where.slots)}"
-                f"{', as far as the hosts answer' if where.by_ssh else ''}"
-            )
-            signals.wait(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            place = _place(where, config, signals)
+            if signals.code is None:
+                tries += 1
+                _say(
+                    f"exit code {code}; try {tries} of {restarts}, from step {_saved(config)}, in "
+                    f"{wait_s:g} s: {_described(where.slots)}"
+                    f"{', as far as the hosts answer' if where.by_ssh else ''}"
+                )
+                signals.wait(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                place = _place(where, config, signals)
             if signals.code is not None:
                 _say("not started again, because of a signal; start it again to go on")
                 return signals.code

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 def _preparation(options: argparse.Namespace) -> Any:
     """The data file with the flags over it; None without sources."""
     from data_prep.config import Preparation, read_data_file
-    from est_ds.config import checked
+    from est_ds.config.strict import checked
 
     names = ("tokenizer", "bos", "eos", "held_out", "shard_tokens", "max_document_bytes", "invalid")
     given = vars(options)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from est_ds.config import Strict, checked
+from est_ds.config.strict import Strict, checked
 from est_ds.errors import UserError
 
 _OF_FILES = ("path", "separator")

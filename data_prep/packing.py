@@ -20,8 +20,8 @@ from data_prep.readers.base import Place, Reader, Skipped
 from data_prep.shards import ShardWriter
 from data_prep.tokenizing import Job, Result
 from est_ds.data.manifest import FORMAT_VERSION, Manifest, Shard, manifest_path
+from est_ds.disk import hold
 from est_ds.errors import UserError
-from est_ds.locking import hold
 
 COMMIT_EVERY_S = 10.0
 # Raised whenever the same sources and settings would give other bytes.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from est_ds.progress import clock
+from est_ds.training.progress import clock
 
 _LINE_EVERY_S = 10.0
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import est_ds
-from est_ds import preempt, runtime
 from est_ds.errors import Diverged, Failure, UserError
+from est_ds.ranks import preempt
+from est_ds.ranks.world import World, end_with_starter, launched, say
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if runtime.launched():
+    if launched():
         preempt.heed_signals()
     try:
         parsed = _parse(arguments)
@@ -36,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process; inside a launcher at once, see `engine.setup.leave_processes`."""
-    if runtime.launched():
+    """Ends this process; inside a launcher at once, see `engine.start.leave_processes`."""
+    if launched():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -46,7 +47,7 @@ def _leave(code: int) -> NoReturn:
 
 def _complain(kind: str, error: Exception) -> None:
     """Once on every host: what is wrong may be wrong on one of them only."""
-    world = runtime.world()
+    world = World.from_environment()
     if world.is_first or world.local_rank == 0:
         host = "" if world.is_first else f"{socket.gethostname()}: "
         print(f"est-ds: {kind}: {host}{error}", file=sys.stderr, flush=True)
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _many_nodes(train)
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
-    # Names the processes of one start; launching.py finds them by it.
+    # Names the processes of one start; launch/ finds them by it.
     train.add_argument("--start", help=argparse.SUPPRESS)
 
     check = verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
@@ -200,38 +201,40 @@ def _step(text: str) -> int:
 
 
 def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.run_file import load_run
-    from est_ds.planning import plan_report, plot_plan
+    from est_ds.config.run_file import load_run
+    from est_ds.report.plan_text import plan_report
 
     config = load_run(parsed.run, parsed.overrides)
     if parsed.plot:
+        from est_ds.report.plan_figure import plot_plan
+
         plot_plan(config, parsed.plot)
     print(plan_report(config, as_json=parsed.json))
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.checkpoints.store import Store
-    from est_ds.run_file import load_run
-    from est_ds.engine.setup import leave_processes
-    from est_ds.launching import where_to
-    from est_ds.restarting import train_again_until_done
-    from est_ds.run import prepare
-    from est_ds.run_dir import lock_run_dir
-    from est_ds.train import train
+    from est_ds.config.run_file import load_run
+    from est_ds.engine.start import leave_processes
+    from est_ds.launch.placement import where_to
+    from est_ds.launch.retries import train_again_until_done
+    from est_ds.run.directory import lock_run_dir
+    from est_ds.run.prepare import prepare
+    from est_ds.training.loop import train
 
     config = load_run(parsed.run, parsed.overrides)
-    if runtime.launched():
+    if launched():
         if parsed.restarts:
             raise UserError(
                 f"--restarts={parsed.restarts} inside a launcher, which starts the processes: let "
                 f"it start them again, or start est-ds train outside of it."
             )
-        world = runtime.world()
-        runtime.end_with_starter()
+        world = World.from_environment()
+        end_with_starter()
         try:
             train(prepare(config, world.size), world)
         except preempt.Preempted as e:
-            runtime.say(f"est-ds: {e}")
+            say(f"est-ds: {e}")
             leave_processes(preempt.EXIT_CODE)
         if world.is_first:
             _summary(config.run_dir)
@@ -258,7 +261,7 @@ def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.resuming.verify import verify_resume
+    from est_ds.verify_resume.verify import verify_resume
 
     found = verify_resume(
         parsed.run,
@@ -275,9 +278,9 @@ def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.run_file import load_run
-    from est_ds.export import export
-    from est_ds.plans.chosen import Keep
+    from est_ds.config.run_file import load_run
+    from est_ds.export.folder import export
+    from est_ds.export.part import Keep
 
     config = load_run(parsed.run, parsed.overrides)
     keep = Keep(parsed.layers, parsed.heads, parsed.columns, parsed.plan_step)

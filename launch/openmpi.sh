@@ -9,11 +9,11 @@ command -v est-ds >/dev/null || . "$folder/env.sh"
 
 hostfile=$1
 shift
-found=$(python -m est_ds.hosts "$hostfile")
+found=$(python -m est_ds.launch.hosts "$hostfile")
 read -r slots nodes MASTER_ADDR <<<"$found"
 export MASTER_ADDR NNODES=$nodes
 travelling=()
-for name in $(python -m est_ds.hosts) MASTER_ADDR NNODES ${MASTER_PORT:+MASTER_PORT}; do
+for name in $(python -m est_ds.launch.hosts) MASTER_ADDR NNODES ${MASTER_PORT:+MASTER_PORT}; do
     travelling+=(-x "$name")
 done
 

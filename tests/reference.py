@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from est_ds.config import RunConfig
+from est_ds.config.sections import RunConfig
 from est_ds.engine.base import token_loss
-from est_ds.lr import learning_rate
-from est_ds.model import build_model
-from est_ds.run import prepare
+from est_ds.plans.lr import learning_rate
+from est_ds.run.prepare import prepare
+from est_ds.slicing.build import build_model
 from est_ds.slicing.subnetwork import Subnetwork
 
 

@@ -9,7 +9,7 @@ from layouts import LAYOUTS, METHODS
 from test_layouts import synthetic_run  # noqa: F401  a fixture
 from workers import start
 
-from est_ds.metrics import read_metrics
+from est_ds.run.metrics import read_metrics
 
 
 # ZeRO 3 and a pipeline would hang, ZeRO 1 would silently mix gradients of different layers.

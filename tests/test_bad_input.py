@@ -10,8 +10,8 @@ import yaml
 from conftest import est_ds
 
 from est_ds import cli
-from est_ds.run_file import load_run
-from est_ds.run_dir import lock_run_dir
+from est_ds.config.run_file import load_run
+from est_ds.run.directory import lock_run_dir
 
 # Overrides of the tiny run, and what the error must name.
 REFUSED = {

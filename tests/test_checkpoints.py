@@ -15,14 +15,14 @@ import pytest
 from conftest import est_ds
 from layouts import LAYOUTS, METHODS, name_of, train_in
 from reference import assert_close
+from test_layouts import synthetic_run  # noqa: F401  a fixture
 from workers import start, train_all
 
 from est_ds.checkpoints.index import FILE, Damaged, Index, read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import Store
-from est_ds.config import Checkpoint as Settings
-from est_ds.metrics import read_metrics
-from test_layouts import synthetic_run  # noqa: F401  a fixture
+from est_ds.config.sections import Checkpoint as Settings
+from est_ds.run.metrics import read_metrics
 
 EST = [f"method={METHODS['est']}"]
 OFFLOAD = ["parallel.zero=2", "parallel.offload=true"]

@@ -18,14 +18,14 @@ from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import start, train_all
 
 from est_ds.checkpoints.store import Store
-from est_ds.config import Divergence
-from est_ds.divergence import History
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import Divergence
 from est_ds.engine.base import token_loss
 from est_ds.errors import Diverged
-from est_ds.metrics import read_events, read_metrics
 from est_ds.report.summary import summarise
-from est_ds.resuming.compare import Bounds, compare_runs
-from est_ds.run_file import load_run
+from est_ds.run.metrics import read_events, read_metrics
+from est_ds.training.divergence import History
+from est_ds.verify_resume.compare import Bounds, compare_runs
 
 EST, FULL = (f"method={METHODS[name]}" for name in ("est", "full"))
 # A whole activation on the last rank, then gradients of the first rank alone: in a pipeline those

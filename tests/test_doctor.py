@@ -10,7 +10,7 @@ from conftest import est_ds
 
 from est_ds.doctor.checks import Node, find
 from est_ds.doctor.facts import collect
-from est_ds.verdict import Record, is_broken_connection, verdict, where_main_is
+from est_ds.ranks.verdict import Record, is_broken_connection, verdict, where_main_is
 
 GPU = {
     "name": "NVIDIA H200", "total_bytes": 140 * 10**9, "free_bytes": 139 * 10**9,

@@ -15,16 +15,16 @@ from test_data import write_corpus
 from torch.nn.functional import cross_entropy
 from workers import train_all
 
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Batches, Windows
 from est_ds.data.objectives.mlm import Masking, Mlm
 from est_ds.engine.base import token_loss
 from est_ds.errors import UserError
-from est_ds.metrics import read_metrics
-from est_ds.model import build_model
 from est_ds.report.summary import summarise
-from est_ds.run_dir import check_run_dir
+from est_ds.run.directory import check_run_dir
+from est_ds.run.metrics import read_metrics
+from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 
 SMALL = {

@@ -23,7 +23,7 @@ from test_slicing_reference import (
 )
 
 from est_ds.errors import UserError
-from est_ds.model import build_model, count_parameters, empty_model, initialise
+from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise
 from est_ds.slicing.families import FAMILIES, family_of, hf_config
 
 

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 from namespaces import Started, wait_until
+from test_bad_input import refused
+from test_layouts import synthetic_run  # noqa: F401  a fixture
+from test_sigkill import kill_all
 
 from est_ds.checkpoints.index import FILE as INDEX
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import damage
 from est_ds.checkpoints.store import BEST, LATEST, Store
-from est_ds.config import Checkpoint as Settings
+from est_ds.config.sections import Checkpoint as Settings
 from est_ds.data.indexed import Corpus
 from est_ds.errors import LocalFailure
-from est_ds.metrics import FILE, MetricsFile, read_metrics
-from test_bad_input import refused
-from test_layouts import synthetic_run  # noqa: F401  a fixture
-from test_sigkill import kill_all
+from est_ds.run.metrics import FILE, MetricsFile, read_metrics
 
 slow = pytest.mark.slow
 SETTINGS = [
@@ -265,8 +265,8 @@ def test_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(
 
 
 def test_start_killed_before_it_had_a_config_does_not_block_the_directory(tiny_run, tmp_path):
-    from est_ds.run_dir import check_run_dir
-    from est_ds.run_file import load_run
+    from est_ds.config.run_file import load_run
+    from est_ds.run.directory import check_run_dir
 
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.yaml.partial").write_text("run_d")

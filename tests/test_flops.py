@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from test_plans import GPT2, TINYLLAMA, est, shape_of
 
-from est_ds import flops
+from est_ds.cost import flops
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Load, full_loads, plan_loads
 from est_ds.plans.shape import Attention, Mlp, ModelShape

@@ -1,48 +1,82 @@
-"""Imports go down: a layer knows only those below it."""
+"""Imports go down: a wing knows only those below it, and no file imports itself by way of others."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
-LAYERS = [
-    {"errors", "config", "run_file", "locking", "runtime", "preempt", "remote"},
-    {"plans", "flops", "lr"},
-    {"slicing", "data", "model", "checkpoints"},
-    {"engine"},
-    {"run", "metrics", "progress", "planning", "export", "report", "agreement", "verdict", "hosts",
-     "divergence", "run_dir", "run_state"},
-    {"watchdog", "launching", "doctor", "sentinel", "signals"},
-    {"guard"},
-    {"resuming", "restarting"},
-    {"train"},
-    {"cli"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
+# From the top of the house to the ground.
+WINGS = (
+    "cli",
+    "doctor",
+    "verify_resume",
+    "training",
+    "launch",
+    "export",
+    "report",
+    "checkpoints",
+    "run",
+    "engine",
+    "design",
+    "slicing",
+    "cost",
+    "data",
+    "plans",
+    "ranks",
+    "config",
+    "disk",
+    "errors",
+    "est_ds",
+)
+# Modules outside the package, and the wings that may import them.
+RESERVED = {
+    "deepspeed": {"engine"},
+    "torch": set(WINGS) - {"cost", "plans", "config", "disk", "errors"},
+}
+FILES = {
+    ".".join(("est_ds", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def imported(file: Path) -> set[str]:
-    tree = ast.parse((PACKAGE / file).read_text())
-    names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    return set(names)
+    """Names of all modules that a file imports, anywhere in it."""
+    tree = ast.parse(file.read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+    return names
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_imports_go_down(file):
-    own = LEVEL.get(file.parts[0].removesuffix(".py"))
-    if file.name == "__init__.py" and len(file.parts) == 1:
-        own = -1
-    for name in imported(file):
-        parts = name.split(".")
-        if parts[0] == "est_ds" and len(parts) > 1:
-            assert LEVEL[parts[1]] <= own, f"{file} imports {name}, which is above it"
-        if parts[0] == "deepspeed":
-            # All of it stays in engine/.
-            assert file.parts[0] == "engine"
-        if parts[0] == "torch":
-            assert file.parts[0] not in ("plans", "flops.py", "lr.py", "config.py")
+def wing_of(module: str) -> str:
+    return [*module.split("."), "est_ds"][1]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_down(module):
+    own = wing_of(module)
+    for name in imported(FILES[module]):
+        if name in FILES and wing_of(name) != own:
+            assert WINGS.index(own) < WINGS.index(wing_of(name)), f"{module} imports {name}"
+        allowed = RESERVED.get(name.partition(".")[0], {own})
+        assert own in allowed, f"{module} imports {name}, which only {sorted(allowed)} may"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {module: imported(file) & set(FILES) - {module} for module, file in FILES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as e:
+        pytest.fail(f"a circle: {' <- '.join(e.args[1])}")
+
+
+def test_few_modules_stand_beside_the_wings():
+    assert len(list(PACKAGE.glob("*.py"))) <= 5

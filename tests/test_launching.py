@@ -11,10 +11,10 @@ import pytest
 import yaml
 from conftest import ROOT, est_ds
 
-from est_ds import hosts
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
-from est_ds.launching import where_to
+from est_ds.launch import hosts
+from est_ds.launch.placement import where_to
 
 NOTHING = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=None)
 

@@ -17,8 +17,8 @@ from conftest import TINY_MODEL, TINY_RUN
 from layouts import LAYOUTS, METHODS, train_in
 from reference import Reference, assert_close, plain_adamw
 
-from est_ds.run_file import load_run
-from est_ds.metrics import read_metrics
+from est_ds.config.run_file import load_run
+from est_ds.run.metrics import read_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = list(itertools.product(LAYOUTS, METHODS))
@@ -131,7 +131,7 @@ def test_bf16_equals_plain_adamw_on_fp32_weights_within_the_bound(layout, traine
 
 
 def test_some_plan_of_raptr_leaves_a_pipe_stage_without_layers(synthetic_run):
-    from est_ds.run import plan_run
+    from est_ds.design import plan_run
 
     config = load_run(synthetic_run, [f"method={METHODS['raptr']}", "parallel={pipe: 1}"])
     plans = [plan_run(config).method.plan(step) for step in range(8)]

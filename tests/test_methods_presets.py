@@ -9,7 +9,7 @@ import pytest
 import yaml
 from test_plans import GPT2, TINYLLAMA
 
-from est_ds import flops
+from est_ds.cost import flops
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.shape import Attention, Mlp, ModelShape

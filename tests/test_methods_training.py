@@ -12,7 +12,7 @@ from reference import assert_close
 from test_matrix import fitting
 from test_methods import SECTIONS
 
-from est_ds.metrics import read_metrics
+from est_ds.run.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 from namespaces import Cluster, signal_all, wait_until, why_not
 
 from est_ds.checkpoints.store import LATEST, Store
-from est_ds.metrics import read_metrics
+from est_ds.run.metrics import read_metrics
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")

@@ -7,10 +7,10 @@ import yaml
 from test_data import write_corpus
 from test_objectives_training import BERT, T5
 
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
-from est_ds.run import prepare
-from est_ds.run_dir import check_run_dir
+from est_ds.run.directory import check_run_dir
+from est_ds.run.prepare import prepare
 
 MLM, UL2 = {"name": "mlm"}, {"name": "ul2", "mixture": "causal_prefix_span"}
 SPAN = {"kind": "span", "rate": 0.15, "mean": 3}

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from est_ds.run_file import load_run
-from est_ds.planning import plan_report
-from est_ds.run import prepare
+from est_ds.config.run_file import load_run
+from est_ds.report.plan_text import plan_report
+from est_ds.run.prepare import prepare
 
 # Block FLOPs saved, parameters in millions, objective.
 BERTS = {"name": "mlm", "rate": 0.15, "mask": 0.8, "random": 0.1}

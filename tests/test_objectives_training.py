@@ -8,12 +8,12 @@ import yaml
 from conftest import TINY_MODEL, est_ds
 from reference import assert_close
 
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
 from est_ds.engine.base import adamw
-from est_ds.lr import learning_rate
-from est_ds.metrics import read_metrics
-from est_ds.model import build_model
-from est_ds.run import prepare
+from est_ds.plans.lr import learning_rate
+from est_ds.run.metrics import read_metrics
+from est_ds.run.prepare import prepare
+from est_ds.slicing.build import build_model
 from est_ds.slicing.subnetwork import Subnetwork
 
 STEPS = 6

@@ -13,10 +13,10 @@ from reference import assert_close, plain_adamw
 from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import train_all
 
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
+from est_ds.design import plan_run
 from est_ds.errors import UserError
-from est_ds.metrics import read_metrics
-from est_ds.run import plan_run
+from est_ds.run.metrics import read_metrics
 
 COLUMNS = {
     "ZeRO 0": "data 2, ZeRO 0",

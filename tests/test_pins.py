@@ -14,7 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-
 ROOT = Path(__file__).resolve().parents[1]
 PINS = ROOT / "launch" / "requirements.txt"
 

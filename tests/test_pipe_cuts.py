@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_plans import TINYLLAMA, est, shape_of
 
-from est_ds.config import Parallel
-from est_ds.engine.layout import bubble, imbalance, pipe_cuts, schedule_costs, stage_costs
+from est_ds.config.sections import Parallel
+from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_cuts, schedule_costs, stage_costs
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 

@@ -9,10 +9,12 @@ import sys
 import pytest
 from conftest import TINY_MODEL
 
-from est_ds.config import RunConfig
+from est_ds.config.sections import RunConfig
+from est_ds.cost.memory import memory_per_process
 from est_ds.errors import UserError
-from est_ds.planning import make_plan, memory_per_process, plan_report, plot_plan
-from est_ds.report.plan_text import layouts
+from est_ds.report.estimate import make_plan
+from est_ds.report.plan_figure import plot_plan
+from est_ds.report.plan_text import layouts, plan_report
 
 SMALL = {"name": "small", "until": 5, "layers": 0.5, "heads": 0.5, "columns": 0.5}
 EST = {"name": "est", "balance_groups": 2, "phases": [SMALL, {"name": "full", "until": 20}]}
@@ -117,8 +119,8 @@ def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
     config = make_config(model=LLAMA_7B, precision="bf16")
     script = (
         "import resource, sys, time\n"
-        "from est_ds.config import RunConfig\n"
-        "from est_ds.planning import plan_report\n"
+        "from est_ds.config.sections import RunConfig\n"
+        "from est_ds.report.estimate import plan_report\n"
         "config = RunConfig.model_validate_json(sys.argv[1])\n"
         "start = time.monotonic()\n"
         "print(plan_report(config, as_json=True))\n"

@@ -14,8 +14,8 @@ from conftest import est_ds
 from namespaces import wait_until
 
 from est_ds.checkpoints.store import LATEST, Store
-from est_ds.metrics import read_metrics
-from est_ds.preempt import EXIT_CODE
+from est_ds.ranks.preempt import EXIT_CODE
+from est_ds.run.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

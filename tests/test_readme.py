@@ -14,9 +14,9 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
-from est_ds.run_file import load_run
-from est_ds.planning import plan_report
-from est_ds.run import plan_run
+from est_ds.config.run_file import load_run
+from est_ds.design import plan_run
+from est_ds.report.plan_text import plan_report
 from est_ds.slicing.families import hf_config
 
 README = (ROOT / "README.md").read_text()

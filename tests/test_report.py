@@ -8,14 +8,14 @@ import xml.etree.ElementTree as ET
 import pytest
 from conftest import TINY_MODEL
 
-from est_ds.config import RunConfig
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
 from est_ds.data.manifest import Manifest, manifest_path
 from est_ds.errors import UserError
-from est_ds.metrics import FILE, MetricsFile
 from est_ds.report.page import write_report
 from est_ds.report.summary import print_summary, summarise
-from est_ds.run_dir import write_config
+from est_ds.run.directory import write_config
+from est_ds.run.metrics import FILE, MetricsFile
 
 PHASES = [
     {"name": "small", "until": 4, "layers": 0.5, "heads": 0.5, "columns": 0.5},

@@ -13,7 +13,7 @@ from conftest import ROOT, est_ds
 from namespaces import Cluster, signal_all, wait_until
 from test_nodes import REASON, job  # noqa: F401
 
-from est_ds.metrics import read_metrics
+from est_ds.run.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")
 TRY = "est-ds: exit code 1; try "
@@ -141,4 +141,4 @@ def test_nothing_outlives_a_killed_est_ds(job):  # noqa: F811
     started.notify(signal.SIGKILL)
     wait_until(lambda: not job.left(), 8)
     print(f"SIGKILL of est-ds to the end of all: {time.monotonic() - began:.1f} s")
-    wait_until(lambda: not job.cluster.hosts[2].find("est_ds.sentinel|pdsh|launcher.runner"), 20)
+    wait_until(lambda: not job.cluster.hosts[2].find("est_ds.launch.orphans|pdsh|launcher.runner"), 20)

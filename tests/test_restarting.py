@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from namespaces import wait_until
 from test_preempt import ranks
 
-from est_ds import restarting
-from est_ds.config import Batch
-from est_ds.launching import Launch, where_to
-from est_ds.metrics import read_metrics
-from est_ds.preempt import EXIT_CODE
-from est_ds.restarting import fit, train_again_until_done
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import Batch
+from est_ds.launch import retries
+from est_ds.launch.placement import Launch, where_to
+from est_ds.launch.retries import fit, train_again_until_done
+from est_ds.ranks.preempt import EXIT_CODE
+from est_ds.run.metrics import read_metrics
 
 SMALL = ["parallel={pipe: 1, zero: 1, processes: 2}", "batch={global: 4, micro: 1}"]
 ALONE = ["parallel={pipe: 1, zero: 1, processes: 1}"]
@@ -102,7 +102,7 @@ def test_run_whose_processes_are_killed_now_and_then_is_completed(
     """Two kills with one restart allowed: a new checkpoint in between resets the count."""
     done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'whole'}", *SMALL)
     assert done.returncode == 0, done.stderr
-    monkeypatch.setattr(restarting, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.5)
     overrides = [f"run_dir={tmp_path / 'killed'}", *SMALL]
     config = load_run(tiny_run, overrides)
     given = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=2)
@@ -139,7 +139,7 @@ def test_run_that_always_fails_ends_after_its_tries(tiny_run, tmp_path):
     assert done.stderr.count(TRY) == 1
     assert "could not write the checkpoint" in done.stderr
     assert "not started again" in done.stderr
-    assert time.monotonic() - began > restarting.FIRST_WAIT_S
+    assert time.monotonic() - began > retries.FIRST_WAIT_S
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_signal_while_it_waits_ends_it_without_another_start(number, code, tiny_
 def test_only_exit_code_1_of_the_processes_is_started_again(
     code, starts, tiny_run, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(restarting, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.1)
     (tmp_path / "sitecustomize.py").write_text(
         f"import os\nif 'RANK' in os.environ:\n    print('a start', flush=True)\n"
         f"    os._exit({code})\n"
@@ -198,10 +198,10 @@ def test_restarts_inside_a_launcher_are_refused(tiny_run, tmp_path):
 
 OLD_AND_NEW = """
 import sys, time
-from est_ds import runtime
-from est_ds.engine.rendezvous import meet
-from est_ds.watchdog import Watchdog
-world = runtime.world()
+from est_ds.ranks.world import World
+from est_ds.ranks.meeting import meet
+from est_ds.ranks.watchdog import Watchdog
+world = World.from_environment()
 with Watchdog(meet(world, 100), world, 100) as watchdog:
     print("met", flush=True)
     while True:

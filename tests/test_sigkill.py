@@ -17,13 +17,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_layouts import synthetic_run  # noqa: F401  a fixture
 
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.reader import damage
 from est_ds.checkpoints.store import BEST, LATEST, Store
-from est_ds.metrics import FILE, read_metrics
-from est_ds.resuming.compare import Bounds, compare_runs
-from test_layouts import synthetic_run  # noqa: F401  a fixture
+from est_ds.run.metrics import FILE, read_metrics
+from est_ds.verify_resume.compare import Bounds, compare_runs
 
 STEPS, ENDS, SAVED_EVERY, EVALUATED_EVERY = 60, (20, 40, 60), 4, 6
 SETTINGS = [

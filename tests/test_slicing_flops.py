@@ -1,4 +1,4 @@
-"""A sliced step really does fewer operations: `torch.utils.flop_counter` against `est_ds.flops`.
+"""A sliced step really does fewer operations: `torch.utils.flop_counter` against `est_ds.cost.flops`.
 
 What the counter sees depends on the attention kernel. The CPU's fused kernel
 (`_scaled_dot_product_flash_attention_for_cpu`) is unknown to it and counts as nothing; the plain
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from est_ds.flops import Flops, step_flops
+from est_ds.cost.flops import Flops, step_flops
 from est_ds.plans.methods.base import Load
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import Attention

@@ -21,9 +21,9 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from est_ds.model import build_model
 from est_ds.plans.plan import Kept, LayerPlan, Plan
 from est_ds.plans.shape import Attention, ModelShape
+from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
 

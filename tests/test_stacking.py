@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import TINY_MODEL, est_ds
 
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
 from est_ds.engine.base import token_loss
 from est_ds.errors import UserError
-from est_ds.lr import learning_rate
-from est_ds.metrics import read_metrics
-from est_ds.model import build_model
+from est_ds.plans.lr import learning_rate
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.stacking import sources
-from est_ds.run import prepare
+from est_ds.run.metrics import read_metrics
+from est_ds.run.prepare import prepare
+from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 
 # mode, moments, depths at steps 0-5, 6-11, 12-17; overrides and processes of the layout

@@ -21,9 +21,9 @@ from test_slicing_reference import (
 
 from est_ds import cli
 from est_ds.errors import UserError
-from est_ds.plans.chosen import Keep, plan_to_keep
+from est_ds.export.part import Keep, plan_to_keep
+from est_ds.export.smaller import smaller_model
 from est_ds.plans.methods import build_method
-from est_ds.slicing.extract import smaller_model
 from est_ds.slicing.families import family_of
 
 FULL = {"name": "full"}

@@ -14,8 +14,9 @@ import torch
 from conftest import est_ds
 from reference import assert_close, plain_adamw
 
-from est_ds.run_file import load_run
-from est_ds.metrics import read_metrics
+from est_ds.config.run_file import load_run
+from est_ds.run.metrics import read_metrics
+
 
 @pytest.fixture(scope="session")
 def reference(tiny_run, tmp_path_factory):

@@ -12,13 +12,13 @@ from conftest import est_ds
 from safetensors.torch import load_file, save_file
 
 from est_ds import cli
-from est_ds.checkpoints.files import describe
 from est_ds.checkpoints.index import FILE, read_index
-from est_ds.run_file import load_run
-from est_ds.resuming.compare import Bounds, compare_runs
-from est_ds.resuming.short import default_cut, shortened
-from est_ds.resuming.verify import OTHER_LAYOUT, ResumeCheck
-from est_ds.run import plan_run
+from est_ds.config.run_file import load_run
+from est_ds.design import plan_run
+from est_ds.disk import describe
+from est_ds.verify_resume.compare import Bounds, compare_runs
+from est_ds.verify_resume.short import default_cut, shortened
+from est_ds.verify_resume.verify import OTHER_LAYOUT, ResumeCheck
 
 ONE = ["parallel.pipe=1", "--processes", "1"]
 

@@ -1,7 +1,7 @@
 """Trains many runs in one start of processes: what costs most in a test of layouts is the start.
 
 As a script it is one rank: it reads jobs from a JSON file and runs them one after the other,
-each through `est_ds.train.train`, as `est-ds train` does inside a launcher.
+each through `est_ds.training.loop.train`, as `est-ds train` does inside a launcher.
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ def start(
 
 
 def main(file: str) -> None:
-    from est_ds import runtime
-    from est_ds import train as training
-    from est_ds.run_file import load_run
-    from est_ds.engine.setup import leave_processes, start_processes
-    from est_ds.run import prepare
+    from est_ds.config.run_file import load_run
+    from est_ds.engine.start import leave_processes, start_processes
+    from est_ds.ranks.world import World, say
+    from est_ds.run.prepare import prepare
+    from est_ds.training import loop as training
 
-    world = runtime.world()
+    world = World.from_environment()
     build = training.build_engine
     meeting = start_processes(world)  # once for all jobs
     training.start_processes = lambda *_: meeting
     for job in json.loads(Path(file).read_text()):
-        runtime.say(f"=== {job['overrides']}")
+        say(f"=== {job['overrides']}")
         if groups := sys.modules.get("deepspeed.utils.groups"):
             groups.mpu = None  # a pipeline's, which a plain engine after it would take for its own
         traffic: list[dict[str, int]] = []
@@ -98,7 +98,7 @@ def main(file: str) -> None:
         if "poison" in job:
             training.build_engine = partial(_poisoned, build, job["poison"])
         if "late_markers" in job:  # a shared file system that shows other ranks' files late
-            from est_ds.engine.checkpoint import Saver
+            from est_ds.checkpoints.writer import Saver
 
             Saver.poll = lambda self: None
         if "slow_disk_s" in job:
@@ -128,12 +128,12 @@ def _draw_otherwise(method, odd_from: int) -> None:
 
 def _slow_disk(job: dict) -> None:
     """Every file of weights takes seconds more; notes when each was written, and each step done."""
-    from est_ds import train as training
-    from est_ds.engine import checkpoint
+    from est_ds.checkpoints import writer
+    from est_ds.training import loop as training
 
     run_dir = job["overrides"][0].removeprefix("run_dir=")
     marks: dict = {"steps": {}, "written": []}
-    save_file, learning_rate = checkpoint.save_file, training.learning_rate
+    save_file, learning_rate = writer.save_file, training.learning_rate
 
     def slow(*arguments):
         time.sleep(job["slow_disk_s"])
@@ -145,7 +145,7 @@ def _slow_disk(job: dict) -> None:
         marks["steps"].setdefault(str(step), time.monotonic())
         return learning_rate(schedule, peak, step, steps)
 
-    checkpoint.save_file, training.learning_rate = slow, noting
+    writer.save_file, training.learning_rate = slow, noting
 
 
 def _poisoned(build, poison: list, *arguments):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from est_ds.disk import File
+
 FILE = "checkpoint.json"
 FORMAT = 2
 TAG = re.compile(r"step_(\d{8})")
@@ -18,15 +20,6 @@ TAG = re.compile(r"step_(\d{8})")
 
 class Damaged(Exception):
     """A checkpoint is not whole; says which file, and what is wrong with it."""
-
-
-class File(BaseModel):
-    """Size and hash of a file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Index(BaseModel):

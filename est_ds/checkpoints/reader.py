@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from est_ds.checkpoints.files import describe
 from est_ds.checkpoints.index import Damaged, read_index
+from est_ds.disk import describe
 
 WEIGHT = "weight"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from est_ds.checkpoints.files import replace_text
 from est_ds.checkpoints.index import TAG, Damaged, read_index
-from est_ds.config import Checkpoint as Settings
+from est_ds.config.sections import Checkpoint as Settings
+from est_ds.disk import replace_text
 from est_ds.errors import UserError
 
 LATEST, BEST = "latest", "best"

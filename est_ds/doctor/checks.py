@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from est_ds.hosts import PORT
+from est_ds.launch.hosts import PORT
 
 SLOW_GPU = 0.85  # of the median
 BUSY_GPU = 0.9  # of the memory that is free

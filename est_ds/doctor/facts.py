@@ -19,13 +19,13 @@ import psutil
 import torch
 
 import est_ds
-from est_ds.config import RunConfig
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
 from est_ds.data.indexed import Corpus
-from est_ds.engine.rendezvous import interface_of, own_address, versions
+from est_ds.design import plan_run
 from est_ds.errors import UserError
-from est_ds.model import count_parameters, empty_model
-from est_ds.run import plan_run
+from est_ds.ranks.meeting import interface_of, own_address, versions
+from est_ds.slicing.build import count_parameters, empty_model
 
 SMI_FIELDS = (
     "index", "temperature.gpu", "ecc.errors.uncorrected.volatile.total",

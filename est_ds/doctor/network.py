@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from est_ds.doctor.facts import existing_parent
-from est_ds.engine.rendezvous import choose_interface, meet
-from est_ds.runtime import World
+from est_ds.ranks.meeting import choose_interface, meet
+from est_ds.ranks.world import World
 
 LIMIT_S = 60.0  # to come together, and for each operation
 LARGEST_BYTES = 256 * 2**20

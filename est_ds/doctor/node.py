@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
 from est_ds.doctor import network
 from est_ds.doctor.facts import collect
 from est_ds.errors import Failure, UserError

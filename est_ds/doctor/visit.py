@@ -15,13 +15,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from est_ds import hosts
 from est_ds.doctor import network
 from est_ds.doctor.checks import Node, find
 from est_ds.doctor.facts import collect
 from est_ds.doctor.node import ERRORS, MARK, run_dir_of
 from est_ds.doctor.table import show
 from est_ds.errors import UserError
+from est_ds.launch import hosts
 
 VISIT_S = 240.0
 

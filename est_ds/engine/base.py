@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from est_ds.config import Optimizer, RunConfig
+from est_ds.config.sections import Optimizer, RunConfig
 from est_ds.data.loader import Inputs, Labels
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
 from est_ds.engine.inactive import FreezingAdamW
-from est_ds.engine.setup import quiet
+from est_ds.engine.start import quiet
 from est_ds.errors import naming
 from est_ds.plans.growth import Growth
 from est_ds.slicing.families.base import Family

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
-from est_ds.config import RunConfig
+from est_ds.design import Planned
 from est_ds.engine.base import Engine
-from est_ds.plans.methods.base import Method
-from est_ds.runtime import World
-from est_ds.slicing.families.base import Family
+from est_ds.ranks.world import World
 
 
-def build_engine(
-    config: RunConfig,
-    hf_config: Any,
-    family: Family,
-    method: Method,
-    cuts: list[int],
-    world: World,
-    tensorboard_dir: str,
-) -> Engine:
+def build_engine(design: Planned, world: World, folder: Path) -> Engine:
     """A pipeline where `parallel.pipe` is above 1, otherwise plain ZeRO.
 
     Args:
-        cuts: ends of the layer ranges of the pipe stages.
+        folder: where TensorBoard's files go.
     """
-    if config.parallel.pipe > 1:
+    if design.config.parallel.pipe > 1:
         from est_ds.engine.pipeline import PipelineEngine
 
-        return PipelineEngine(
-            config, hf_config, family, method.shape, cuts, world, tensorboard_dir
-        )
+        return PipelineEngine(design, world, folder)
     from est_ds.engine.zero import ZeroEngine
 
-    return ZeroEngine(config, hf_config, family, method.shape, world, tensorboard_dir)
+    return ZeroEngine(design, world, folder)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from est_ds.engine.fragments import MOMENTS, Fragments
-from est_ds.model import empty_model, initialise
 from est_ds.plans.growth import Growth
+from est_ds.slicing.build import empty_model, initialise
 from est_ds.slicing.families.base import Family, layer_paths
 
 ParameterState = dict[str, Tensor]  # weight, exp_avg, exp_avg_sq

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from est_ds.config import Parallel
+from est_ds.config.sections import Parallel
 
 
 class FreezingAdamW(torch.optim.AdamW):

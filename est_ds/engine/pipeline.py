@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -11,16 +12,15 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
-from est_ds.config import RunConfig
-from est_ds.engine import base, setup
+from est_ds.design import Planned
+from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.inactive import fill_missing_gradients
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config
-from est_ds.model import count_parameters, empty_model, initialise
-from est_ds.plans.shape import ModelShape
-from est_ds.runtime import World
-from est_ds.slicing.families.base import Family, Piece
+from est_ds.ranks.world import World
+from est_ds.slicing.build import count_parameters, empty_model, initialise
+from est_ds.slicing.families.base import Piece
 from est_ds.slicing.subnetwork import Subnetwork
 
 
@@ -89,16 +89,8 @@ class CutPipeline(PipelineModule):
 class PipelineEngine(base.Engine):
     """Every process holds one pipe stage of one replica."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        hf_config: Any,
-        family: Family,
-        shape: ModelShape,
-        cuts: list[int],
-        world: World,
-        tensorboard_dir: str,
-    ) -> None:
+    def __init__(self, design: Planned, world: World, folder: Path) -> None:
+        config, hf_config, family = design.config, design.hf_config, design.family
         self.config = config
         pipe = config.parallel.pipe
         self.num_replicas = config.data_parallel(world.size)
@@ -108,10 +100,10 @@ class PipelineEngine(base.Engine):
             LayerSpec(PieceModule, model, piece, config.seed, config.activation_checkpointing)
             for piece in pieces
         ]
-        with setup.quiet():
+        with start.quiet():
             self.pipeline = CutPipeline(
                 specs,
-                _piece_cuts(pieces, cuts),
+                _piece_cuts(pieces, design.cuts),
                 topology=PipeDataParallelTopology(num_pp=pipe, num_dp=self.num_replicas),
                 loss_fn=base.token_loss,
             )
@@ -122,12 +114,12 @@ class PipelineEngine(base.Engine):
                 for p in self.pipeline.forward_funcs
                 if p.piece.layer is not None
             }
-            self.subnetwork = Subnetwork(family, shape, self.layers)
+            self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
         settings = deepspeed_config(
             config,
             data_parallel=self.num_replicas,
             parameters=count_parameters(self.pipeline),
-            tensorboard_dir=tensorboard_dir,
+            tensorboard_dir=str(folder),
         )
         self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
         self._clock = PipeClock(self.deepspeed)

@@ -1,188 +1,29 @@
-"""DeepSpeed's config from the run file, and the keys that users may not set there."""
+"""DeepSpeed's config from the run file, and its own check of what is passed on."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from est_ds.config import RunConfig
+from est_ds.config.sections import RunConfig
 from est_ds.errors import UserError
 
-# Keys of `deepspeed:` that est_ds owns, and the field to use instead.
-OWNED = {
-    "train_batch_size": "batch.global",
-    "train_micro_batch_size_per_gpu": "batch.micro",
-    "gradient_accumulation_steps": "batch.global and batch.micro",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "steps_per_print": "log.every",
-    "bf16": "precision",
-    "bfloat16": "precision",
-    "fp16": "precision (fp32 or bf16)",
-    "zero_optimization.stage": "parallel.zero",
-    "zero_optimization.offload_optimizer": "parallel.offload",
-    "zero_force_ds_cpu_optimizer": "parallel.offload",
-    "data_types.grad_accum_dtype": "precision (gradients are accumulated in fp32)",
-    "tensorboard": "run_dir (TensorBoard's files stand in run_dir/tensorboard)",
-    "pipeline.activation_checkpoint_interval": "activation_checkpointing",
-    "checkpoint": "checkpoint",
-}
-
-_REMOVED = "DeepSpeed 0.19 removed it"
-_CHECKPOINTS = "est_ds writes its own checkpoints, so that it has no effect"
-
-# Keys that would silently train something else, crash, hang, or do nothing, and why.
-REFUSED = {
-    "progressive_layer_drop": f"{_REMOVED}; choose a method under `method`",
-    "elasticity": f"{_REMOVED}; a run resumes with any number of processes",
-    "eigenvalue": _REMOVED,
-    "curriculum_learning": _REMOVED,
-    "compression_training": _REMOVED,
-    "nebula": _REMOVED,
-    "sparse_gradients": _REMOVED,
-    "graph_harvesting": _REMOVED,
-    "amp": f"{_REMOVED}; set precision",
-    "torch_autocast": "with it training hangs; set precision",
-    "compile": "DeepCompile takes a static graph, which a plan changes; set compile=true",
-    "data_efficiency": "its samplers would replace the data order, a function of seed and step",
-    "pipeline": "est_ds cuts the pipeline; see parallel.pipe and parallel.pipe_layers",
-    "aio": "it is for offloading to NVMe, which is not supported; see parallel.offload",
-    "zero_allow_untested_optimizer": "the optimizer is est_ds's AdamW, so that it has no effect",
-    "seq_parallel_communication_data_type": "there is no sequence parallelism here",
-    "disable_allgather": "it has no effect in DeepSpeed 0.19",
-    "zero_optimization.round_robin_gradients": (
-        "DeepSpeed's universal checkpoints then restore wrong weights, from tables that est_ds reads"
-    ),
-    "zero_optimization.zenflow": (
-        "it updates a parameter from gradients of several steps, in which it need not be trained"
-    ),
-    "zero_optimization.leaf_module": "what is in a leaf is gathered together, skipped or not",
-    "zero_optimization.stage3_module_granularity_threshold": (
-        "what is in a leaf is gathered together, skipped or not"
-    ),
-    "zero_optimization.compute_grad_norm": "optimizer.clip and metrics.jsonl need the norm",
-    "zero_optimization.load_from_fp32_weights": _CHECKPOINTS,
-    "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
-    "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
-    "zero_optimization.cpu_offload": "DeepSpeed 0.19 deprecates it; set parallel.offload",
-    "zero_optimization.mics_shard_size": _REMOVED,
-}
-
-REFUSED_WITH_PIPELINE = {
-    "wall_clock_breakdown": "DeepSpeed's timers fail in the pipeline engine",
-    "flops_profiler": "DeepSpeed's profiler fails in the pipeline engine; see `est-ds plan`",
-}
-
-# Keys that are passed on, and the ZeRO stages under which they take effect; a pipeline counts as
-# its ZeRO stage. `configs/LAYOUTS.md` says which of them have been tried where.
-_ALL, _SHARDED = (0, 1, 2, 3), (1, 2, 3)
-WORKS = {
-    "comet": _ALL,
-    "comms_logger": _ALL,
-    "communication_data_type": _ALL,
-    "csv_monitor": _ALL,
-    "dump_state": _ALL,
-    "flops_profiler": _ALL,
-    "gradient_predivide_factor": (0, 1),
-    "memory_breakdown": _ALL,
-    "prescale_gradients": (0, 1),
-    "timers": _ALL,
-    "wall_clock_breakdown": _ALL,
-    "wandb": _ALL,
-    "zero_optimization": _ALL,
-}
-ZERO_WORKS = {
-    "allgather_bucket_size": (1, 2),
-    "allgather_partitions": (1, 2),
-    "contiguous_gradients": _SHARDED,
-    "overlap_comm": _SHARDED,
-    "reduce_bucket_size": _SHARDED,
-    "reduce_scatter": _SHARDED,
-    "use_multi_rank_bucket_allreduce": (1, 2),
-    "memory_efficient_linear": (3,),
-    "offload_param": (3,),
-    "stage3_max_live_parameters": (3,),
-    "stage3_max_reuse_distance": (3,),
-    "stage3_model_persistence_threshold": (3,),
-    "stage3_param_persistence_threshold": (3,),
-    "stage3_prefetch_bucket_size": (3,),
-    "sub_group_size": (3,),
-    "use_all_reduce_for_fetch_params": (3,),
-    "zero_hpz_partition_size": (3,),
-    "zero_quantized_gradients": (3,),
-    "zero_quantized_weights": (3,),
-}
 NEEDS_GPU = ("zero_quantized_gradients", "zero_quantized_weights")
 
 
-def check_deepspeed_section(config: RunConfig) -> None:
-    """Refuses keys of `deepspeed:` that est_ds owns, that cannot work, or that have no effect.
+def check_zero_section(config: RunConfig) -> None:
+    """Has DeepSpeed check the values of `deepspeed.zero_optimization`, whose keys are known.
 
     Raises:
-        UserError: such a key is set, or a precision that a layout has not.
+        UserError: a value is wrong, or needs a GPU.
     """
-    zero = config.parallel.zero
-    if config.precision == "bf16" and zero == 0:
-        raise UserError(
-            "precision='bf16' with parallel.zero=0: DeepSpeed then accumulates gradients in bf16; "
-            "set parallel.zero=1, which takes no more memory."
-        )
-    section = config.deepspeed
-    for key, field in OWNED.items():
-        if _holds(section, key, even_off=True):
-            raise UserError(f"deepspeed.{key} is set by est_ds; remove it and set {field} instead.")
-    refused = dict(REFUSED)
-    if config.parallel.pipe > 1:
-        refused |= REFUSED_WITH_PIPELINE
-    for key, reason in refused.items():
-        if _holds(section, key, even_off=key == "zero_optimization.compute_grad_norm"):
-            raise UserError(f"deepspeed.{key} is refused: {reason}; remove it.")
-    _check_keys(section, "deepspeed", WORKS, REFUSED, zero)
-    if "zero_optimization" in section:
-        _check_zero_section(section["zero_optimization"], zero)
-
-
-def _check_keys(
-    section: dict[str, Any],
-    where: str,
-    works: dict[str, tuple[int, ...]],
-    refused: Iterable[str],
-    zero: int,
-) -> None:
-    for key in section:
-        if key not in works and key not in refused:
-            near = difflib.get_close_matches(str(key), works, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"{where}.{key} is not passed on to DeepSpeed; {hint}Passed on are: "
-                f"{', '.join(works)}."
-            )
-        if zero not in works.get(key, (zero,)):
-            stages = " or ".join(map(str, works[key]))
-            raise UserError(
-                f"{where}.{key} takes effect with ZeRO {stages} only, and parallel.zero={zero}; "
-                f"remove it, or change parallel.zero."
-            )
-
-
-def _check_zero_section(section: Any, zero: int) -> None:
-    where = "deepspeed.zero_optimization"
-    if not isinstance(section, dict):
-        raise UserError(f"{where}={section!r}: must be a mapping of keys.")
-    prefix = "zero_optimization."
-    refused = [k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix)]
-    _check_keys(section, where, ZERO_WORKS, refused, zero)
+    section, where = config.deepspeed.get("zero_optimization", {}), "deepspeed.zero_optimization"
     for key in NEEDS_GPU:
         if section.get(key) and not torch.cuda.is_available():
             raise UserError(f"{where}.{key} needs a GPU: DeepSpeed has no kernel for CPUs.")
-    device = (section.get("offload_param") or {}).get("device", "none")
-    if device not in ("none", "cpu"):
-        raise UserError(f"{where}.offload_param.device={device!r}: use 'cpu'; remove the key.")
+    if not section:
+        return
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -192,17 +33,6 @@ def _check_zero_section(section: Any, zero: int) -> None:
         first = e.errors()[0] if isinstance(e, ValidationError) else {"loc": (), "msg": str(e)}
         field = ".".join([where, *map(str, first["loc"])])
         raise UserError(f"{field}: {first['msg']} (DeepSpeed's own check); correct it.") from None
-
-
-def _holds(section: dict[str, Any], dotted: str, even_off: bool = False) -> bool:
-    """Whether the key is set, to anything but a plain 'off' unless `even_off`."""
-    node: Any = section
-    for part in dotted.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    off = {"enabled": False}
-    return even_off or node is not False and node is not None and node != off
 
 
 def deepspeed_config(

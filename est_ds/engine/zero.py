@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from est_ds.config import RunConfig
-from est_ds.engine import base, setup
+from est_ds.config.sections import RunConfig
+from est_ds.design import Planned
+from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.inactive import forget_gradients
 from est_ds.engine.settings import deepspeed_config
-from est_ds.model import build_model, count_parameters, empty_model, initialise
-from est_ds.plans.shape import ModelShape
-from est_ds.runtime import World
+from est_ds.ranks.world import World
+from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -23,21 +24,14 @@ from est_ds.slicing.subnetwork import Subnetwork
 class ZeroEngine(base.Engine):
     """Every process holds the whole model, or under ZeRO 3 its share of every parameter."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        hf_config: Any,
-        family: Family,
-        shape: ModelShape,
-        world: World,
-        tensorboard_dir: str,
-    ) -> None:
+    def __init__(self, design: Planned, world: World, folder: Path) -> None:
+        config, hf_config, family = design.config, design.hf_config, design.family
         self.config, self.replica, self.num_replicas = config, world.rank, world.size
         settings = deepspeed_config(
             config,
             data_parallel=world.size,
             parameters=count_parameters(empty_model(hf_config)),
-            tensorboard_dir=tensorboard_dir,
+            tensorboard_dir=str(folder),
         )
         model = (
             _sharded_model(config, hf_config, family, settings)
@@ -48,7 +42,7 @@ class ZeroEngine(base.Engine):
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.hf_config, self.family = hf_config, family
         self.layers = dict(enumerate(family.layers(model)))
-        self.subnetwork = Subnetwork(family, shape, self.layers)
+        self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
         self.deepspeed = base.start_deepspeed(model, config, settings)
         self.compile_layers()
         self.clip_over(None)
@@ -120,7 +114,7 @@ def _sharded_model(
         module = model.get_submodule(path)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)  # and not the buffers
-        with setup.quiet():
+        with start.quiet():
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
     return model
 

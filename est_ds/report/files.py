@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from est_ds.config import RunConfig
-from est_ds.run_file import load_run
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
+from est_ds.cost.flops import phase_ratios
+from est_ds.design import plan_run
 from est_ds.errors import UserError
-from est_ds.flops import phase_ratios
-from est_ds.metrics import FILE, read_events, read_metrics
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import Phase
-from est_ds.run import plan_run
+from est_ds.run.metrics import FILE, read_events, read_metrics
 
 FIELDS = (
     "step",

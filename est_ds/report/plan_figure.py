@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from est_ds.config.sections import RunConfig
+from est_ds.cost.flops import dense_flops, step_flops
+from est_ds.design import Planned, plan_run
 from est_ds.errors import UserError
-from est_ds.flops import dense_flops, step_flops
-from est_ds.planning import mean_kept
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
+from est_ds.report.estimate import mean_kept
 from est_ds.report.style import BLACK, GREY, ORANGE, RED, SKY
-from est_ds.run import Planned
 
 # Loads of a step cost little, but a run may have millions of steps.
 MAX_SAMPLES = 1000
 
 
-def write_plan_figure(planned: Planned, file: Path) -> Path:
-    """Draws a plan into `file`.
+def plot_plan(config: RunConfig, file: str | os.PathLike) -> Path:
+    """Draws what is kept over time, and FLOPs against dense training.
+
+    Args:
+        file: a path whose ending matplotlib knows (.png, .svg, .pdf).
 
     Raises:
-        UserError: the file's ending names no picture format, or it cannot be written.
+        UserError: the run file does not fit together, or the file cannot be written.
     """
-    figure = plan_figure(planned)
+    file, figure = Path(file), plan_figure(plan_run(config))
     known = sorted(figure.canvas.get_supported_filetypes())
     try:
         if file.suffix.lower().lstrip(".") not in known:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from rich.table import Table
 
-from est_ds.config import RunConfig
+from est_ds.config.sections import RunConfig
+from est_ds.cost.memory import memory_per_process
+from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
-from est_ds.engine.layout import bubble, imbalance, stage_costs
-from est_ds.planning import RunPlan, memory_per_process
+from est_ds.report.estimate import RunPlan, make_plan
 from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
@@ -190,3 +193,17 @@ def gibibytes(size_bytes: float) -> str:
 def _saving(name: str, fraction: float) -> str:
     """For example `26.67% blocks (1.364x)`: dense FLOPs are that many times the run's."""
     return f"{fraction:.2%} {name} ({1 / (1 - fraction):.3f}x)"
+
+
+def plan_report(config: RunConfig, as_json: bool) -> str:
+    """The plan of a run as a table, or as the JSON document of `est-ds plan --json`.
+
+    Every phase has `kept_layers` (of the model), `kept_heads` and `kept_columns` (of one kept
+    layer), all as means over the phase's steps, and its FLOPs as ratios of the dense ones.
+    `saved` is the fraction of the dense FLOPs of the whole run that is saved.
+
+    Raises:
+        UserError: the run file's model, method, schedule or layout do not fit together.
+    """
+    plan = make_plan(config)
+    return json.dumps(plan.json, indent=2) if as_json else plan_tables(plan)

@@ -13,9 +13,9 @@ import argparse
 import torch
 from common import CASES, alternate, fixed_method, model_section, ratios, timed, verdict
 
-from est_ds.flops import dense_flops, step_flops
-from est_ds.model import build_model
+from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.plans.methods.base import plan_loads
+from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
 

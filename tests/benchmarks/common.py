@@ -11,12 +11,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from est_ds.config import RunConfig, checked
+from est_ds.config.sections import RunConfig
+from est_ds.config.strict import checked
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.shape import ModelShape
@@ -75,18 +77,15 @@ def run_config(section: dict, batch: int, sequence: int, zero: int, **fields: An
 
 def zero_engine(config: RunConfig):
     """The real engine of `est-ds train` on one process, and its model's shape."""
+    from est_ds.design import plan_run
     from est_ds.engine.build import build_engine
-    from est_ds.engine.setup import start_processes
-    from est_ds.runtime import world
-    from est_ds.slicing.families import family_of, hf_config
+    from est_ds.engine.start import start_processes
+    from est_ds.ranks.world import World
 
-    start_processes(world())
-    hf = hf_config(config.model, config.data.sequence)
-    family = family_of(hf.model_type)
-    shape = family.shape(hf)
-    method = build_method(config.method, seed=0, steps=config.steps, shape=shape)
-    cuts = [shape.num_layers]
-    return build_engine(config, hf, family, method, cuts, world(), tempfile.mkdtemp()), shape
+    start_processes(World.from_environment())
+    design = plan_run(config)
+    engine = build_engine(design, World.from_environment(), Path(tempfile.mkdtemp()))
+    return engine, design.method.shape
 
 
 def random_batch(batch: int, sequence: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:

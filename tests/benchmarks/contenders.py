@@ -40,7 +40,7 @@ def bare(section: dict, size: dict, batches) -> None:
 
 def est_ds(section: dict, size: dict, batches, zero: int, deepspeed: dict) -> None:
     """The engine of `est-ds train`, method full."""
-    from est_ds.lr import learning_rate
+    from est_ds.plans.lr import learning_rate
     from est_ds.plans.methods import build_method
 
     config = run_config(section, zero=zero, deepspeed=deepspeed, **size)
@@ -140,7 +140,7 @@ def litgpt_bare(section: dict, size: dict, batches) -> None:
 
 
 def _hugging_face(section: dict) -> torch.nn.Module:
-    from est_ds.model import build_model
+    from est_ds.slicing.build import build_model
     from est_ds.slicing.families import hf_config
 
     return build_model(hf_config(section), seed=0).train()

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from common import fixed_method, model_section, random_batch, run_config, zero_engine
 
-from est_ds.run_file import load_run
-from est_ds.flops import dense_flops, step_flops
+from est_ds.config.run_file import load_run
+from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.plans.methods.base import plan_loads
 from est_ds.slicing.leaf import Skippable
 

@@ -16,9 +16,9 @@ import torch
 from common import alternate, model_section, random_batch, ratios, timed, verdict
 from torch.nn.functional import cross_entropy
 
-from est_ds.run_file import load_run
-from est_ds.model import build_model
+from est_ds.config.run_file import load_run
 from est_ds.plans.methods import build_method
+from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
 

@@ -1,6 +1,6 @@
 """Whether steps get slower as a run goes on and its plans change: medians of stretches of steps.
 
-Two gloo processes train a small Llama through `est_ds.train`, with other layers in every step, under
+Two gloo processes train a small Llama through `est_ds.training.loop`, with other layers in every step, under
 each ZeRO stage. ZeRO 3 is the one in question: it learns in what order layers are gathered, and has
 to learn anew.
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from layouts import LAYOUTS, train_in
 from test_layouts import write_run
 
-from est_ds.metrics import read_metrics
+from est_ds.run.metrics import read_metrics
 
 
 def main() -> None:

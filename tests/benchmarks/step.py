@@ -24,7 +24,7 @@ from common import (
     zero_engine,
 )
 
-from est_ds.flops import dense_flops, step_flops
+from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.plans.methods.base import plan_loads
 
 MOST = 1.10

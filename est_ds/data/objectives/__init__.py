@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from est_ds.config import checked
+from est_ds.config.strict import checked
 from est_ds.data.objectives.base import Settings
 from est_ds.data.objectives.causal import CausalSettings
 from est_ds.data.objectives.mlm import MlmSettings

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.data.indexed import Corpus
 from est_ds.plans import draw
 

@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from est_ds.config import Positive, Share
+from est_ds.config.sections import Positive, Share
 from est_ds.data.objectives.base import (
     IGNORED,
     Draws,

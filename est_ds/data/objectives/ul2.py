@@ -23,7 +23,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from est_ds.config import Positive, Strict
+from est_ds.config.sections import Positive
+from est_ds.config.strict import Strict
 from est_ds.data.objectives.base import (
     IGNORED,
     Draws,

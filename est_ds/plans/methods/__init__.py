@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from est_ds.config import checked
+from est_ds.config.strict import checked
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 from est_ds.plans.methods.decay_drop import DecayDrop

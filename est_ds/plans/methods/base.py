@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.plans.growth import Growth
 from est_ds.plans.phases import Phase, phase_at
 from est_ds.plans.plan import Plan

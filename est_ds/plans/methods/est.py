@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.plans.methods.subsets import Fraction, PhasedSubsets, SubsetSettings
 
 

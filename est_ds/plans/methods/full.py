@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.plans.methods.base import Load, Method, full_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import Plan, full_plan

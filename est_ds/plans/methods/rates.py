@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
 from est_ds.plans.methods.base import Groups, Load, Method, Scale, full_loads

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import balance
 from est_ds.plans.growth import Growth

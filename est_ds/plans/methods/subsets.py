@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from est_ds.config import Strict
+from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import draw
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers

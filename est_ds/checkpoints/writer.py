@@ -1,0 +1,267 @@
+"""Writes an engine's state as a checkpoint without a layout, and loads it into any engine.
+
+DeepSpeed's own checkpoints do not serve: their files belong to a layout, are no checkpoint until a
+converter of the whole run has gone over them, name the parameters of a pipeline and of a plain
+engine differently, and are neither atomic nor asynchronous. Only its tables of who holds what are
+used (`fragments.py`).
+
+Every rank writes its ranges into `.step_XXXXXXXX.partial`, on a thread, and then their size and
+hash. Once all have, rank 0 adds `checkpoint.json`, renames the folder and moves `latest`: a
+checkpoint is complete or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from est_ds.checkpoints import index
+from est_ds.checkpoints.index import Index
+from est_ds.checkpoints.reader import fragment_key
+from est_ds.checkpoints.store import Store, tag_of
+from est_ds.disk import describe, replace_text, sync_file, sync_folder
+from est_ds.engine.base import Engine
+from est_ds.errors import Failure
+
+LAST_WAIT_S = 60.0  # for a write that is under way when training fails
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What rank 0 adds to the files of the ranks."""
+
+    partial: Path
+    step: int
+    state: dict[str, Any]
+    eval_loss: float | None
+
+
+class Saver:
+    """Writes checkpoints; every rank has one and calls its methods together.
+
+    To be used in a `with`, at whose end nothing is being written any more.
+    """
+
+    def __init__(self, engine: Engine, store: Store) -> None:
+        self._engine, self._store = engine, store
+        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        own_bytes, host = engine.fragments.num_bytes, socket.gethostname()
+        everyone = _gathered((host, own_bytes))
+        self._host_bytes = sum(n for name, n in everyone if name == host)
+        self._total_bytes = sum(n for _, n in everyone)
+        self._content: _Content | None = None  # of the checkpoint that is being written
+        self._thread: threading.Thread | None = None
+        self._error: OSError | SafetensorError | None = None
+        self._written: dict[str, Any] | None = None  # what this rank's file is
+        self._on_rank_0(self._open)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self.finish()
+        elif self._thread is not None:
+            # Other ranks may be gone: no communication.
+            self._thread.join(LAST_WAIT_S)
+            deadline = time.monotonic() + LAST_WAIT_S * (self._rank == 0)
+            while self._content and not self._error and time.monotonic() < deadline:
+                self.poll()
+                time.sleep(0.1)
+
+    def check_space(self) -> None:
+        """Compares free disk space with what a checkpoint takes.
+
+        Raises:
+            Failure: there is less, or the store is not what it was at the start.
+        """
+        free = self._on_rank_0(self._free_bytes)
+        if free < self._total_bytes:
+            raise Failure(
+                f"a checkpoint takes {_gb(self._total_bytes)} and {self._store.folder} has "
+                f"{_gb(free)} free; make room there, or lower checkpoint.keep_last, and start the "
+                f"run again: it resumes from its last checkpoint."
+            )
+
+    def save(self, step: int, state: dict[str, Any], eval_loss: float | None) -> None:
+        """Saves after `step` steps; the writing itself may go on after the call.
+
+        Raises:
+            Failure: this or the former checkpoint cannot be written.
+        """
+        self.finish()
+        self.check_space()
+        fragments = self._engine.fragments
+        state = {**state, "optimizer_steps": fragments.optimizer_steps}
+        partial = self._store.folder / f".{tag_of(step)}.partial"
+        self._content = _Content(partial, step, state, eval_loss)
+        self._on_rank_0(self._begin)
+        aside = self._engine.config.checkpoint.asynchronous and self._has_memory()
+        tensors = {
+            fragment_key(key, fragment.start, fragment.name): tensor.to("cpu", copy=aside)
+            for fragment in fragments.owned()
+            for key, tensor in fragment.states.items()
+        }
+        self._thread = threading.Thread(target=self._write, args=(partial, tensors), daemon=True)
+        self._thread.start()
+        if not aside:
+            self._thread.join()
+
+    def poll(self) -> None:
+        """Completes the checkpoint if every rank has written its part.
+
+        Costs nothing but on rank 0 while one is being written. What fails is raised by `finish`.
+        """
+        if self._rank or self._content is None:
+            return
+        markers = [self._marker(rank) for rank in range(self._num_ranks)]
+        try:
+            if not all(marker.exists() for marker in markers):
+                return
+            written = [json.loads(marker.read_text()) for marker in markers]
+        except OSError as e:
+            self._error, self._content = e, None
+        else:
+            self._complete(written)
+
+    def finish(self) -> None:
+        """Waits until the checkpoint that is being written is complete.
+
+        Raises:
+            Failure: it could not be written; every rank raises it.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        self._raise_everywhere()
+        # Not from the markers: a shared file system may show them late.
+        written = _gathered(self._written)
+        if self._rank == 0 and self._content is not None:
+            self._complete(written)
+        self._raise_everywhere()
+        self._content = None
+
+    def _open(self) -> None:
+        self._store.folder.mkdir(parents=True, exist_ok=True)
+        self._store.clean()
+        self._identity = _folder_identity(self._store.folder)
+
+    def _free_bytes(self) -> int:
+        if _folder_identity(self._store.folder) != self._identity:
+            raise OSError(
+                "it is another folder than when the run started: moved away, or its file system "
+                "mounted or unmounted"
+            )
+        return shutil.disk_usage(self._store.folder).free
+
+    def _begin(self) -> None:
+        shutil.rmtree(self._content.partial, ignore_errors=True)
+        self._content.partial.mkdir()
+
+    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """What rank 0's files give, on every rank.
+
+        Raises:
+            Failure: they cannot be read or written; every rank raises it.
+        """
+        found = None
+        if self._rank == 0:
+            try:
+                found = work()
+            except OSError as e:
+                self._error = e
+        self._raise_everywhere()
+        return _gathered(found)[0]
+
+    def _raise_everywhere(self) -> None:
+        errors = _gathered(self._error and f"{type(self._error).__name__}: {self._error}")
+        for rank, text in enumerate(errors):
+            if text:
+                raise Failure(
+                    f"rank {rank} could not write the checkpoint in {self._store.folder} ({text}); "
+                    f"mend that and start the run again: it resumes from its last checkpoint."
+                )
+
+    def _marker(self, rank: int) -> Path:
+        return self._content.partial / f"rank_{rank:05d}.json"
+
+    def _write(self, partial: Path, tensors: dict[str, Tensor]) -> None:
+        """On the thread."""
+        try:
+            file = partial / f"rank_{self._rank:05d}.safetensors"
+            save_file(tensors, file)
+            tensors.clear()
+            # Readable by whoever may read the folder; the library makes it private.
+            file.chmod(partial.stat().st_mode & 0o666)
+            sync_file(file)
+            written = {
+                "file": describe(file).model_dump(),
+                "parameters": self._engine.fragments.shapes,
+            }
+            replace_text(file.with_suffix(".json"), json.dumps(written))
+            self._written = written
+        except (OSError, SafetensorError) as e:
+            self._error = e
+
+    def _complete(self, written: list[dict[str, Any]]) -> None:
+        """On rank 0, from what every rank wrote."""
+        content, self._content = self._content, None
+        files, parameters = {}, {}
+        for rank, part in enumerate(written):
+            files[f"rank_{rank:05d}.safetensors"] = part["file"]
+            parameters |= part["parameters"]
+        whole = Index(
+            step=content.step,
+            layout=self._engine.layout,
+            parameters=parameters,
+            files=files,
+            state=content.state,
+            eval_loss=content.eval_loss,
+        )
+        try:
+            for marker in content.partial.glob("rank_*.json"):
+                marker.unlink()
+            replace_text(content.partial / index.FILE, whole.to_json())
+            final = self._store.path(content.step)
+            if final.exists():  # of a run that went back
+                self._store.remove(content.step)
+            os.replace(content.partial, final)
+            sync_folder(self._store.folder)
+            self._store.keep(content.step, self._engine.config.checkpoint)
+        except OSError as e:
+            self._error = e
+
+    def _has_memory(self) -> bool:
+        """Whether this host can hold what its ranks copy, and as much again for training."""
+        return psutil.virtual_memory().available > 2 * self._host_bytes
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's value."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _folder_identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,0 +1,1 @@
+"""What is asked: the settings of a run, and the reader of run files."""

@@ -1,0 +1,344 @@
+"""The settings of a run: strict, frozen models, and one clear error for wrong input."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from est_ds.config.strict import Strict
+from est_ds.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Of a held-out corpus: part of the names of figures.
+CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+# A step (whole number) or a fraction of the run (a number with a point, at most 1.0).
+Position = Annotated[int, Field(ge=0)] | Share
+
+
+class Batch(Strict):
+    """Sequences: global = micro x accumulation x data_parallel."""
+
+    global_: Positive = Field(alias="global")
+    micro: Positive
+
+    def accumulation(self, data_parallel: int) -> int:
+        """Micro-batches that one replica accumulates in a step.
+
+        Raises:
+            UserError: micro x data_parallel does not divide global.
+        """
+        share = self.micro * data_parallel
+        if self.global_ % share:
+            up = -(-self.global_ // share) * share
+            raise UserError(
+                f"batch.global={self.global_} is not a multiple of batch.micro={self.micro} x "
+                f"data_parallel={data_parallel} (global_batch = micro_batch x accumulation x "
+                f"data_parallel); use batch.global={up} or change batch.micro or the number of "
+                f"processes."
+            )
+        return self.global_ // share
+
+
+class Parallel(Strict):
+    """Pipe stages, and the ZeRO stage that shards over the replicas.
+
+    `pipe_layers` are the layers of every pipe stage (default: cut by FLOPs, head included).
+    `offload` keeps optimizer state (and its step) in host memory: ZeRO 2 and 3. `processes` is how
+    many `est-ds train` starts on a machine without GPUs when --processes does
+    not say (default: one replica).
+    """
+
+    pipe: Positive = 1
+    zero: Literal[0, 1, 2, 3] = 1
+    pipe_layers: list[Positive] | None = None
+    offload: bool = False
+    processes: Positive | None = None
+
+    @model_validator(mode="after")
+    def _zero_fits_pipe(self) -> Parallel:
+        if self.pipe > 1 and self.zero > 1:
+            raise ValueError(
+                f"zero={self.zero} with pipe={self.pipe}: DeepSpeed's pipeline works with ZeRO 0 "
+                f"or 1; set parallel.zero=1, or parallel.pipe=1"
+            )
+        if self.pipe_layers is not None and len(self.pipe_layers) != self.pipe:
+            raise ValueError(
+                f"pipe_layers={self.pipe_layers} with pipe={self.pipe}: give one number of layers "
+                f"for every pipe stage, or leave parallel.pipe_layers out"
+            )
+        if self.offload and self.zero < 2:
+            raise ValueError(
+                f"offload=True with zero={self.zero}: it works with ZeRO 2 and 3; set "
+                f"parallel.zero=2 (and parallel.pipe=1), or parallel.offload=false"
+            )
+        return self
+
+
+class Part(Strict):
+    """A corpus of a mixture (prefix of .bin and .idx), and its share of the sequences."""
+
+    corpus: str
+    weight: Annotated[float, Field(gt=0.0)] | None = None
+
+
+class DataPhase(Strict):
+    """Weights of the corpora, in the order of `data.train`, until a step."""
+
+    until: Position
+    weights: tuple[Annotated[float, Field(ge=0.0)], ...]
+
+
+def _either(plain: str, other: str) -> Discriminator:
+    return Discriminator(lambda value: plain if isinstance(value, str) else other)
+
+
+class Data(Strict):
+    """Packed corpora (prefixes of .bin and .idx), their tokenizer, tokens of a sequence.
+
+    Attributes:
+        train: a prefix, or a mixture of corpora by weight.
+        phases: weights of the mixture that change by step.
+        valid: a prefix, or prefixes by name, which are evaluated one by one.
+        shuffle: `sequences`: every epoch has the same sequences, in an order of its own.
+            `documents`: the documents are permuted too, before they are cut into sequences.
+        documents: `joined`: attention sees all of a sequence. `separate`: only the token's own
+            document, positions restart in each, and no label lies in another one.
+        verify: what of the corpora's files is compared with their manifests before the start.
+            `hashes` reads every byte, on every node.
+    """
+
+    train: Annotated[
+        Annotated[str, Tag("<prefix>")]
+        | Annotated[tuple[Part, ...], Field(min_length=1), Tag("<mixture>")],
+        _either("<prefix>", "<mixture>"),
+    ]
+    phases: tuple[DataPhase, ...] = ()
+    valid: Annotated[
+        Annotated[str, Tag("<prefix>")]
+        | Annotated[dict[CorpusName, str], Field(min_length=1), Tag("<names>")],
+        _either("<prefix>", "<names>"),
+    ]
+    tokenizer: str
+    sequence: Positive
+    shuffle: Literal["sequences", "documents"] = "sequences"
+    documents: Literal["joined", "separate"] = "joined"
+    verify: Literal["sizes", "hashes"] = "sizes"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The training corpora; one if it is no mixture."""
+        return (Part(corpus=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Prefixes of the held-out corpora by name; the name of one alone is `valid`."""
+        return {"valid": self.valid} if isinstance(self.valid, str) else self.valid
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train_is_one_or_several(cls, value: Any) -> Any:
+        several = isinstance(value, (list, tuple)) and all(
+            isinstance(part, (dict, Part)) for part in value
+        )
+        if not isinstance(value, str) and not several:
+            raise ValueError(
+                "write the prefix of a corpus, or a list of {corpus: PREFIX, weight: SHARE}"
+            )
+        return value
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _valid_is_one_or_named(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict)):
+            raise ValueError("write the prefix of a corpus, or {NAME: PREFIX, ...}")
+        return value
+
+    @model_validator(mode="after")
+    def _weights_take_effect(self) -> Data:
+        if isinstance(self.train, str):
+            if self.phases:
+                raise ValueError(
+                    "phases need a mixture: make train a list of corpora, or remove them"
+                )
+            return self
+        names = [os.path.abspath(part.corpus) for part in self.train]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"train has the corpus {name} twice; add up its weights")
+        for i, part in enumerate(self.train):
+            if self.phases and part.weight is not None:
+                raise ValueError(f"train[{i}].weight has no effect beside phases; remove it")
+            if not self.phases and part.weight is None:
+                raise ValueError(f"train[{i}].weight is missing; add it, or phases with weights")
+        for i, phase in enumerate(self.phases):
+            if len(phase.weights) != len(names):
+                raise ValueError(
+                    f"phases[{i}].weights has {len(phase.weights)} numbers for the {len(names)} "
+                    f"corpora of train; give one each, 0 for none"
+                )
+            if not any(phase.weights):
+                raise ValueError(f"phases[{i}].weights are all 0; at least one must be above 0")
+        for name, weights in zip(names, zip(*(phase.weights for phase in self.phases))):
+            if not any(weights):
+                raise ValueError(f"train has the corpus {name}, whose weight is 0 in all phases")
+        return self
+
+
+class Optimizer(Strict):
+    """AdamW; `lr` is the peak. Norms and biases do not decay.
+
+    What the step's subnetwork leaves out has a zero gradient (`zero_grad`: its moments decay, and
+    weight decay applies) or rests (`freeze`).
+    """
+
+    lr: Annotated[float, Field(gt=0.0)]
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    clip: Annotated[float, Field(ge=0.0)] = 1.0
+    inactive: Literal["zero_grad", "freeze"] = "zero_grad"
+
+
+class Cosine(Strict):
+    """Linear warm-up, then half a cosine down to `final` x lr."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup: Position = 0.02
+    final: Share = 0.1
+
+
+class Wsd(Strict):
+    """Linear warm-up, a stable stretch, then a linear decay of length `decay` to `final` x lr."""
+
+    name: Literal["wsd"]
+    warmup: Position = 0.02
+    decay: Position = 0.2
+    final: Share = 0.1
+
+
+class Checkpoint(Strict):
+    """Every `every` steps and at phase boundaries.
+
+    The newest `keep_last` stay (0: all), with every one whose step is a multiple of `keep_every`,
+    and with `keep_best` the one with the lowest held-out loss. `asynchronous` writes in the
+    background, from a copy in host memory, where there is room for it.
+    """
+
+    every: Positive
+    keep_last: Annotated[int, Field(ge=0)] = 2
+    keep_every: Positive | None = None
+    keep_best: bool = True
+    asynchronous: bool = True
+
+
+class Evaluate(Strict):
+    """Held-out loss of the full model every `every` steps, on the first `sequences` windows of
+    each held-out corpus."""
+
+    every: Positive
+    sequences: Positive
+
+
+class Watchdog(Strict):
+    """Ends the run on all nodes when a process makes no progress for `limit_s` seconds."""
+
+    limit_s: Annotated[float, Field(ge=5.0)] = 600.0
+
+
+class Divergence(Strict):
+    """What happens when a loss or a gradient is no number, or when a loss jumps.
+
+    Attributes:
+        nonfinite: `stop` the run; `skip` the step; or `rollback`: go back to the last checkpoint,
+            and leave that step out when it comes again.
+        spikes: `report` a loss that is more than `deviations` robust standard deviations above the
+            median of the last `window` ones of its phase, or `rollback`.
+        limit: steps that may be left out in the whole run (default 10); then it stops.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    spikes: Literal["report", "rollback"] = "report"
+    deviations: Annotated[float, Field(gt=0.0)] = 6.0
+    window: Annotated[int, Field(ge=16)] = 128
+    limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _limit_takes_effect(self) -> Divergence:
+        if self.limit is not None and self.nonfinite == "stop" and self.spikes == "report":
+            raise ValueError(
+                f"limit={self.limit} has no effect with nonfinite=stop and spikes=report, which "
+                f"leave no step out; remove it, or set nonfinite=skip or rollback"
+            )
+        return self
+
+    @property
+    def rolls_back(self) -> bool:
+        return "rollback" in (self.nonfinite, self.spikes)
+
+    @property
+    def allowed(self) -> int:
+        return 10 if self.limit is None else self.limit
+
+
+class Log(Strict):
+    every: Positive = 1
+
+
+class RunConfig(Strict):
+    """One run. The sections `model`, `method` and `objective` are checked by the family, the method
+    and the objective."""
+
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    steps: Positive
+    precision: Literal["fp32", "bf16"] = "fp32"
+    model: dict[str, Any]
+    method: dict[str, Any]
+    objective: dict[str, Any] = {"name": "causal"}
+    data: Data
+    batch: Batch
+    parallel: Parallel = Parallel()
+    optimizer: Optimizer
+    schedule: Annotated[Cosine | Wsd, Field(discriminator="name")] = Cosine()
+    checkpoint: Checkpoint
+    # auto: from the newest good checkpoint; latest: from the one that `latest` names, or not at all
+    resume: Literal["auto", "latest"] = "auto"
+    evaluate: Evaluate
+    log: Log = Log()
+    watchdog: Watchdog = Watchdog()
+    divergence: Divergence = Divergence()
+    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of every layer
+    deepspeed: dict[str, Any] = {}
+
+    def data_parallel(self, processes: int) -> int:
+        """Replicas of the model: processes / pipe.
+
+        Raises:
+            UserError: parallel.pipe does not divide the processes.
+        """
+        if processes % self.parallel.pipe:
+            raise UserError(
+                f"parallel.pipe={self.parallel.pipe} does not divide {processes} processes; start "
+                f"a multiple of {self.parallel.pipe} (--processes), or change parallel.pipe."
+            )
+        return processes // self.parallel.pipe
+
+    def layout(self, processes: int) -> dict[str, int]:
+        """What the files of a checkpoint depend on."""
+        replicas = self.data_parallel(processes)
+        return {"pipe": self.parallel.pipe, "zero": self.parallel.zero, "replicas": replicas}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+

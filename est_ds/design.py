@@ -1,0 +1,139 @@
+"""A run file understood: model, method and objective that fit together. Reads no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from est_ds.config.deepspeed_keys import check_deepspeed_section
+from est_ds.config.sections import RunConfig
+from est_ds.cost.pipe_cuts import pipe_cuts
+from est_ds.data.mixture import Share
+from est_ds.data.objectives import objective_settings
+from est_ds.data.objectives.base import Settings
+from est_ds.errors import UserError
+from est_ds.plans.lr import check_schedule
+from est_ds.plans.methods import build_method
+from est_ds.plans.methods.base import Method
+from est_ds.plans.phases import phases_until
+from est_ds.slicing.build import empty_model
+from est_ds.slicing.families import family_of, hf_config
+from est_ds.slicing.families.base import Family
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run file whose model, method and objective fit together; nothing of the data is read."""
+
+    config: RunConfig
+    hf_config: Any
+    family: Family
+    method: Method
+    objective: Settings
+
+    @property
+    def target_sequence(self) -> int | None:
+        """Decoder tokens of a sample of an encoder-decoder; None of any other model."""
+        if not self.method.shape.encoder_layers:
+            return None
+        return self.objective.target_sequence(self.config.data.sequence)
+
+    @cached_property
+    def cuts(self) -> list[int]:
+        """Ends of the layer ranges of the pipe stages.
+
+        Raises:
+            UserError: the method's runs of layers, or their number, do not allow it.
+        """
+        return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
+
+    def flops_size(self, sequences: float) -> dict[str, float | None]:
+        """The sizes that `flops.step_flops` takes, of that many sequences."""
+        sequence, target = self.config.data.sequence, self.target_sequence
+        return {
+            "tokens": sequences * sequence,
+            "sequence": sequence,
+            "target_tokens": None if target is None else sequences * target,
+            "target_sequence": target,
+        }
+
+
+def plan_run(config: RunConfig) -> Planned:
+    """Checks model, method, objective, schedule and DeepSpeed section against each other.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    check_deepspeed_section(config)
+    check_schedule(config.schedule, config.steps)
+    hf = hf_config(config.model, config.data.sequence)
+    _refuse_dropout(hf)
+    _check_builds(hf)
+    family = family_of(hf.model_type)
+    shape = family.shape(hf)
+    method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
+    objective = objective_settings(
+        config.objective,
+        head=family.auto_class,
+        model_type=hf.model_type,
+        encoder_decoder=shape.encoder_layers > 0,
+    )
+    planned = Planned(config, hf, family, method, objective)
+    planned.cuts
+    data_shares(config)
+    if config.data.documents == "separate":
+        _check_separable(config, family, objective)
+    return planned
+
+
+def data_shares(config: RunConfig) -> tuple[Share, ...]:
+    """Weights of the training corpora by step.
+
+    Raises:
+        UserError: the phases of the data do not cover the run, or their weights are not exact.
+    """
+    data = config.data
+    if data.phases:
+        names, until = [""] * len(data.phases), [phase.until for phase in data.phases]
+        phases = phases_until(names, until, config.steps, "data.phases")
+        weights = [phase.weights for phase in data.phases]
+        shares = tuple(Share(phase.from_step, w) for phase, w in zip(phases, weights))
+    else:
+        shares = (Share(0, tuple(part.weight for part in data.parts)),)
+    for share in shares:
+        share.parts  # raises
+    return shares
+
+
+def _check_separable(config: RunConfig, family: Family, objective: Settings) -> None:
+    unable = None
+    if not family.separable:
+        unable = f"model.model_type={config.model['model_type']!r}, whose positions are relative"
+    elif not objective.separable:
+        unable = f"objective.name={objective.name!r}, which takes its windows apart"
+    if unable:
+        raise UserError(
+            f"data.documents='separate' does not work with {unable}; use data.documents=joined."
+        )
+
+
+def _check_builds(hf: Any) -> None:
+    try:
+        empty_model(hf)
+    except Exception as e:  # whatever the library raises for values that do not fit
+        raise UserError(
+            f"model: Hugging Face cannot build it ({type(e).__name__}: {' '.join(str(e).split())}); "
+            f"correct the model section."
+        ) from None
+
+
+def _refuse_dropout(hf: Any) -> None:
+    for field, value in hf.to_dict().items():
+        used = "drop" in field and not field.startswith(("summary", "classifier"))
+        if used and isinstance(value, float) and value > 0:
+            raise UserError(
+                f"model.{field}={value} (Hugging Face's default, if the run file does not set it): "
+                f"dropout draws from a global generator, so that a resumed run or another layout "
+                f"would train something else; set model.{field}=0.0."
+            )

@@ -1,0 +1,1 @@
+"""To Hugging Face: the whole model, or a part of it."""

@@ -1,0 +1,1 @@
+"""Who starts the processes, from outside."""

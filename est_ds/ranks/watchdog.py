@@ -1,0 +1,211 @@
+"""Ends a run that has come to a halt, on every host, and says which process is the cause.
+
+A process that dies or hangs leaves the others waiting in a reduction, with NCCL for ever. Each
+process watches its own progress on a thread and tells it to the store on rank 0. The first that
+made no progress for the limit, or failed, raises the alarm; all then report what they are at, and
+exit. Nobody needs the store to exit: whoever cannot reach it ends by its own clock.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+
+import torch.distributed as dist
+
+from est_ds.errors import Failure, LocalFailure, UserError
+from est_ds.ranks.meeting import Meeting, OtherStart, connect
+from est_ds.ranks.preempt import Preempted
+from est_ds.ranks.verdict import Record, is_broken_connection, verdict, where_main_is
+from est_ds.ranks.world import World
+
+ALARM = "est_ds/alarm"
+EVERY_S = 1.0  # between two looks at the store and at the own progress
+ANSWER_S = 5.0  # for the reports of all
+
+
+class Watchdog:
+    """To be used in a `with` around everything that the processes do together.
+
+    Args:
+        limit_s: how long a process may go without a `mark`.
+    """
+
+    def __init__(self, meeting: Meeting, world: World, limit_s: float) -> None:
+        self._meeting, self._world, self._limit_s = meeting, world, limit_s
+        self._main = threading.get_ident()
+        self._ended = threading.Event()
+        self._concluding = threading.Lock()
+        self._alarm: str | None = None
+        self._last: dict[int, Record] = {}
+        self._heard = time.monotonic()  # of the store
+        self._lost = False  # the store, and with it rank 0
+        self.mark(0, "starting")
+
+    def mark(self, done: int, doing: str) -> None:
+        """Says that the process goes on: it has done `done` steps and begins to do `doing`."""
+        self._done, self._doing, self._since = done, doing, time.monotonic()
+        # For code that holds the interpreter, where no thread can run.
+        faulthandler.dump_traceback_later(1.5 * self._limit_s + 30, exit=True)
+
+    def __enter__(self) -> Watchdog:
+        for work in (self._watch, self._talk):
+            threading.Thread(target=work, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What every process raises alike needs no alarm.
+        alike = (UserError, Failure, Preempted, KeyboardInterrupt, SystemExit)
+        if error is None or isinstance(error, alike):
+            self._ended.set()
+            faulthandler.cancel_dump_traceback_later()
+            return
+        if is_broken_connection(error):
+            self._conclude("the connection to a process broke.")
+        said = " ".join(str(error).split())[:500]
+        # A file that cannot be read or written is no fault of the code's, and the error names it.
+        if not isinstance(error, LocalFailure):
+            said = f"{type(error).__name__}: {said}"
+            if not (isinstance(error, OSError) and error.filename):
+                traceback.print_exception(error)
+        self._conclude(f"rank {self._world.rank} on {self._host} failed.", said)
+
+    @property
+    def _host(self) -> str:
+        return self._meeting.hosts[self._world.rank]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(EVERY_S):
+            now = time.monotonic()
+            if self._alarm is not None:
+                self._conclude(self._alarm)
+            elif now - self._since > self._limit_s:
+                self._conclude(f"no progress for {self._limit_s:.0f} s (watchdog.limit_s).")
+            elif self._world.size > 1 and now - self._heard > self._limit_s:
+                self._conclude(f"rank 0 has not been reached for {self._limit_s:.0f} s.")
+
+    def _talk(self) -> None:
+        """Tells the store of this process, and listens for the alarm."""
+        board = None
+        while not self._ended.wait(EVERY_S):
+            try:
+                board = board or _Board(self._connect(), self._world)
+                board.beat(self._record())
+                self._alarm = board.alarm()
+                self._last |= board.beats([0])
+                self._heard = time.monotonic()
+            except OtherStart:
+                self._alarm = "rank 0 has gone, and the run was started again."
+            except (OSError, dist.DistError):
+                board = None
+
+    def _connect(self) -> dist.Store:
+        """A connection of its own; a lost one does not come back by itself.
+
+        Never to the store of a later start, whose processes would hear this one's alarm.
+        """
+        if self._world.is_first:
+            return self._meeting.store.clone()
+        return connect(os.environ["MASTER_ADDR"], self._meeting.port, self._meeting.token)
+
+    def _record(self, error: str | None = None) -> Record:
+        # If it concludes itself, it failed, or waited for others when a connection broke.
+        where = where_main_is(self._main) if threading.get_ident() != self._main else None
+        return Record(self._done, self._doing, os.getpid(), os.getppid(), where, error)
+
+    def _conclude(self, reason: str, error: str | None = None) -> None:
+        """Gathers what all are at, says it, and ends this process."""
+        if not self._concluding.acquire(blocking=False):
+            threading.Event().wait()  # another thread is about to end the process
+        reports = {self._world.rank: self._record(error)}
+        # On a thread: no answer may come from the store, nor an error.
+        gathering = threading.Thread(target=self._gather, args=(reason, reports), daemon=True)
+        gathering.start()
+        gathering.join(2 * ANSWER_S)
+        if self._speaks(list(reports)):
+            missing = [rank for rank in range(self._world.size) if rank not in reports]
+            if self._lost:
+                missing = [0]  # of the others nothing is known
+            hosts = self._meeting.hosts
+            text = verdict(self._alarm or reason, hosts, dict(reports), missing, self._last)
+            print(text, file=sys.stderr, flush=True)
+        self._kill_stopped_neighbours(reports)
+        if self._world.is_first:
+            time.sleep(2 * EVERY_S)  # the others read from the store until then
+        sys.stdout.flush()
+        os._exit(1)
+
+    def _speaks(self, answering: list[int]) -> bool:
+        """Whether this is the process of its host that says what all know."""
+        if self._lost:
+            return self._world.local_rank == 0 or self._world.rank == 1
+        near = [rank for rank in answering if self._meeting.hosts[rank] == self._host]
+        return self._world.rank == min(near)
+
+    def _gather(self, reason: str, reports: dict[int, Record]) -> None:
+        everyone = range(self._world.size)
+        try:
+            board = _Board(self._connect(), self._world)
+            board.raise_alarm(reason)
+            board.report(reports[self._world.rank])
+            deadline = time.monotonic() + ANSWER_S
+            while len(reports) < self._world.size and time.monotonic() < deadline:
+                reports |= board.reports([rank for rank in everyone if rank not in reports])
+                time.sleep(0.2)
+            self._last |= board.beats([rank for rank in everyone if rank not in reports])
+            self._alarm = board.alarm()
+        except (OSError, dist.DistError):
+            self._lost = True
+
+    def _kill_stopped_neighbours(self, reports: dict[int, Record]) -> None:
+        """Ends processes of the same launcher that do not answer: it waits 30 s before it does."""
+        for rank, record in self._last.items():
+            near = self._meeting.hosts[rank] == self._host and record.parent == os.getppid()
+            if near and rank not in reports:
+                try:
+                    os.kill(record.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+
+class _Board:
+    """What stands on the store."""
+
+    def __init__(self, store: dist.Store, world: World) -> None:
+        self._store, self._rank = store, world.rank
+
+    def beat(self, record: Record) -> None:
+        self._store.set(f"est_ds/beat/{self._rank}", json.dumps(record.as_dict()))
+
+    def beats(self, ranks: list[int]) -> dict[int, Record]:
+        return self._read("beat", ranks)
+
+    def report(self, record: Record) -> None:
+        self._store.set(f"est_ds/report/{self._rank}", json.dumps(record.as_dict()))
+
+    def reports(self, ranks: list[int]) -> dict[int, Record]:
+        return self._read("report", ranks)
+
+    def raise_alarm(self, reason: str) -> None:
+        """The first reason stays."""
+        self._store.compare_set(ALARM, "", reason)
+
+    def alarm(self) -> str | None:
+        return self._store.get(ALARM).decode() if self._store.check([ALARM]) else None
+
+    def _read(self, kind: str, ranks: list[int]) -> dict[int, Record]:
+        found = {}
+        for rank in ranks:
+            key = f"est_ds/{kind}/{rank}"
+            if self._store.check([key]):
+                found[rank] = Record(**json.loads(self._store.get(key)))
+        return found

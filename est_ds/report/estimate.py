@@ -1,0 +1,125 @@
+"""What a run will do, before anything starts: phases, FLOPs, sizes, memory. Reads no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from est_ds.config.sections import RunConfig
+from est_ds.cost.flops import dense_flops, phase_ratios, saved
+from est_ds.design import Planned, plan_run
+from est_ds.plans.methods.base import Load, full_loads
+from est_ds.plans.shape import Attention, ModelShape
+from est_ds.slicing.build import count_parameters, empty_model
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept on average.
+
+    Attributes:
+        layers: kept layers of the model.
+        heads: kept query heads of an attention, averaged over the attentions of kept layers.
+        columns: kept columns of an MLP, averaged over the MLPs of kept layers.
+    """
+
+    layers: float
+    heads: float
+    columns: float
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run in figures.
+
+    Attributes:
+        json: the document of `est-ds plan --json`.
+        dense: what the full model holds.
+        dense_step_flops: `model` FLOPs of a step of the full model.
+        stage_parameters: parameters of every pipe stage; a tied one counts where it is held.
+    """
+
+    planned: Planned
+    json: dict[str, Any]
+    dense: Kept
+    dense_step_flops: float
+    stage_parameters: tuple[int, ...]
+
+
+def make_plan(config: RunConfig) -> RunPlan:
+    """All figures of a run, from an empty model: seconds and no memory at any size.
+
+    Raises:
+        UserError: the run file's model, method, schedule or layout do not fit together.
+    """
+    planned = plan_run(config)
+    method = planned.method
+    lengths = {"sequence": config.data.sequence, "target_sequence": planned.target_sequence}
+    phases = []
+    for i, phase in enumerate(method.phases):
+        ratios = phase_ratios(method, i, **lengths)
+        kept = mean_kept(method.shape, method.mean_loads(i))
+        phases.append(
+            {
+                "name": phase.name,
+                "from_step": phase.from_step,
+                "until_step": phase.until_step,
+                "kept_layers": _number(kept.layers),
+                "kept_heads": _number(kept.heads),
+                "kept_columns": _number(kept.columns),
+                "blocks_ratio": ratios.blocks,
+                "model_ratio": ratios.model,
+            }
+        )
+    fractions = saved(method, **lengths)
+    model = empty_model(planned.hf_config)
+    document = {
+        "phases": phases,
+        "saved": {"blocks": fractions.blocks, "model": fractions.model},
+        "total_steps": config.steps,
+        "parameters": count_parameters(model),
+    }
+    size = planned.flops_size(config.batch.global_)
+    return RunPlan(
+        planned=planned,
+        json=document,
+        dense=mean_kept(method.shape, full_loads(method.shape)),
+        dense_step_flops=dense_flops(method.shape, **size).model,
+        stage_parameters=_stage_parameters(planned, model),
+    )
+
+
+def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> Kept:
+    """Kept layers, and heads and columns of a kept layer, each layer weighted by its chance.
+
+    Where attention and MLP are skipped apart, a layer counts by the chance of each.
+    """
+    layers = sum(load.probability for load in loads)
+    totals, counts = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+    for parts, load in zip(shape.layers, loads):
+        for part, units in zip(parts, load.units):
+            is_attention = isinstance(part, Attention)
+            totals[is_attention] += load.probability * units
+            counts[is_attention] += load.probability
+    heads, columns = (totals[k] / counts[k] if counts[k] else 0.0 for k in (True, False))
+    return Kept(layers, heads, columns)
+
+
+def _stage_parameters(planned: Planned, model: Any) -> tuple[int, ...]:
+    pipe = planned.config.parallel.pipe
+    if pipe == 1:
+        return (count_parameters(model),)
+    starts = {0, *planned.cuts[:-1]}
+    stages: list[dict[int, int]] = []
+    for piece in planned.family.pieces(planned.hf_config):
+        if not stages or (piece.layer in starts and piece.layer != 0):
+            stages.append({})
+        for path in piece.modules:
+            stages[-1] |= {id(p): p.numel() for p in model.get_submodule(path).parameters()}
+    return tuple(sum(stage.values()) for stage in stages)
+
+
+def _number(value: float) -> int | float:
+    """A count as a whole number where it is one."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value

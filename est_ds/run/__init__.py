@@ -1,0 +1,1 @@
+"""A design with open corpora, and its folder."""

@@ -1,0 +1,84 @@
+"""`metrics.jsonl`: one line a logged step, one a held-out evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from est_ds.disk import replace_text
+from est_ds.errors import naming
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training lines and evaluation lines, in order; a last line cut short is left out."""
+    lines = _lines(run_dir)
+    return [e for e in lines if "loss" in e], [e for e in lines if "eval_loss" in e]
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of steps that were left out (`skipped`: why) or whose loss was a spike (`spike`)."""
+    return [e for e in _lines(run_dir) if "skipped" in e or "spike" in e]
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    file = run_dir / FILE
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+class MetricsFile:
+    """Appends lines, each in the file when the call returns; a number that is none is null.
+
+    Args:
+        start: first step that this run trains; lines of a lost future, which a crashed run wrote
+            after its last checkpoint, are dropped. An evaluation line belongs to the steps done.
+    """
+
+    def __init__(self, run_dir: Path, start: int) -> None:
+        self._run_dir = run_dir
+        self._open(start)
+
+    def write(self, **entry: Any) -> None:
+        with naming(self._file.name):
+            self._file.write(_line(entry))
+
+    def sync(self) -> None:
+        """Waits until all lines are on disk, so that no checkpoint outlives those before it."""
+        with naming(self._file.name):
+            os.fsync(self._file.fileno())
+
+    def go_back(self, start: int) -> None:
+        """Drops the lines from step `start` on."""
+        self._file.close()
+        self._open(start)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self, start: int) -> None:
+        file = self._run_dir / FILE
+        kept = [e for e in _lines(self._run_dir) if e["step"] < start]
+        kept.sort(key=lambda e: (e["step"], "eval_loss" in e))
+        replace_text(file, "".join(map(_line, kept)))
+        self._file = file.open("a", buffering=1)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(_finite(entry), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

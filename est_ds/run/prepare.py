@@ -1,0 +1,122 @@
+"""A run file brought to life: everything checked and opened that costs no training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from est_ds.config.sections import RunConfig
+from est_ds.data.indexed import Corpus
+from est_ds.data.loader import Batches, Windows
+from est_ds.data.objectives.base import Objective, Surroundings
+from est_ds.design import Planned, data_shares, plan_run
+from est_ds.engine.settings import check_zero_section
+from est_ds.errors import UserError
+from est_ds.run.directory import check_run_dir
+
+
+@dataclass(frozen=True)
+class Run(Planned):
+    """A run that can start with `processes` processes: its corpora are open."""
+
+    processes: int
+    train: Batches
+    valid: dict[str, Windows]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch.global_ * self.config.data.sequence
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run_dir)
+
+    def check_hashes(self) -> None:
+        """Compares every byte of the corpora with their manifests.
+
+        Raises:
+            UserError: a file was altered, or a corpus has no manifest.
+        """
+        for windows in (*self.train.corpora, *self.valid.values()):
+            windows.corpus.check_hashes()
+
+
+def prepare(config: RunConfig, processes: int) -> Run:
+    """Everything `plan_run` checks, the batch equation, the corpora and the run directory.
+
+    Raises:
+        UserError: something does not fit or is missing; nothing has been written.
+    """
+    planned = plan_run(config)
+    check_zero_section(config)
+    _check_compiler(config)
+    config.batch.accumulation(config.data_parallel(processes))
+    data = config.data
+    train = [Corpus.open(part.corpus) for part in data.parts]
+    valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
+    _refuse_copies(train, valid)
+    for corpus in (*train, *valid.values()):
+        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        corpus.check_tokenizer(data.tokenizer)
+    objective = _objective(planned, train)
+    sample = {
+        "sequence": data.sequence,
+        "objective": objective,
+        "separate": data.documents == "separate",
+    }
+    batches = Batches(
+        train,
+        global_batch=config.batch.global_,
+        seed=config.seed,
+        shares=data_shares(config),
+        shuffled=data.shuffle == "documents",
+        **sample,
+    )
+    windows = {name: Windows(corpus, **sample) for name, corpus in valid.items()}
+    for held_out in windows.values():
+        held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
+    check_run_dir(config)
+    parts = {f.name: getattr(planned, f.name) for f in fields(planned)}
+    return Run(**parts, processes=processes, train=batches, valid=windows)
+
+
+def _check_compiler(config: RunConfig) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+        raise UserError(
+            f"compile=True needs a C++ compiler on a machine without GPU, and there is no "
+            f"{compiler!r}; install it (or name another in CXX), or set compile=false."
+        )
+
+
+def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
+    seen: dict[str, str] = {}
+    for name, corpus in held_out.items():
+        other = seen.setdefault(corpus.fingerprint, name)
+        if other != name:
+            raise UserError(f"data.valid.{name} has the same contents as {other}; list it once.")
+    seen = {}
+    for corpus in corpora:
+        other = seen.setdefault(corpus.fingerprint, corpus.prefix)
+        if other != corpus.prefix:
+            raise UserError(
+                f"data.train: {corpus.prefix} has the same contents as {other}, so that its "
+                f"sequences would come twice an epoch; list one of them, with both weights."
+            )
+
+
+def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:
+    shape, hf = planned.method.shape, planned.hf_config
+    # T5's decoder begins with the padding token, unless its config says otherwise.
+    start = getattr(hf, "decoder_start_token_id", None) or hf.pad_token_id
+    surroundings = Surroundings.of(
+        corpora,
+        sequence=planned.config.data.sequence,
+        model_vocabulary=shape.vocabulary,
+        decoder_start=start if shape.encoder_layers else None,
+    )
+    return planned.objective.build(surroundings)

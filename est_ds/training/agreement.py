@@ -1,0 +1,74 @@
+"""All ranks must draw the same plans and read the same data.
+
+DeepSpeed would silently mix gradients of different layers, or hang. Plans and batches are functions
+of the step, so the ranks compare those of the steps ahead before they train them: at the start, at
+every checkpoint and at every phase change, and at no cost in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import torch.distributed as dist
+
+from est_ds.errors import Failure, UserError
+from est_ds.run.prepare import Run
+
+
+def segment_end(run: Run, step: int) -> int:
+    """First step after `step` at which the ranks compare again."""
+    every, phases = run.config.checkpoint.every, run.method.phases
+    ends = [phase.until_step for phase in phases if phase.until_step > step]
+    return min([(step // every + 1) * every, *ends])
+
+
+def check_agreement(run: Run, step: int) -> None:
+    """Compares the steps from `step` to the next comparison. Every rank calls it.
+
+    Raises:
+        Failure: ranks differ; all raise it.
+    """
+    until = min(segment_end(run, step), run.config.steps)
+    mine = [(run.method.plan(s).digest, run.train.digest(s)) for s in range(step, until)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for i in range(until - step):
+        for part, what in enumerate(("plan", "data")):
+            digests = [theirs[i][part] for theirs in everyone]
+            odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            if odd:
+                named = ", ".join(f"rank {rank}: {digests[rank]}" for rank in (0, *odd[:8]))
+                raise Failure(
+                    f"ranks {odd} disagree with rank 0 about the {what} of step {step + i} "
+                    f"(digests: {named}): they run another version of est_ds, of the run file or "
+                    f"of the corpus. Make them equal on every node and start again."
+                )
+
+
+def check_hashes(run: Run, reads: bool, goes_on: Callable[[], None]) -> None:
+    """Compares every byte of the corpora with their manifests. Every rank calls it.
+
+    Args:
+        reads: whether this rank does it: one of every node.
+        goes_on: called every second while any rank reads.
+
+    Raises:
+        UserError: a file was altered, or a corpus has no manifest; all raise it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        reading: Future[None] | None = pool.submit(run.check_hashes) if reads else None
+        while True:
+            goes_on()
+            done = reading is None or bool(wait([reading], 1.0).done)
+            error = reading.exception() if reading and done else None
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, (done, error))
+            for _, found in everyone:
+                if isinstance(found, UserError):
+                    raise found
+            if error:
+                raise error
+            if all(done for done, _ in everyone):
+                return

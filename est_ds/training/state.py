@@ -1,0 +1,83 @@
+"""What a checkpoint holds of a run besides weights and optimizer, and whether it fits the run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from est_ds.config.sections import RunConfig
+from est_ds.config.strict import checked
+from est_ds.errors import UserError
+from est_ds.plans.lr import learning_rate
+from est_ds.run.directory import differences
+from est_ds.run.prepare import Run
+from est_ds.training.divergence import History
+
+VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
+
+
+def run_state(
+    run: Run, done: int, history: History, evaluation_due: bool = False
+) -> dict[str, Any]:
+    """What a checkpoint holds besides weights and optimizer."""
+    return {
+        "divergence": history.state,
+        "evaluation_due": evaluation_due,
+        "versions": {name: version(name) for name in VERSIONS},
+        "config": run.config.model_dump(mode="json", by_alias=True),
+        "corpus": run.train.fingerprint,
+        "held_out": {name: windows.corpus.fingerprint for name, windows in run.valid.items()},
+        "tokens": done * run.tokens_per_step,
+        "next": _next(run, done),
+    }
+
+
+def _next(run: Run, step: int) -> dict[str, Any] | None:
+    """What the step after a checkpoint does, as far as it can be said beforehand."""
+    config = run.config
+    if step == config.steps:
+        return None
+    return {
+        "lr": learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
+        "plan_digest": run.method.plan(step).digest,
+        "data_digest": run.train.digest(step),
+    }
+
+
+def check_state(run: Run, state: dict[str, Any]) -> None:
+    """Refuses a checkpoint that the run does not go on from as the one that wrote it would have.
+
+    Raises:
+        UserError: its config, its corpora or its next step are others.
+    """
+    if differing := differences(checked(RunConfig, state["config"]), run.config):
+        raise UserError(
+            f"the checkpoint is of a run of another config: {'; '.join(differing[:3])} (there: the "
+            f"checkpoint). Set these fields as they were, or start a new run_dir."
+        )
+    _check_corpora(run, state["corpus"])
+    for name, fingerprint in state["held_out"].items():
+        if name in run.valid and run.valid[name].corpus.fingerprint != fingerprint:
+            raise UserError(
+                f"the held-out corpus {name!r} (data.valid) is not the one of this run's losses "
+                f"(fingerprint {run.valid[name].corpus.fingerprint}, not {fingerprint}); point it "
+                f"to that corpus, or give the new one another name."
+            )
+    then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
+    if then != now:
+        raise UserError(
+            f"the checkpoint's next step was to be {then}, and is now {now}: the checkpoint is of "
+            f"{state['versions']}, and this version goes on otherwise; use that version, or start "
+            f"a new run_dir."
+        )
+
+
+def _check_corpora(run: Run, trained_on: str) -> None:
+    then, now = trained_on.split("+"), run.train.fingerprint.split("+")
+    for i, part in enumerate(run.config.data.parts):
+        if now[i] not in then[i : i + 1]:
+            raise UserError(
+                f"data.train={part.corpus!r} is not the corpus that the checkpoint was trained on "
+                f"(fingerprint {now[i]}, not {(*then, 'none')[i]}); point it to that corpus, or "
+                f"start a new run_dir."
+            )

@@ -1,0 +1,74 @@
+"""A short version of a run, and where to kill it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from est_ds.config.sections import RunConfig
+from est_ds.config.strict import checked
+from est_ds.design import plan_run
+from est_ds.errors import UserError
+from est_ds.plans.phases import Phase
+
+DEFAULT_STEPS = (12, 24, 48, 96)
+LOST_STEPS = 2  # between the checkpoint and the phase boundary behind it
+
+# Settings of the DeepSpeed section that would show the short run to others as if it were one.
+MONITORS = ("wandb", "comet", "csv_monitor")
+
+
+def shortened(config: RunConfig, steps: int | None) -> RunConfig:
+    """The run in few steps, with all its phases: what stands at a step moves in proportion.
+
+    Args:
+        steps: None takes the first of a few small numbers in which every phase has a step.
+
+    Raises:
+        UserError: the run's settings do not fit into so few steps.
+    """
+    tried = [steps] if steps else [n for n in DEFAULT_STEPS if n < config.steps] or [config.steps]
+    for i, number in enumerate(tried, start=1):
+        try:
+            short = _in_steps(config, number)
+            plan_run(short)
+            return short
+        except UserError as e:
+            if i == len(tried):
+                raise UserError(
+                    f"the run in {number} steps: {e} Choose other --steps (2 to {config.steps})."
+                ) from None
+    raise AssertionError("there is always a number to try")
+
+
+def default_cut(phases: tuple[Phase, ...], steps: int) -> int:
+    """The checkpoint to resume from: near the middle, with a phase boundary still to come."""
+    ends = [phase.until_step for phase in phases if phase.until_step < steps]
+    if not ends:
+        return steps // 2
+    boundary = next((end for end in ends if 2 * end >= steps), ends[-1])
+    return max(1, boundary - LOST_STEPS)
+
+
+def _in_steps(config: RunConfig, steps: int) -> RunConfig:
+    if not 2 <= steps <= config.steps:
+        raise UserError(
+            f"--steps={steps}: a run of {config.steps} steps can be cut in two in 2 to "
+            f"{config.steps} of them."
+        )
+    tree = config.model_dump(mode="json", by_alias=True)
+    if steps != config.steps:
+        phases = [*tree["method"].get("phases", []), *tree["data"]["phases"]]
+        for section in (tree["schedule"], tree["method"], *phases):
+            for field in {"warmup", "decay", "until"} & section.keys():
+                section[field] = _fraction(section[field], config.steps)
+    tree["steps"] = steps
+    tree["evaluate"]["every"] = steps
+    tree["log"]["every"] = 1
+    tree["resume"] = "auto"
+    tree["deepspeed"] = {k: v for k, v in tree["deepspeed"].items() if k not in MONITORS}
+    return checked(RunConfig, tree)
+
+
+def _fraction(position: Any, steps: int) -> Any:
+    """A step as a fraction of the run; all else, fractions and what is wrong, as it is."""
+    return position / steps if type(position) is int and position else position

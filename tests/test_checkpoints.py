@@ -123,7 +123,7 @@ def test_checkpoints_of_all_layouts_hold_the_same(uninterrupted):
     for run in uninterrupted.values():
         folder = run / "checkpoints" / "step_00000005"
         with Checkpoint(folder) as held:
-            assert held.index.state["optimizer_steps"] == 5
+            assert held.index.state.optimizer_steps == 5
             weights = held.weights()
         assert weights.keys() == expected.keys()
         close = 0.1 if "bf16" in run.name else 1e-3

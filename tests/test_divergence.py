@@ -17,6 +17,7 @@ from reference import assert_close, plain_adamw
 from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import start, train_all
 
+from est_ds.checkpoints.state import Seen
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Divergence
@@ -241,8 +242,8 @@ def test_finite_losses_and_gradients_are_not_touched():
 LEVEL = [3.0, 3.1, 2.9, 3.05, 2.95, 3.0, 3.1, 2.9]
 
 
-def history(state=None, boundaries=(), **settings) -> History:
-    return History(Divergence(**settings), boundaries, state)
+def history(seen=None, boundaries=(), **settings) -> History:
+    return History(Divergence(**settings), boundaries, seen)
 
 
 def losses(past: History, values, first: int = 0) -> list[str | None]:
@@ -267,7 +268,7 @@ def test_losses_of_another_phase_are_not_compared():
 def test_history_of_a_checkpoint_goes_on_as_if_never_stopped():
     whole, first = history(window=16), history(window=16)
     losses(first, LEVEL[:4])
-    again = history(json.loads(json.dumps(first.state)), window=16)
+    again = history(Seen.model_validate_json(first.seen.model_dump_json()), window=16)
     found = losses(whole, [*LEVEL, 9.0])[4:]
     assert losses(again, [*LEVEL[4:], 9.0], first=4) == found and found[-1]
 

@@ -203,7 +203,7 @@ def check_equal(run_dir: Path, expected: Path) -> None:
         ours, theirs = (read_index(store.path(step)) for store in stores)
         assert (ours.files, ours.eval_loss) == (theirs.files, theirs.eval_loss)
         for index in (ours, theirs):
-            index.state["config"].pop("run_dir")
+            index.state.config.pop("run_dir")
         assert ours.state == theirs.state
     names = [
         {p.relative_to(run) for p in run.rglob("*") if "tensorboard" not in p.parts}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from est_ds.checkpoints.state import State
 from est_ds.disk import File
 
 FILE = "checkpoint.json"
@@ -30,8 +31,7 @@ class Index(BaseModel):
         layout: the layout that wrote it; for people, nothing depends on it.
         parameters: shapes by Hugging Face names.
         files: all other files.
-        state: what training needs besides weights and moments: position in data and schedule,
-            the AdamW's own count of steps, config, digests, versions.
+        state: what training needs besides weights and moments.
         eval_loss: held-out loss after these steps, if it was measured.
     """
 
@@ -42,7 +42,7 @@ class Index(BaseModel):
     layout: dict[str, int]
     parameters: dict[str, tuple[int, ...]]
     files: dict[str, File]
-    state: dict[str, Any]
+    state: State
     eval_loss: float | None = None
 
     @field_validator("eval_loss")

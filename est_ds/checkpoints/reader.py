@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from est_ds.checkpoints.index import Damaged, read_index
+from est_ds.checkpoints.index import Damaged, Index, read_index
 from est_ds.disk import describe
 
 WEIGHT = "weight"
@@ -37,9 +37,15 @@ def damage(checkpoint: Path, part: tuple[int, int] = (0, 1), hashes: bool = True
         hashes: False compares sizes only.
     """
     try:
-        index = read_index(checkpoint)
+        return file_damage(checkpoint, read_index(checkpoint), part, hashes)
     except Damaged as e:
         return str(e)
+
+
+def file_damage(
+    checkpoint: Path, index: Index, part: tuple[int, int] = (0, 1), hashes: bool = True
+) -> str | None:
+    """As `damage`, of a checkpoint whose `checkpoint.json` was read."""
     for i, (name, written) in enumerate(sorted(index.files.items())):
         file = checkpoint / name
         try:
@@ -58,6 +64,10 @@ def damage(checkpoint: Path, part: tuple[int, int] = (0, 1), hashes: bool = True
 class Checkpoint:
     """An open checkpoint, to be used in a `with`.
 
+    Args:
+        folder: where it is.
+        index: its `checkpoint.json`, if that was read before.
+
     Attributes:
         index: its `checkpoint.json`.
 
@@ -65,8 +75,8 @@ class Checkpoint:
         Damaged: a file is missing or unreadable, or the files do not hold every parameter.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.index = read_index(folder)
+    def __init__(self, folder: Path, index: Index | None = None) -> None:
+        self.index = index or read_index(folder)
         self._files = ExitStack()
         # name -> (start, stop, file) of the ranges, in their order
         self._ranges: dict[str, list[tuple[int, int, Any]]] = {n: [] for n in self.index.parameters}

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
-from est_ds.checkpoints.reader import Checkpoint, damage
+from est_ds.checkpoints.index import Damaged, Index, read_index
+from est_ds.checkpoints.reader import Checkpoint, file_damage
 from est_ds.checkpoints.store import LATEST, Store, tag_of
-from est_ds.checkpoints.writer import _gathered
 from est_ds.engine.base import Engine
 from est_ds.errors import UserError
+from est_ds.ranks.gather import gathered, of_rank_0
 from est_ds.ranks.world import say
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
+def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
     """Loads weights, moments and counters into an engine of any layout. Every rank calls it.
 
     Raises:
         UserError: the checkpoint is of another model.
     """
-    with Checkpoint(checkpoint) as held:
-        written = held.index.parameters
+    checkpoint = store.path(index.step)
+    with Checkpoint(checkpoint, index) as held:
+        written = index.parameters
         for name, shape in engine.fragments.shapes.items():
             if written.get(name) != shape:
                 raise UserError(
@@ -33,24 +33,23 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
             for fragment in engine.fragments.held():
                 for key, tensor in fragment.states.items():
                     tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
-        engine.fragments.commit(held.index.state["optimizer_steps"])
-        engine.set_steps_done(held.index.step)
+        engine.fragments.commit(index.state.optimizer_steps)
+        engine.set_steps_done(index.step)
 
 
-def choose_checkpoint(store: Store, resume: str) -> int | None:
-    """The checkpoint to resume from, its files hashed; every rank calls it, sharing the work.
+def choose_checkpoint(store: Store, resume: str) -> Index | None:
+    """Returns the checkpoint to resume from, its files hashed; every rank calls it, sharing the work.
 
     Args:
         resume: `auto` goes back to the newest good one and says so; `latest` takes only what
             `latest` names.
 
     Returns:
-        Its step; None where there is none.
+        What it holds; None where there is none.
 
     Raises:
         UserError: none is good, or with `latest` that one is not.
     """
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
     candidates = store.candidates()
     if resume == "latest" and candidates:
         candidates = [named] if (named := store.named(LATEST)) is not None else []
@@ -60,16 +59,17 @@ def choose_checkpoint(store: Store, resume: str) -> int | None:
                 f"{[tag_of(step) for step in store.steps()]} into it, or set resume=auto."
             )
     broken: dict[int, str] = {}
-    for step in _gathered(candidates)[0]:
-        found = _gathered(damage(store.path(step), (rank, num_ranks)))
-        wrong = next((text for text in found if text), None)
+    is_first = dist.get_rank() == 0
+    for step in of_rank_0(candidates):
+        index, damaged = _inspect(store, step)
+        wrong = next((text for text in gathered(damaged) if text), None)
         if wrong is None:
             for bad, text in broken.items():
-                aside = store.set_aside(bad) if rank == 0 else None
+                aside = store.set_aside(bad) if is_first else None
                 say(f"warning: {text}; resuming from step {step} instead, and it is now {aside}")
-            if broken and rank == 0:
+            if broken and is_first:
                 store.point_to(step)  # else later ones, of a run that went back, would count again
-            return step
+            return index
         broken[step] = f"checkpoint {store.path(step)} is damaged: {wrong}"
     if not broken:
         return None
@@ -79,3 +79,12 @@ def choose_checkpoint(store: Store, resume: str) -> int | None:
         if resume == "latest"
         else f"no checkpoint of the run is good: {'; '.join(broken.values())}. Start a new run_dir."
     )
+
+
+def _inspect(store: Store, step: int) -> tuple[Index | None, str | None]:
+    """Returns what a checkpoint holds, and what is wrong with it or with this rank's part of it."""
+    try:
+        index = read_index(store.path(step))
+    except Damaged as e:
+        return None, str(e)
+    return index, file_damage(store.path(step), index, (dist.get_rank(), dist.get_world_size()))

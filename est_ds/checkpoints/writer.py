@@ -32,10 +32,12 @@ from torch import Tensor
 from est_ds.checkpoints import index
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import fragment_key
+from est_ds.checkpoints.state import State
 from est_ds.checkpoints.store import Store, tag_of
 from est_ds.disk import describe, replace_text, sync_file, sync_folder
 from est_ds.engine.base import Engine
 from est_ds.errors import Failure
+from est_ds.ranks.gather import gathered, gathered_on_rank_0, of_rank_0
 
 LAST_WAIT_S = 60.0  # for a write that is under way when training fails
 
@@ -46,7 +48,7 @@ class _Content:
 
     partial: Path
     step: int
-    state: dict[str, Any]
+    state: State
     eval_loss: float | None
 
 
@@ -60,7 +62,7 @@ class Saver:
         self._engine, self._store = engine, store
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         own_bytes, host = engine.fragments.num_bytes, socket.gethostname()
-        everyone = _gathered((host, own_bytes))
+        everyone = gathered((host, own_bytes))
         self._host_bytes = sum(n for name, n in everyone if name == host)
         self._total_bytes = sum(n for _, n in everyone)
         self._content: _Content | None = None  # of the checkpoint that is being written
@@ -97,7 +99,7 @@ class Saver:
                 f"run again: it resumes from its last checkpoint."
             )
 
-    def save(self, step: int, state: dict[str, Any], eval_loss: float | None) -> None:
+    def save(self, step: int, state: State, eval_loss: float | None) -> None:
         """Saves after `step` steps; the writing itself may go on after the call.
 
         Raises:
@@ -106,7 +108,7 @@ class Saver:
         self.finish()
         self.check_space()
         fragments = self._engine.fragments
-        state = {**state, "optimizer_steps": fragments.optimizer_steps}
+        state = state.model_copy(update={"optimizer_steps": fragments.optimizer_steps})
         partial = self._store.folder / f".{tag_of(step)}.partial"
         self._content = _Content(partial, step, state, eval_loss)
         self._on_rank_0(self._begin)
@@ -150,7 +152,7 @@ class Saver:
         self._thread = None
         self._raise_everywhere()
         # Not from the markers: a shared file system may show them late.
-        written = _gathered(self._written)
+        written = gathered_on_rank_0(self._written)
         if self._rank == 0 and self._content is not None:
             self._complete(written)
         self._raise_everywhere()
@@ -186,10 +188,10 @@ class Saver:
             except OSError as e:
                 self._error = e
         self._raise_everywhere()
-        return _gathered(found)[0]
+        return of_rank_0(found)
 
     def _raise_everywhere(self) -> None:
-        errors = _gathered(self._error and f"{type(self._error).__name__}: {self._error}")
+        errors = gathered(self._error and f"{type(self._error).__name__}: {self._error}")
         for rank, text in enumerate(errors):
             if text:
                 raise Failure(
@@ -249,13 +251,6 @@ class Saver:
     def _has_memory(self) -> bool:
         """Whether this host can hold what its ranks copy, and as much again for training."""
         return psutil.virtual_memory().available > 2 * self._host_bytes
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Every rank's value."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _folder_identity(folder: Path) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from est_ds.doctor.facts import existing_parent
+from est_ds.ranks.gather import gathered, of_rank_0
 from est_ds.ranks.meeting import choose_interface, meet
 from est_ds.ranks.world import World
 
@@ -46,13 +47,6 @@ def join(rank: int, nodes: int, master: str, port: int) -> None:
     )
 
 
-def exchange(value: Any) -> list[Any]:
-    """Every node's value."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
-
-
 def measure(run_dir: str | None) -> list[dict[str, Any]]:
     """Every node's measurements, in their order. Every node calls it.
 
@@ -61,7 +55,7 @@ def measure(run_dir: str | None) -> list[dict[str, Any]]:
         (this clock minus node 0's); shares: whether it sees node 0's files in the run directory.
     """
     mine = {"all_reduce": _all_reduce(), **_to_first(), "skew_s": _skew()}
-    return exchange(mine | {"shares": None if run_dir is None else _shares(run_dir)})
+    return gathered(mine | {"shares": None if run_dir is None else _shares(run_dir)})
 
 
 def _device() -> str:
@@ -136,9 +130,8 @@ def _skew() -> float:
 
 def _shares(run_dir: str) -> bool:
     """Whether a file that node 0 writes where the run directory will be is seen here."""
-    token = [os.urandom(6).hex()]
-    dist.broadcast_object_list(token, 0)
-    file = existing_parent(run_dir) / f".est-ds-doctor-{token[0]}"
+    token = of_rank_0(os.urandom(6).hex())
+    file = existing_parent(run_dir) / f".est-ds-doctor-{token}"
     if dist.get_rank() == 0:
         try:
             file.touch()

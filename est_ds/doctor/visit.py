@@ -22,6 +22,7 @@ from est_ds.doctor.node import ERRORS, MARK, run_dir_of
 from est_ds.doctor.table import show
 from est_ds.errors import UserError
 from est_ds.launch import hosts
+from est_ds.ranks.gather import gathered
 
 VISIT_S = 240.0
 
@@ -59,7 +60,7 @@ def _one_of_many(given: Namespace) -> list[Node]:
     mine = Node(facts["host"], facts=facts)
     try:
         network.join(given.node_rank, given.nodes, address, port)
-        everyone = [Node(theirs["host"], facts=theirs) for theirs in network.exchange(facts)]
+        everyone = [Node(theirs["host"], facts=theirs) for theirs in gathered(facts)]
         measured = network.measure(run_dir_of(given.run, given.overrides))
         dist.destroy_process_group()
     except ERRORS as e:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+
+from est_ds.ranks.gather import gathered
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class PipeClock:
 
     def shares(self) -> PipeShares | None:
         """Since the last call; None if no step was done. Every process calls it."""
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self._stage, self._busy_s, self._total_s))
+        everyone = gathered((self._stage, self._busy_s, self._total_s))
         self._busy_s = self._total_s = 0.0
         if not any(total_s for _, _, total_s in everyone):
             return None

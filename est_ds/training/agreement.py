@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
-
-import torch.distributed as dist
 
 from est_ds.errors import Failure, UserError
+from est_ds.ranks.gather import gathered, is_same_on_all
 from est_ds.run.prepare import Run
 
 
@@ -32,8 +30,9 @@ def check_agreement(run: Run, step: int) -> None:
     """
     until = min(segment_end(run, step), run.config.steps)
     mine = [(run.method.plan(s).digest, run.train.digest(s)) for s in range(step, until)]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    if is_same_on_all(str(mine)):
+        return
+    everyone = gathered(mine)
     for i in range(until - step):
         for part, what in enumerate(("plan", "data")):
             digests = [theirs[i][part] for theirs in everyone]
@@ -63,8 +62,7 @@ def check_hashes(run: Run, reads: bool, goes_on: Callable[[], None]) -> None:
             goes_on()
             done = reading is None or bool(wait([reading], 1.0).done)
             error = reading.exception() if reading and done else None
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (done, error))
+            everyone = gathered((done, error))
             for _, found in everyone:
                 if isinstance(found, UserError):
                     raise found

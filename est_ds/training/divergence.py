@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
+from est_ds.checkpoints.state import Seen
 from est_ds.config.sections import Divergence
 from est_ds.errors import Diverged
 
@@ -32,7 +33,7 @@ class History:
         settings: the policy.
         boundaries: first steps of phases, of the method's or of the data's: losses of different
             phases are not compared.
-        state: of the checkpoint that the run resumes from.
+        seen: at the checkpoint that the run resumes from.
 
     Attributes:
         skipped: steps that are not trained, each with the reason.
@@ -43,19 +44,18 @@ class History:
         self,
         settings: Divergence,
         boundaries: Collection[int],
-        state: Mapping[str, Any] | None = None,
+        seen: Seen | None = None,
     ) -> None:
         self._settings, self._boundaries = settings, frozenset(boundaries)
-        state = state or {"losses": [], "skipped": {}}
-        self._losses = deque(state["losses"], maxlen=settings.window)
-        self.skipped = {int(step): reason for step, reason in state["skipped"].items()}
+        seen = seen or Seen()
+        self._losses = deque(seen.losses, maxlen=settings.window)
+        self.skipped = dict(seen.skipped)
         self.spike: str | None = None
 
     @property
-    def state(self) -> dict[str, Any]:
+    def seen(self) -> Seen:
         """What a checkpoint holds of it."""
-        skipped = {str(step): reason for step, reason in self.skipped.items()}
-        return {"losses": list(self._losses), "skipped": skipped}
+        return Seen(losses=tuple(self._losses), skipped=dict(self.skipped))
 
     def begin(self, step: int) -> bool:
         """Begins a step, each in its turn; returns whether it is to be trained."""
@@ -85,9 +85,9 @@ class History:
         self._losses.append(loss)
         return "go on"
 
-    def go_back(self, state: Mapping[str, Any] | None) -> None:
-        """To the losses of a checkpoint; steps found since stay skipped."""
-        self._losses = deque(state["losses"] if state else (), maxlen=self._settings.window)
+    def go_back(self, seen: Seen) -> None:
+        """Goes back to the losses of a checkpoint; steps found since stay skipped."""
+        self._losses = deque(seen.losses, maxlen=self._settings.window)
 
     def _limit(self) -> float:
         """The largest loss that is no spike: k robust deviations above the median."""

@@ -1,12 +1,13 @@
-"""What a checkpoint holds of a run besides weights and optimizer, and whether it fits the run."""
+"""The state of a run at a checkpoint, and whether a run goes on from it."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
 
+from est_ds.checkpoints.state import Next, State
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
+from est_ds.design import data_shares
 from est_ds.errors import UserError
 from est_ds.plans.lr import learning_rate
 from est_ds.run.directory import differences
@@ -16,58 +17,61 @@ from est_ds.training.divergence import History
 VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 
 
-def run_state(
-    run: Run, done: int, history: History, evaluation_due: bool = False
-) -> dict[str, Any]:
-    """What a checkpoint holds besides weights and optimizer."""
-    return {
-        "divergence": history.state,
-        "evaluation_due": evaluation_due,
-        "versions": {name: version(name) for name in VERSIONS},
-        "config": run.config.model_dump(mode="json", by_alias=True),
-        "corpus": run.train.fingerprint,
-        "held_out": {name: windows.corpus.fingerprint for name, windows in run.valid.items()},
-        "tokens": done * run.tokens_per_step,
-        "next": _next(run, done),
-    }
+def run_state(run: Run, done: int, history: History, evaluation_due: bool = False) -> State:
+    """Returns what a checkpoint after `done` steps holds besides weights and moments."""
+    return State(
+        config=run.config.model_dump(mode="json", by_alias=True),
+        versions={name: version(name) for name in VERSIONS},
+        corpus=run.train.fingerprint,
+        held_out={name: windows.corpus.fingerprint for name, windows in run.valid.items()},
+        tokens=done * run.tokens_per_step,
+        next=_next(run, done),
+        divergence=history.seen,
+        evaluation_due=evaluation_due,
+    )
 
 
-def _next(run: Run, step: int) -> dict[str, Any] | None:
-    """What the step after a checkpoint does, as far as it can be said beforehand."""
+def first_steps(run: Run) -> set[int]:
+    """Returns the first steps of phases, of the method's and of the data's."""
+    shares = data_shares(run.config)
+    return {phase.until_step for phase in run.method.phases} | {s.from_step for s in shares}
+
+
+def _next(run: Run, step: int) -> Next | None:
     config = run.config
     if step == config.steps:
         return None
-    return {
-        "lr": learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
-        "plan_digest": run.method.plan(step).digest,
-        "data_digest": run.train.digest(step),
-    }
+    return Next(
+        lr=learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
+        plan_digest=run.method.plan(step).digest,
+        data_digest=run.train.digest(step),
+    )
 
 
-def check_state(run: Run, state: dict[str, Any]) -> None:
+def check_state(run: Run, state: State) -> None:
     """Refuses a checkpoint that the run does not go on from as the one that wrote it would have.
 
     Raises:
         UserError: its config, its corpora or its next step are others.
     """
-    if differing := differences(checked(RunConfig, state["config"]), run.config):
+    if differing := differences(checked(RunConfig, state.config), run.config):
         raise UserError(
             f"the checkpoint is of a run of another config: {'; '.join(differing[:3])} (there: the "
             f"checkpoint). Set these fields as they were, or start a new run_dir."
         )
-    _check_corpora(run, state["corpus"])
-    for name, fingerprint in state["held_out"].items():
+    _check_corpora(run, state.corpus)
+    for name, fingerprint in state.held_out.items():
         if name in run.valid and run.valid[name].corpus.fingerprint != fingerprint:
             raise UserError(
                 f"the held-out corpus {name!r} (data.valid) is not the one of this run's losses "
                 f"(fingerprint {run.valid[name].corpus.fingerprint}, not {fingerprint}); point it "
                 f"to that corpus, or give the new one another name."
             )
-    then, now = state["next"], _next(run, state["tokens"] // run.tokens_per_step)
+    then, now = state.next, _next(run, state.tokens // run.tokens_per_step)
     if then != now:
         raise UserError(
-            f"the checkpoint's next step was to be {then}, and is now {now}: the checkpoint is of "
-            f"{state['versions']}, and this version goes on otherwise; use that version, or start "
+            f"the checkpoint's next step was to be ({then}), and is now ({now}): the checkpoint is of "
+            f"{state.versions}, and this version goes on otherwise; use that version, or start "
             f"a new run_dir."
         )
 

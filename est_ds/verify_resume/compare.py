@@ -153,7 +153,7 @@ def _numbers(step: int, name: str, one: dict | None, other: dict | None, bound: 
 
 def _checkpoint_differences(step: int, one: Path, other: Path, allowed: Bounds):
     with Checkpoint(one) as expected, Checkpoint(other) as found:
-        counts = [c.index.state["optimizer_steps"] for c in (expected, found)]
+        counts = [c.index.state.optimizer_steps for c in (expected, found)]
         if counts[0] != counts[1]:
             yield Difference(step, "AdamW's count of steps", *counts)
         shapes = expected.index.parameters

@@ -69,7 +69,12 @@ class Method(ABC):
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
 
     def phase_at(self, step: int) -> int:
+        """Returns the number of the phase that a step belongs to."""
         return phase_at(self.phases, step)
+
+    def phase_of(self, step: int) -> Phase:
+        """Returns the phase that a step belongs to."""
+        return self.phases[self.phase_at(step)]
 
     @abstractmethod
     def plan(self, step: int) -> Plan:

@@ -1,0 +1,54 @@
+"""What a checkpoint holds of a run besides weights and moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Part(BaseModel):
+    """A part of the state; unknown keys are refused: another version wrote them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Next(Part):
+    """What the step after the checkpoint does, as far as it can be said beforehand."""
+
+    lr: float
+    plan_digest: str
+    data_digest: str
+
+
+class Seen(Part):
+    """Losses that the next one is compared with, and steps that are not trained, with the reason."""
+
+    losses: tuple[float, ...] = ()
+    skipped: dict[int, str] = {}
+
+
+class State(Part):
+    """The state of a run.
+
+    Attributes:
+        config: the run file, resolved.
+        versions: of the packages that wrote it.
+        corpus: fingerprint of the training corpora.
+        held_out: fingerprints of the held-out corpora by name.
+        tokens: read so far.
+        next: None after the last step.
+        divergence: see `training.divergence`.
+        evaluation_due: a notice came before the evaluation after this step was done.
+        optimizer_steps: AdamW's own count, by which it corrects the moments' bias.
+    """
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    corpus: str
+    held_out: dict[str, str]
+    tokens: int
+    next: Next | None
+    divergence: Seen = Seen()
+    evaluation_due: bool = False
+    optimizer_steps: int = 0

@@ -1,0 +1,42 @@
+"""Python values from rank to rank; every rank calls these together."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def gathered(value: T) -> list[T]:
+    """Returns every rank's value, by rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gathered_on_rank_0(value: T) -> list[T]:
+    """Returns every rank's value on rank 0, and nothing elsewhere."""
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None)
+    return values
+
+
+def of_rank_0(value: T) -> T:
+    """Returns rank 0's value."""
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def is_same_on_all(text: str) -> bool:
+    """Returns whether every rank gives the same text; two numbers are reduced, whatever it holds."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little", signed=True) >> 1  # its negative fits too
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    least = torch.tensor([number, -number], device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least[0]) == -int(least[1])

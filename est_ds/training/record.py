@@ -1,0 +1,209 @@
+"""What people and programs see of a training: lines, `metrics.jsonl`, TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from est_ds.cost.flops import dense_flops, step_flops
+from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
+from est_ds.engine.base import Engine
+from est_ds.plans.methods.base import plan_loads
+from est_ds.plans.plan import Plan
+from est_ds.ranks.world import World, say
+from est_ds.run.metrics import MetricsFile
+from est_ds.run.prepare import Run
+from est_ds.training.progress import Progress
+
+if TYPE_CHECKING:
+    from est_ds.engine.pipe_clock import PipeShares
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A step that was applied.
+
+    Attributes:
+        loss: nats per token, the mean of all replicas.
+        rate: learning rate.
+        grad_norm: of all parameters, before clipping.
+        spike: what the loss was, if it was a spike.
+    """
+
+    plan: Plan
+    loss: float
+    rate: float
+    grad_norm: float
+    step_s: float
+    spike: str | None = None
+
+
+class Recorder:
+    """Shows and logs a training; does nothing off rank 0, where every rank calls it alike.
+
+    To be used in a `with`.
+
+    Args:
+        start: first step that this process trains.
+    """
+
+    def __init__(self, run: Run, engine: Engine, start: int) -> None:
+        self._run, self._engine = run, engine
+        is_first = World.from_environment().is_first
+        self._metrics = MetricsFile(run.directory, start) if is_first else None
+        self._progress = Progress(run.config.steps, start, _remaining(run, start), is_first)
+        self._start = start
+
+    def __enter__(self) -> Recorder:
+        for line in _start_lines(self._run, self._engine, self._start):
+            say(line)
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        if self._metrics:
+            self._metrics.close()
+
+    def note(self, text: str) -> None:
+        """Shows a line."""
+        self._progress.note(text)
+
+    def sync(self) -> None:
+        """Waits until all lines of metrics are on disk."""
+        if self._metrics:
+            self._metrics.sync()
+
+    def trained(self, step: Trained, shares: PipeShares | None) -> None:
+        """Shows a step, and logs it where `log.every` says so, at the end of a phase, or as a spike.
+
+        Args:
+            shares: of the pipe stages in the phase that ends with this step.
+        """
+        run, number = self._run, step.plan.step
+        done, phase = number + 1, run.method.phase_of(number)
+        self._progress.step(number, phase.name, step.loss, run.tokens_per_step / step.step_s)
+        is_end = done == phase.until_step
+        if done % run.config.log.every and not is_end and not step.spike:
+            return
+        entry = _entry(run, step)
+        if step.spike:
+            entry["spike"] = step.spike
+            self.note(f"step {number}: {step.spike}")
+        if shares:
+            entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
+            self.note(_pipe_note(run, self._engine, step.plan.phase, shares))
+        self._write(entry)
+        shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers")
+        events = {f"train/{n}": float(entry[n]) for n in shown if entry[n] is not None}
+        events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
+        self._engine.write_events(events, done * run.config.batch.global_)
+
+    def left_out(self, step: int, reason: str) -> None:
+        """Shows and logs that a step was not trained."""
+        self.note(f"step {step} is left out: {reason}")
+        self._write({"step": step, "skipped": reason})
+
+    def evaluated(self, step: int, losses: dict[str, float]) -> float:
+        """Shows and logs held-out losses after a step; returns their mean."""
+        config, done, mean = self._run.config, step + 1, sum(losses.values()) / len(losses)
+        by_name = {} if isinstance(config.data.valid, str) else losses
+        named = {"eval_losses": by_name} if by_name else {}
+        self._write({"step": step, "eval_loss": mean, **named})
+        each = "".join(f", {name} {loss:.4f}" for name, loss in by_name.items())
+        self.note(f"step {done}: held-out loss of the full model {mean:.4f}{each}")
+        events = {f"eval/loss/{name}": loss for name, loss in by_name.items()}
+        self._engine.write_events(events | {"eval/loss": mean}, done * config.batch.global_)
+        return mean
+
+    def went_back(self, step: int) -> None:
+        """Says that training goes on from an earlier step, and drops the lines from there on."""
+        self.note(f"at step {step}, the last checkpoint")
+        if self._metrics:
+            self._metrics.go_back(step)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._metrics:
+            self._metrics.write(**entry)
+
+
+def _entry(run: Run, step: Trained) -> dict[str, Any]:
+    """A training line of `metrics.jsonl`."""
+    shape, size = run.method.shape, run.flops_size(run.config.batch.global_)
+    active = step_flops(shape, plan_loads(step.plan, shape), **size)
+    dense = dense_flops(shape, **size)
+    number = step.plan.step
+    return {
+        "step": number,
+        "phase": run.method.phase_of(number).name,
+        "loss": step.loss,
+        "lr": step.rate,
+        "grad_norm": step.grad_norm,
+        "tokens": (number + 1) * run.tokens_per_step,
+        "step_s": step.step_s,
+        "tokens_per_s": run.tokens_per_step / step.step_s,
+        "flops_active": active.model,
+        "flops_dense": dense.model,
+        "blocks_active": active.blocks,
+        "blocks_dense": dense.blocks,
+        "kept_layers": len(step.plan.kept_layers),
+        "plan_digest": step.plan.digest,
+        "data_digest": run.train.digest(number),
+    }
+
+
+def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
+    """How evenly the pipe stages shared a phase's work, beside what FLOPs and schedule say."""
+    config = run.config
+    expected = imbalance(stage_costs(run.method, phase, run.cuts, **run.flops_size(1)))
+    waits = bubble(config.parallel.pipe, config.batch.accumulation(engine.num_replicas))
+    return (
+        f"phase {run.method.phases[phase].name}: pipe stages compute "
+        f"{' '.join(f'{busy:.2f}' for busy in shares.busy)} of the time; "
+        f"slowest over mean {shares.imbalance:.2f} (by FLOPs {expected:.2f}), "
+        f"waiting {shares.waiting:.2f} (bubble alone {waits:.2f})"
+    )
+
+
+def _remaining(run: Run, start: int) -> Callable[[int], float]:
+    """Maps a step to the share of the work from `start` on that is still to do after it."""
+    size, method = run.flops_size(1), run.method
+    work = [
+        step_flops(method.shape, method.mean_loads(phase), **size).model
+        for phase in range(len(method.phases))
+    ]
+    done = [0.0, *accumulate(work[method.phase_at(step)] for step in range(run.config.steps))]
+    # A run that went back may be before `start`.
+    return lambda step: 1.0 - max(0.0, done[step + 1] - done[start]) / (done[-1] - done[start])
+
+
+def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
+    config = run.config
+    accumulation = config.batch.accumulation(engine.num_replicas)
+    lines = [
+        f"{'resuming at' if start else 'starting at'} step {start} of {config.steps}: "
+        f"{run.processes} processes = {config.parallel.pipe} pipe stages x {engine.num_replicas} "
+        f"replicas, ZeRO {config.parallel.zero}, {config.precision}",
+        f"global_batch {config.batch.global_} = micro_batch {config.batch.micro} x accumulation "
+        f"{accumulation} x data_parallel {engine.num_replicas} sequences of "
+        f"{config.data.sequence} tokens",
+    ]
+    return lines + _corpora(run)
+
+
+def _corpora(run: Run) -> list[str]:
+    """What the run reads of every corpus of a mixture; nothing of one corpus alone."""
+    parts, train = run.config.data.parts, run.train
+    if len(parts) == 1:
+        return []
+    counts = train.mixture.counts(run.config.steps * train.global_batch)
+    return [
+        f"corpus {part.corpus}: {count / counts.sum():.2%} of the run's sequences, "
+        f"{count / windows.num_samples:.3g} epochs"
+        for part, count, windows in zip(parts, counts, train.corpora)
+    ]

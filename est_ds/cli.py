@@ -261,18 +261,16 @@ def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.verify_resume.verify import verify_resume
+    from est_ds.verify_resume.verify import Wanted, verify_resume
 
-    found = verify_resume(
-        parsed.run,
-        parsed.overrides,
-        parsed.then.split(),
+    wanted = Wanted(
         steps=parsed.steps,
         cut=parsed.at,
         processes=parsed.processes,
         then_processes=parsed.then_processes,
         keep=parsed.keep,
     )
+    found = verify_resume(parsed.run, parsed.overrides, parsed.then.split(), wanted)
     print(found)
     sys.exit(1 if found.first else 0)
 

@@ -48,7 +48,8 @@ def positions(
     while done < count:
         epoch, start = divmod(first + done, num_samples)
         length = min(num_samples - start, count - done)
-        ids[done : done + length] = _permuted(start, length, num_samples, seed, epoch, corpus)
+        keys = _keys(_NUM_ROUNDS, seed, epoch, corpus, _KIND)
+        ids[done : done + length] = _permuted(start, length, num_samples, keys)
         done += length
     return ids
 
@@ -65,12 +66,9 @@ def _keys(n: int, seed: int, epoch: int, corpus: int, kind: int) -> np.ndarray:
     return np.random.Philox(key=key, counter=[0, kind, 0, epoch]).random_raw(n)
 
 
-def _permuted(
-    start: int, length: int, num_samples: int, seed: int, epoch: int, corpus: int
-) -> np.ndarray:
-    """Images of start, ..., start + length - 1 in the permutation of (seed, epoch, corpus)."""
+def _permuted(start: int, length: int, num_samples: int, keys: np.ndarray) -> np.ndarray:
+    """Images of start, ..., start + length - 1 in the permutation that the keys define."""
     num_bits = max(_MIN_BITS, (num_samples - 1).bit_length())
-    keys = _keys(_NUM_ROUNDS, seed, epoch, corpus, _KIND)
     ids = _feistel(np.arange(start, start + length, dtype=np.uint64), keys, num_bits)
     outside = np.flatnonzero(ids >= num_samples)
     while outside.size:

@@ -33,11 +33,6 @@ def smallest(values: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
-def subset(seed: int, kind: int, layer: int, step: int, n: int, k: int) -> np.ndarray:
-    """A uniform subset of `k` of range(n), sorted int64 [k]."""
-    return smallest(keys(seed, kind, layer, step, n), k)
-
-
 def smallest_per_group(values: np.ndarray, k: int) -> np.ndarray:
     """The `k` smallest of every row of `values` [groups, n], as sorted flat positions."""
     groups, n = values.shape

@@ -50,8 +50,8 @@ class LayerDraw:
         kept: list[int] = []
         for r, n in enumerate(balance.spread(count, self.lengths, self.floors, step)):
             fixed, free = self._fixed[r], self._free[r]
-            drawn = draw.subset(seed, kind, r, step, len(free), n - len(fixed))
-            kept += fixed + [free[i] for i in drawn]
+            keys = draw.keys(seed, kind, r, step, len(free))
+            kept += fixed + [free[i] for i in draw.smallest(keys, n - len(fixed))]
         return sorted(kept)
 
     def exact_probabilities(self, count: int) -> np.ndarray:

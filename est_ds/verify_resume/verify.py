@@ -46,6 +46,25 @@ class Half:
         return f"{self.processes} processes (pipe {parallel.pipe}, ZeRO {parallel.zero})"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the user says of a check; None leaves the choice to it.
+
+    Attributes:
+        steps: of the short run; None: the fewest that its phases fit into, 12 at least.
+        cut: the checkpoint to resume from; None: near the middle, before a phase boundary.
+        processes: of the run up to the kill.
+        then_processes: of the run that resumes; None: as many.
+        keep: folder for the two run directories; None: one that is removed at the end.
+    """
+
+    steps: int | None = None
+    cut: int | None = None
+    processes: int | None = None
+    then_processes: int | None = None
+    keep: Path | None = None
+
+
 class ResumeCheck:
     """A run trained without interruption, and trained, killed and resumed.
 
@@ -132,12 +151,7 @@ def verify_resume(
     run: str,
     overrides: list[str],
     then: list[str],
-    *,
-    steps: int | None = None,
-    cut: int | None = None,
-    processes: int | None = None,
-    then_processes: int | None = None,
-    keep: Path | None = None,
+    wanted: Wanted,
 ) -> Comparison:
     """Trains a run in few steps, kills it, resumes it, and compares it with itself.
 
@@ -145,9 +159,6 @@ def verify_resume(
         run: run file or run directory; only its config is read.
         overrides: changes to the run.
         then: more of them, for the layout that resumes it.
-        steps: of the short run; None: the fewest that its phases fit into, 12 at least.
-        cut: the checkpoint to resume from; None: near the middle, before a phase boundary.
-        keep: folder for the two run directories; None: one that is removed at the end.
 
     Raises:
         UserError: something does not fit; nothing has been started.
@@ -156,41 +167,30 @@ def verify_resume(
     if launched():
         raise UserError("verify-resume starts its processes itself; call it without a launcher.")
     with ExitStack() as stack:
-        if keep is None:
+        if wanted.keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="est-ds-")))
         else:
-            folder = _empty_folder(keep)
-        check = _planned(
-            folder, load_run(run, overrides), load_run(run, [*overrides, *then]),
-            steps, cut, processes, then_processes,
-        )  # fmt: skip
-        if keep is not None:
+            folder = _empty_folder(wanted.keep)
+        config, then_config = load_run(run, overrides), load_run(run, [*overrides, *then])
+        check = _checked(folder, config, then_config, wanted)
+        if wanted.keep is not None:
             folder.mkdir(parents=True, exist_ok=True)
         return _carry_out(check)
 
 
-def _planned(
-    folder: Path,
-    config: RunConfig,
-    then: RunConfig,
-    steps: int | None,
-    cut: int | None,
-    processes: int | None,
-    then_processes: int | None,
-) -> ResumeCheck:
+def _checked(folder: Path, config: RunConfig, then: RunConfig, wanted: Wanted) -> ResumeCheck:
     if differing := differences(config, then):
         raise UserError(
             f"--then makes it another run ({differing[0]}); it may change parallel.*, batch.micro, "
             f"activation_checkpointing, compile and deepspeed.*."
         )
-    short = shortened(config, steps)
-    cut = cut or default_cut(plan_run(short).method.phases, short.steps)
+    short = shortened(config, wanted.steps)
+    cut = wanted.cut or default_cut(plan_run(short).method.phases, short.steps)
     if cut >= short.steps:
         raise UserError(f"--at={cut} is not inside the run; use 1 to {short.steps - 1}.")
-    halves = [
-        Half(short, processes or default_processes(config)),
-        Half(shortened(then, short.steps), then_processes or processes or default_processes(then)),
-    ]
+    processes = wanted.processes or default_processes(config)
+    then_processes = wanted.then_processes or wanted.processes or default_processes(then)
+    halves = [Half(short, processes), Half(shortened(then, short.steps), then_processes)]
     for half in halves:
         check_processes(half.processes)
         prepare(half.config.model_copy(update={"run_dir": str(folder / "none")}), half.processes)

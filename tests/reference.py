@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from est_ds.config.sections import RunConfig
-from est_ds.engine.base import token_loss
+from est_ds.data.objectives.loss import token_loss
 from est_ds.plans.lr import learning_rate
 from est_ds.run.prepare import prepare
 from est_ds.slicing.build import build_model

@@ -21,7 +21,7 @@ from est_ds.checkpoints.state import Seen
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Divergence
-from est_ds.engine.base import token_loss
+from est_ds.data.objectives.loss import token_loss
 from est_ds.errors import Diverged
 from est_ds.report.summary import summarise
 from est_ds.run.metrics import read_events, read_metrics

@@ -18,8 +18,8 @@ from workers import train_all
 from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Batches, Windows
+from est_ds.data.objectives.loss import token_loss
 from est_ds.data.objectives.mlm import Masking, Mlm
-from est_ds.engine.base import token_loss
 from est_ds.errors import UserError
 from est_ds.report.summary import summarise
 from est_ds.run.directory import check_run_dir

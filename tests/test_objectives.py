@@ -8,12 +8,12 @@ import torch
 
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Windows
-from est_ds.data.objectives.base import HELD_OUT, IGNORED, TRAINING, Draws
+from est_ds.data.objectives.base import HELD_OUT, TRAINING, Draws
 from est_ds.data.objectives.causal import Causal
+from est_ds.data.objectives.loss import IGNORED, token_loss
 from est_ds.data.objectives.mlm import Masking, Mlm, mask_tokens
 from est_ds.data.objectives.spans import Sizes, corrupt, fitted, sizes_of, split
 from est_ds.data.objectives.ul2 import PRESETS, Denoiser, Ul2
-from est_ds.engine.base import token_loss
 
 U32 = np.uint32
 PREFIX_ONLY = (Denoiser(kind="prefix", rate=0.25, mode="S"),)

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_MODEL, est_ds
 
 from est_ds.config.run_file import load_run
-from est_ds.engine.base import token_loss
+from est_ds.data.objectives.loss import token_loss
 from est_ds.errors import UserError
 from est_ds.plans.lr import learning_rate
 from est_ds.plans.methods import build_method

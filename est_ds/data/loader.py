@@ -17,8 +17,9 @@ from torch import Tensor
 
 from est_ds.data.indexed import Corpus
 from est_ds.data.mixture import Mixture, Share
-from est_ds.data.objectives.base import HELD_OUT, IGNORED, TRAINING, Draws, Example, Objective
+from est_ds.data.objectives.base import HELD_OUT, TRAINING, Draws, Example, Objective
 from est_ds.data.objectives.causal import Causal
+from est_ds.data.objectives.loss import IGNORED, Labels
 from est_ds.data.order import positions
 from est_ds.data.streams import ShuffledStream, Stream
 from est_ds.errors import UserError
@@ -28,7 +29,6 @@ from est_ds.errors import UserError
 # otherwise with a divisor [] such that the sum of a micro-batch's losses over it, averaged over the
 # step's micro-batches, is the mean over the step's targets.
 Inputs = Tensor | tuple[Tensor, ...]
-Labels = Tensor | tuple[Tensor, Tensor]
 
 
 class Windows:

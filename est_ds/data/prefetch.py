@@ -9,7 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from est_ds.data.loader import Batches, Inputs, Labels
+from est_ds.data.loader import Batches, Inputs
+from est_ds.data.objectives.loss import Labels
 
 AHEAD = 2  # steps; memory is this many steps' ids and labels of one replica
 

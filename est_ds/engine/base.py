@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
 from est_ds.config.sections import Optimizer, RunConfig
-from est_ds.data.loader import Inputs, Labels
+from est_ds.data.loader import Inputs
+from est_ds.data.objectives.loss import Labels
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
 from est_ds.engine.inactive import FreezingAdamW
@@ -35,22 +35,6 @@ if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the proc
     from est_ds.engine.pipe_clock import PipeShares
 
 MicroBatch = tuple[Inputs, Labels]
-
-
-def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
-    """Cross-entropy summed over the tokens that count, over their number: nats per token.
-
-    The number is B * T, or the divisor given with the labels. It does not depend on the labels
-    themselves, so that micro-batches may be averaged in any grouping (a padded batch counts for
-    what it holds). An infinite loss, whose gradient may be finite, gets one that is no number: the
-    norm of the gradients alone then tells every rank that the step must not be applied.
-    """
-    labels_BT, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
-    losses = cross_entropy(
-        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=-100, reduction="sum"
-    )
-    loss = losses / divisor
-    return loss * (1.0 + 0.0 * loss.detach())
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
@@ -101,7 +85,7 @@ class Engine(ABC):
 
     @abstractmethod
     def mean_loss(self, batches: list[MicroBatch]) -> float:
-        """The mean of `token_loss` over all replicas' micro-batches, without gradients."""
+        """The mean of the objective's loss over all replicas' micro-batches, without gradients."""
 
     def pipe_shares(self) -> PipeShares | None:
         """How busy the pipe stages were since the last call; None without a pipeline. Every

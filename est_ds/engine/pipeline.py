@@ -105,7 +105,7 @@ class PipelineEngine(base.Engine):
                 specs,
                 _piece_cuts(pieces, design.cuts),
                 topology=PipeDataParallelTopology(num_pp=pipe, num_dp=self.num_replicas),
-                loss_fn=base.token_loss,
+                loss_fn=design.objective.loss,
             )
             self.pipeline.tie(pieces)
             self.hf_config, self.family = hf_config, family

@@ -41,6 +41,7 @@ class ZeroEngine(base.Engine):
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.hf_config, self.family = hf_config, family
+        self._objective_loss = design.objective.loss
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
         self.deepspeed = base.start_deepspeed(model, config, settings)
@@ -86,7 +87,7 @@ class ZeroEngine(base.Engine):
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
         named = self.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
-        return base.token_loss(self.deepspeed(**named, use_cache=False).logits, labels)
+        return self._objective_loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:
         import deepspeed.comm as comm

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from est_ds.config.strict import Strict
 from est_ds.data.indexed import Corpus
+from est_ds.data.objectives.loss import IGNORED, Labels, token_loss
 from est_ds.plans import draw
-
-IGNORED = -100  # label that the loss leaves out
 
 # Streams of draws, apart from each other and from every other use of the same seed.
 TRAINING, HELD_OUT = 0x6D61736B, 0x68656C64
@@ -187,6 +187,11 @@ class Settings(Strict):
             UserError: `sequence` is too short for the settings.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
+        """Returns the loss of a micro-batch, a scalar; see `token_loss` for what it must heed."""
+        return token_loss(logits_BTV, labels)
 
     @abstractmethod
     def build(self, surroundings: Surroundings) -> Objective:

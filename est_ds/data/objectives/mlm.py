@@ -17,14 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from est_ds.config.sections import Positive, Share
-from est_ds.data.objectives.base import (
-    IGNORED,
-    Draws,
-    Example,
-    Objective,
-    Settings,
-    Surroundings,
-)
+from est_ds.data.objectives.base import Draws, Example, Objective, Settings, Surroundings
+from est_ds.data.objectives.loss import IGNORED
 from est_ds.data.objectives.vocabulary import beyond_corpus, corpus_vocabulary
 from est_ds.errors import UserError
 from est_ds.plans import draw

@@ -25,14 +25,8 @@ from pydantic import Field, model_validator
 
 from est_ds.config.sections import Positive
 from est_ds.config.strict import Strict
-from est_ds.data.objectives.base import (
-    IGNORED,
-    Draws,
-    Example,
-    Objective,
-    Settings,
-    Surroundings,
-)
+from est_ds.data.objectives.base import Draws, Example, Objective, Settings, Surroundings
+from est_ds.data.objectives.loss import IGNORED
 from est_ds.data.objectives.spans import Sizes, corrupt, fitted, split
 from est_ds.data.objectives.vocabulary import beyond_corpus, corpus_vocabulary
 from est_ds.errors import UserError

@@ -1,0 +1,31 @@
+"""The loss that an objective trains, if it does not bring one of its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+IGNORED = -100  # label that the loss leaves out
+
+# int64 [B, T]; or these and the divisor of the sum.
+Labels = Tensor | tuple[Tensor, Tensor]
+
+
+def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
+    """Returns the cross-entropy summed over the tokens that count, over their number: nats per
+    token.
+
+    The number is B * T, or the divisor given with the labels. It does not depend on the labels
+    themselves, so that micro-batches may be averaged in any grouping (a padded batch counts for
+    what it holds). An infinite loss, whose gradient may be finite, gets one that is no number: the
+    norm of the gradients alone then tells every rank that the step must not be applied.
+    """
+    labels_BT, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
+    losses = cross_entropy(
+        logits_BTV.float().flatten(0, 1),
+        labels_BT.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+    loss = losses / divisor
+    return loss * (1.0 + 0.0 * loss.detach())

@@ -18,6 +18,23 @@ LAYOUTS = {
     "pipe 2 x data 2, ZeRO 1": (4, ["parallel.pipe=2", "parallel.zero=1"]),
     "pipe 4, ZeRO 1": (4, ["parallel.pipe=4", "parallel.zero=1"]),
 }
+# Tried by fewer tests.
+MORE_LAYOUTS = {
+    "pipe 2, ZeRO 1": (2, ["parallel.pipe=2", "parallel.zero=1"]),
+    "pipe 2, checkpointing": (
+        2, ["parallel.pipe=2", "parallel.zero=1", "activation_checkpointing=true"]
+    ),
+    "data 2, ZeRO 3, checkpointing": (
+        2, ["parallel.pipe=1", "parallel.zero=3", "activation_checkpointing=true"]
+    ),
+    "data 2, ZeRO 2, offload": (
+        2, ["parallel.pipe=1", "parallel.zero=2", "parallel.offload=true"]
+    ),
+    "data 2, ZeRO 3, offload": (
+        2, ["parallel.pipe=1", "parallel.zero=3", "parallel.offload=true"]
+    ),
+    "pipe 2 x data 3, ZeRO 1": (6, ["parallel.pipe=2", "parallel.zero=1"]),
+}  # fmt: skip
 
 METHODS = {
     "full": "{name: full}",
@@ -40,8 +57,16 @@ def name_of(*parts: str) -> str:
     )
 
 
-def train_in(folder: Path, run: Path, cases: Iterable[tuple[str, str, list[str]]]) -> list[Path]:
+def train_in(
+    folder: Path,
+    run: Path,
+    cases: Iterable[tuple[str, str, list[str]]],
+    timeout_s: float = 600,
+) -> list[Path]:
     """Trains runs of (layout, name, overrides), with one start for every number of processes.
+
+    Args:
+        timeout_s: of each start.
 
     Returns:
         The run directories, in the order of the cases.
@@ -49,11 +74,11 @@ def train_in(folder: Path, run: Path, cases: Iterable[tuple[str, str, list[str]]
     jobs: dict[int, list[dict]] = {}
     directories = []
     for layout, name, overrides in cases:
-        processes, arguments = LAYOUTS[layout]
+        processes, arguments = {**LAYOUTS, **MORE_LAYOUTS}[layout]
         directories.append(folder / name_of(layout, name))
         jobs.setdefault(processes, []).append(
             {"run": run, "overrides": [f"run_dir={directories[-1]}", *arguments, *overrides]}
         )
     for processes, some in jobs.items():
-        train_all(folder / f"processes_{processes}", processes, some)
+        train_all(folder / f"processes_{processes}", processes, some, timeout_s)
     return directories

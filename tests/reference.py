@@ -6,12 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from est_ds.config.sections import RunConfig
-from est_ds.data.objectives.loss import token_loss
+from est_ds.data.loader import Inputs
+from est_ds.data.objectives.loss import Labels
 from est_ds.plans.lr import learning_rate
-from est_ds.run.prepare import prepare
+from est_ds.run.prepare import Run, prepare
 from est_ds.slicing.build import build_model
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -26,7 +28,18 @@ class Reference:
     model: nn.Module
 
 
-def plain_adamw(config: RunConfig, left_out: Collection[int] = ()) -> Reference:
+def loss_of(run: Run, model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
+    """Cross-entropy over the tokens that count, nats per token, in fp32 at least."""
+    ids = inputs if isinstance(inputs, tuple) else (inputs,)
+    labels, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
+    logits = model(**run.family.named_inputs(ids)).logits
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / divisor
+
+
+def plain_adamw(
+    config: RunConfig, left_out: Collection[int] = (), double: bool = False
+) -> Reference:
     """Trains a run without DeepSpeed; inactive parameters have zero gradients.
 
     Under precision bf16 the model computes in bf16 with the same fp32 buffers, gradients of the
@@ -34,15 +47,19 @@ def plain_adamw(config: RunConfig, left_out: Collection[int] = ()) -> Reference:
 
     Args:
         left_out: steps that are not trained.
+        double: everything in float64, from the same weights: what rounding alone may change.
     """
     torch.set_num_threads(1)
     run = prepare(config, 1)
     model = build_model(run.hf_config, config.seed)
+    if double:
+        model.double()
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    wide = torch.float64 if double else torch.float32
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(wide if double else dtype)
     parameters = list(model.parameters())
-    masters = [nn.Parameter(p.detach().float()) for p in parameters]
+    masters = [nn.Parameter(p.detach().to(wide)) for p in parameters]
     subnetwork = Subnetwork(
         run.family, run.method.shape, dict(enumerate(run.family.layers(model)))
     )
@@ -67,13 +84,13 @@ def plain_adamw(config: RunConfig, left_out: Collection[int] = ()) -> Reference:
         )
         total = 0.0
         with subnetwork.active(run.method.plan(step)):
-            for ids, labels in micro_batches:
-                loss = token_loss(model(input_ids=ids).logits, labels) / len(micro_batches)
+            for batch in micro_batches:
+                loss = loss_of(run, model, *batch) / len(micro_batches)
                 loss.backward()
                 total += loss.item()
                 for parameter, master in zip(parameters, masters):
                     if parameter.grad is not None:
-                        master.grad += parameter.grad.float()
+                        master.grad += parameter.grad.to(wide)
                         parameter.grad = None
         found.norms.append(nn.utils.clip_grad_norm_(masters, config.optimizer.clip).item())
         idle = [(m, m.grad == 0, m.detach().clone()) for m in masters]
@@ -92,9 +109,9 @@ def plain_adamw(config: RunConfig, left_out: Collection[int] = ()) -> Reference:
         found.losses.append(total)
         if (step + 1) % config.evaluate.every == 0:
             count = config.evaluate.sequences
-            [(ids, labels)] = run.valid["valid"].held_out(count, rank=0, world=1, micro=count)
+            [batch] = run.valid["valid"].held_out(count, rank=0, world=1, micro=count)
             with torch.no_grad():
-                found.held_out[step] = token_loss(model(input_ids=ids).logits, labels).item()
+                found.held_out[step] = loss_of(run, model, *batch).item()
     return found
 
 

@@ -103,9 +103,11 @@ class Saver:
         """Saves after `step` steps; the writing itself may go on after the call.
 
         Raises:
-            Failure: this or the former checkpoint cannot be written.
+            Failure: this or the former checkpoint cannot be written, or copies of a parameter
+                differ.
         """
         self.finish()
+        self._engine.check_copies(step)
         self.check_space()
         fragments = self._engine.fragments
         state = state.model_copy(update={"optimizer_steps": fragments.optimizer_steps})

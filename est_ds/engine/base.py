@@ -87,6 +87,16 @@ class Engine(ABC):
     def mean_loss(self, batches: list[MicroBatch]) -> float:
         """The mean of the objective's loss over all replicas' micro-batches, without gradients."""
 
+    def check_copies(self, step: int) -> None:
+        """Compares what several processes hold copies of; every process calls it.
+
+        Args:
+            step: steps done.
+
+        Raises:
+            Failure: copies differ; all processes raise it.
+        """
+
     def pipe_shares(self) -> PipeShares | None:
         """How busy the pipe stages were since the last call; None without a pipeline. Every
         process calls it."""

@@ -52,6 +52,7 @@ class Fragments:
 
     Attributes:
         shapes: of the parameters that live here, wholly or partly.
+        device: the one that communicates.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Fragments:
         self._replica, self._num_replicas = replica, num_replicas
         self._is_first = is_first or {}
         self._zero = engine.zero_optimization_stage()
+        self.device = engine.device
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in parameters.items()}
 
     def held(self) -> Iterator[Fragment]:
@@ -139,7 +141,7 @@ class Fragments:
         Returns:
             weight, exp_avg and exp_avg_sq: fp32 [*shape], on the device that communicates.
         """
-        whole = torch.zeros(len(STATES), prod(shape), device=self._engine.device)
+        whole = torch.zeros(len(STATES), prod(shape), device=self.device)
         for fragment in self.owned():
             if fragment.name == name:
                 for row, key in zip(whole, STATES):

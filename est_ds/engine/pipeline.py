@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from est_ds.engine.fragments import Fragments
 from est_ds.engine.inactive import fill_missing_gradients
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config
+from est_ds.engine.ties import Ties
 from est_ds.ranks.world import World
 from est_ds.slicing.build import count_parameters, empty_model, initialise
 from est_ds.slicing.families.base import Piece
@@ -58,32 +58,19 @@ class CutPipeline(PipelineModule):
         self.parts = self._cuts
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
-    def tie(self, pieces: list[Piece]) -> None:
+    def tie(self, pieces: list[Piece]) -> Ties:
         """Finds the parameters that pieces of several pipe stages hold in common."""
-        self._tied: list[tuple[nn.Parameter, Any]] = []
-        for common in sorted({name for piece in pieces for name in piece.tied.values()}):
-            holders = [i for i, piece in enumerate(pieces) if common in piece.tied.values()]
-            stages = sorted({self.stage_owner(i) for i in holders})
-            if len(stages) == 1:
-                continue  # one parameter held twice: autograd sums its gradients
-            for replica in range(self._grid.data_parallel_size):
-                ranks = [self._grid.stage_to_global(stage, data=replica) for stage in stages]
-                group = dist.new_group(ranks)
-                if self.global_rank in ranks:
-                    parameter = self.parameters_by_common_name()[common]
-                    # DeepSpeed then counts it once in the norm of the gradients.
-                    parameter.ds_pipe_replicated = self.global_rank != ranks[0]
-                    self._tied.append((parameter, group))
+        holders: dict[str, set[int]] = {}
+        for i, piece in enumerate(pieces):
+            for common in piece.tied.values():
+                holders.setdefault(common, set()).add(self.stage_owner(i))
+        return Ties(holders, self._grid, self.parameters_by_common_name())
 
     def parameters_by_common_name(self) -> dict[str, nn.Parameter]:
         """The parameters of this pipe stage by their Hugging Face names."""
         return dict(
             pair for module in self.forward_funcs for pair in module.parameters_by_common_name()
         )
-
-    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
-        """DeepSpeed sums the gradients of these over their groups before it reduces any."""
-        return self._tied
 
 
 class PipelineEngine(base.Engine):
@@ -107,7 +94,7 @@ class PipelineEngine(base.Engine):
                 topology=PipeDataParallelTopology(num_pp=pipe, num_dp=self.num_replicas),
                 loss_fn=design.objective.loss,
             )
-            self.pipeline.tie(pieces)
+            self._ties = self.pipeline.tie(pieces)
             self.hf_config, self.family = hf_config, family
             self.layers = {
                 p.piece.layer: p.held[0]
@@ -122,6 +109,7 @@ class PipelineEngine(base.Engine):
             tensorboard_dir=str(folder),
         )
         self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
+        self._ties.take_over(self.deepspeed)
         self._clock = PipeClock(self.deepspeed)
         grid = self.deepspeed.grid
         self.compile_layers()
@@ -145,6 +133,9 @@ class PipelineEngine(base.Engine):
         loss = self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches))
         self._clock.drop()
         return loss.item()
+
+    def check_copies(self, step: int) -> None:
+        self._ties.check(self.fragments, step)
 
     def pipe_shares(self) -> PipeShares | None:
         return self._clock.shares()

@@ -1,0 +1,150 @@
+"""Parameters that several pipe stages hold a copy of, as of an output head tied to the embedding.
+
+Each copy needs the sum of the gradients of all, to the bit, or they are no longer one parameter.
+DeepSpeed sums `weight.grad`, where nothing is if its ZeRO optimizer accumulates in another
+precision than the model's, and then averages over the replicas, in an order of its own in every
+pipe stage. Here one reduction over all copies of all replicas gives all the same sum; the first
+replica keeps it, and the others add zero to the average that follows, which is exact in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed.comm as comm
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
+from torch import Tensor, nn
+
+from est_ds.engine.fragments import STATES, Fragments
+from est_ds.errors import Failure
+
+AT_ONCE = 1 << 22  # elements that a digest takes up at a time
+COMPARED = ("weight as computed with", *STATES)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One parameter that several pipe stages hold.
+
+    Attributes:
+        name: of the parameter, as in the Hugging Face model.
+        stages: the pipe stages that hold a copy.
+        group: the processes of these stages, of all replicas; None: this one is not among them.
+        parameter: the copy of this process, if it holds one.
+    """
+
+    name: str
+    stages: tuple[int, ...]
+    group: Any
+    parameter: nn.Parameter | None
+
+
+class Ties:
+    """All tied parameters of a pipeline; every process has them, and calls all methods.
+
+    Args:
+        holders: by name of the parameter the pipe stages that hold it.
+        grid: DeepSpeed's places of pipe stages and replicas.
+        own: the parameters of this pipe stage by their Hugging Face names.
+    """
+
+    def __init__(
+        self, holders: dict[str, set[int]], grid: Any, own: dict[str, nn.Parameter]
+    ) -> None:
+        self._stage, self._num_stages = grid.get_stage_id(), grid.pipe_parallel_size
+        self._is_first_replica = grid.get_data_parallel_rank() == 0
+        self._ties: list[Tie] = []
+        for name, found in sorted(holders.items()):
+            stages = tuple(sorted(found))
+            if len(stages) == 1:
+                continue  # one parameter held twice: autograd sums its gradients
+            ranks = [
+                grid.stage_to_global(stage, data=replica)
+                for stage in stages
+                for replica in range(grid.data_parallel_size)
+            ]
+            group = dist.new_group(ranks)
+            parameter = own[name] if self._stage in stages else None
+            if parameter is not None:
+                # DeepSpeed then counts it once in the norm of the gradients.
+                parameter.ds_pipe_replicated = self._stage != stages[0]
+                dist.broadcast(parameter.data, ranks[0], group=group)  # hosts may draw otherwise
+            self._ties.append(Tie(name, stages, group, parameter))
+
+    def take_over(self, engine: Any) -> None:
+        """Puts `sum_gradients` in the place of DeepSpeed's own summing.
+
+        Args:
+            engine: DeepSpeed's pipeline engine.
+        """
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: self.sum_gradients}
+
+    def sum_gradients(self, engine: Any) -> None:
+        """Gives the copies of the first replica the sum of all gradients, the others zero."""
+        for tie in self._ties:
+            if tie.parameter is None:
+                continue
+            gradient = (
+                engine.optimizer.get_param_gradient_attribute(tie.parameter)
+                if engine.zero_optimization_stage()
+                else tie.parameter.grad
+            )
+            assert gradient is not None, f"{tie.name} has no gradient in stage {self._stage}"
+            comm.all_reduce(gradient, group=tie.group)
+            if not self._is_first_replica:
+                gradient.zero_()
+
+    def check(self, fragments: Fragments, step: int) -> None:
+        """Compares the copies of every tied parameter, its fp32 weight and its moments.
+
+        Args:
+            step: steps done; for the message.
+
+        Raises:
+            Failure: two copies differ in a bit; all processes raise it.
+        """
+        if not self._ties:
+            return
+        held = {tie.name: i for i, tie in enumerate(self._ties) if tie.parameter is not None}
+        shape = (len(self._ties), self._num_stages, len(COMPARED))
+        digests = torch.zeros(shape, dtype=torch.int64, device=fragments.device)
+        own = digests[:, self._stage]
+        for i in held.values():
+            own[i, 0] = _digest(self._ties[i].parameter.detach().flatten(), 0)
+        for part in fragments.held():
+            if part.name in held:
+                for column, key in enumerate(STATES, start=1):
+                    own[held[part.name], column] += _digest(part.states[key], part.start)
+        dist.all_reduce(digests)  # of a stage the sum over its replicas
+        for tie, of_stages in zip(self._ties, digests.cpu()):
+            copies = of_stages[list(tie.stages)]
+            odd = (copies != copies[0]).any(dim=0)
+            if odd.any():
+                what = ", ".join(name for name, differs in zip(COMPARED, odd) if differs)
+                raise Failure(
+                    f"after {step} steps the pipe stages {list(tie.stages)}, which hold copies of "
+                    f"{tie.name}, differ in it ({what}), and no checkpoint is written: this is a "
+                    f"fault of est_ds, DeepSpeed or a device, not of the run file. Set "
+                    f"parallel.pipe=1 and start the run again: it resumes from its last checkpoint."
+                )
+
+
+def _digest(values: Tensor, start: int) -> Tensor:
+    """A digest [] of elements from `start` on; those of a tensor's ranges add up to the tensor's.
+
+    It is the sum of the elements' bits, each times an odd number of its place, modulo 2 ** 64: that
+    one element differs always shows.
+
+    Args:
+        values: [n], of 2 or 4 bytes each.
+    """
+    bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for at in range(0, len(bits), AT_ONCE):
+        some = bits[at : at + AT_ONCE].long()
+        places = torch.arange(start + at, start + at + len(some), device=values.device)
+        total += (some * (2 * places + 1)).sum()
+    return total

@@ -1,0 +1,142 @@
+"""Every family, its weights tied or not, trains in every layout what one process of AdamW trains.
+
+The fast test has of every family what is hardest: tied weights in bf16 on two pipe stages. The slow
+ones have the whole table, and print how far its cells are from plain torch:
+`launch/test.sh -m slow tests/test_family_layouts.py -s`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
+from reference import Reference, plain_adamw
+from test_layouts import synthetic_run  # noqa: F401  a fixture
+from test_slicing_reference import CASES
+from workers import start
+
+from est_ds.config.run_file import load_run
+from est_ds.run.metrics import read_metrics
+
+STEPS = 4
+OBJECTIVES = {"bert": "{name: mlm, vocabulary: 61}", "t5": "{name: ul2, vocabulary: 61}"}
+MODELS = {
+    f"{family}, {'tied' if tied else 'untied'}": {
+        **CASES[family].section, "vocab_size": 96, "tie_word_embeddings": tied
+    }
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
+    for tied in (True, False)
+    if tied or family != "t5"  # the library ties T5 always
+}  # fmt: skip
+TIED = [name for name in MODELS if name.endswith(", tied")]
+FAST_LAYOUT = "pipe 2, ZeRO 1"
+LAYOUTS_OF = {
+    "fp32": [*LAYOUTS, *MORE_LAYOUTS],
+    "bf16": [name for name in (*LAYOUTS, *MORE_LAYOUTS) if "ZeRO 0" not in name][1:],
+}
+# Relative, of the losses and of the norms of the gradients. In bf16 the weights have 8 bits, and a
+# sum in another order may round one of them the other way.
+BOUNDS = {"fp32": (1e-6, 1e-5), "bf16": (1e-3, 2e-2)}
+
+
+def overrides_of(model: str, precision: str) -> list[str]:
+    section = yaml.safe_dump(MODELS[model], default_flow_style=True, width=10_000).strip()
+    family = MODELS[model]["model_type"]
+    phases = "{name: half, until: 2, layers: 0.5, heads: 0.5, columns: 0.5}, {until: 4}"
+    return [
+        f"steps={STEPS}", f"model={section}", f"precision={precision}", "data.sequence=16",
+        f"objective={OBJECTIVES.get(family, '{name: causal}')}",
+        f"method={{name: est, phases: [{phases}]}}", "batch={global: 12, micro: 2}",
+        "schedule={name: cosine}", "optimizer={lr: 3.0e-3}", "checkpoint={every: 4}",
+        "evaluate={every: 4, sequences: 12}",
+    ]  # fmt: skip
+
+
+def reference_of(run: Path, folder: Path, model: str, precision: str) -> Reference:
+    overrides = [f"run_dir={folder / name_of(model, precision)}", "parallel={zero: 1}"]
+    return plain_adamw(load_run(run, [*overrides, *overrides_of(model, precision)]))
+
+
+def differences(run_dir: Path, expected: Reference) -> tuple[float, float]:
+    """The largest of the losses, held-out ones too, and of the norms of the gradients, relative."""
+    steps, evaluations = read_metrics(run_dir)
+    losses = [e["loss"] for e in steps] + [e["eval_loss"] for e in evaluations]
+    wanted = expected.losses + list(expected.held_out.values())
+    norms = [e["grad_norm"] for e in steps]
+    assert (len(losses), len(norms)) == (len(wanted), STEPS)
+    return largest(losses, wanted), largest(norms, expected.norms)
+
+
+def largest(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_stages(synthetic_run, tmp_path_factory):  # noqa: F811
+    """The folder of a tied bf16 run of every family, of one without our summing, and its logs."""
+    folder = tmp_path_factory.mktemp("two_stages")
+    jobs = [
+        {
+            "run": synthetic_run,
+            "overrides": [
+                f"run_dir={folder / name_of(model)}", *MORE_LAYOUTS[FAST_LAYOUT][1],
+                *overrides_of(model, "bf16"),
+            ],
+        }
+        for model in TIED
+    ]  # fmt: skip
+    without = ["checkpoint.every=2", f"run_dir={folder / 'without'}"]
+    last = {**jobs[0], "overrides": [*jobs[0]["overrides"], *without], "sums_no_ties": True}
+    codes, logs = start(folder / "processes", 2, [*jobs, last])
+    assert all(codes)  # by the last
+    return folder, logs
+
+
+def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):  # noqa: F811
+    folder, _ = two_stages
+    for model in TIED:
+        expected = reference_of(synthetic_run, folder, model, "bf16")
+        loss, norm = differences(folder / name_of(model), expected)
+        assert loss <= BOUNDS["bf16"][0] and norm <= BOUNDS["bf16"][1], (model, loss, norm)
+        # The weights are the same yet. One process adds up a tied weight's gradients in bf16.
+        first = read_metrics(folder / name_of(model))[0][0]["grad_norm"]
+        assert largest([first], expected.norms[:1]) <= 1e-4, model
+
+
+def test_copies_that_differ_end_the_run_before_it_is_saved(two_stages):
+    """With DeepSpeed's own summing, which finds no gradient where they are accumulated in fp32."""
+    folder, logs = two_stages
+    for log in logs:
+        assert "est_ds.errors.Failure: after 2 steps the pipe stages [0, 1]" in log
+        assert "model.embed_tokens.weight, differ in it (weight as computed with, weight, " in log
+    assert len(read_metrics(folder / "without")[0]) == 2
+    assert not list((folder / "without" / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module", params=BOUNDS)
+def table(request, synthetic_run, tmp_path_factory):  # noqa: F811
+    """Run directories by model and layout, and what they must equal by model."""
+    precision = request.param
+    folder = tmp_path_factory.mktemp(precision)
+    keys = [(model, layout) for model in MODELS for layout in LAYOUTS_OF[precision]]
+    cases = [(layout, model, overrides_of(model, precision)) for model, layout in keys]
+    directories = train_in(folder, synthetic_run, cases, timeout_s=3600)
+    expected = {model: reference_of(synthetic_run, folder, model, precision) for model in MODELS}
+    return precision, dict(zip(keys, directories)), expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_equals_plain_adamw(model, table):
+    precision, directories, expected = table
+    rows = {
+        layout: differences(directories[model, layout], expected[model])
+        for layout in LAYOUTS_OF[precision]
+    }
+    for layout, (loss, norm) in rows.items():
+        print(f"{precision} | {model} | {layout} | loss {loss:.1e} | norm {norm:.1e}")
+    within_loss, within_norm = BOUNDS[precision]
+    far = {k: v for k, v in rows.items() if v[0] > within_loss or v[1] > within_norm}
+    assert not far

@@ -46,6 +46,15 @@ class Planned:
             return None
         return self.objective.target_sequence(self.config.data.sequence)
 
+    @property
+    def decoder_start(self) -> int | None:
+        """First input of an encoder-decoder's decoder: the padding token, as T5 has it, unless the
+        config says otherwise; None of any other model."""
+        if not self.method.shape.encoder_layers:
+            return None
+        start = getattr(self.hf_config, "decoder_start_token_id", None)
+        return self.hf_config.pad_token_id if start is None else start
+
     @cached_property
     def cuts(self) -> list[int]:
         """Ends of the layer ranges of the pipe stages.
@@ -114,6 +123,11 @@ def plan_run(config: RunConfig) -> Planned:
     )
     planned = Planned(config, hf, family, method, objective)
     planned.cuts
+    if shape.encoder_layers and planned.decoder_start is None:
+        raise UserError(
+            "model.pad_token_id=None and no model.decoder_start_token_id: the decoder has no first "
+            "input; set one of them."
+        )
     data_shares(config)
     if config.data.documents == "separate":
         _check_separable(config, family, objective)
@@ -188,12 +202,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
-    objective = _objective(planned, train)
-    sample = {
-        "sequence": data.sequence,
-        "objective": objective,
-        "separate": data.documents == "separate",
-    }
+    sample = _sample(planned, train)
     batches = Batches(
         train,
         global_batch=config.batch.global_,
@@ -235,14 +244,43 @@ def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
             )
 
 
+def held_out_windows(planned: Planned) -> dict[str, Windows]:
+    """The samples of the held-out corpora, where nothing is to be trained.
+
+    The training corpora, by whose manifests the objective goes, need not be there: those of the
+    held-out ones, which the same tokenizer made, serve as well.
+
+    Raises:
+        UserError: a held-out corpus is missing, or does not fit the model or the tokenizer.
+    """
+    data = planned.config.data
+    held_out = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
+    for corpus in held_out.values():
+        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        corpus.check_tokenizer(data.tokenizer)
+    try:
+        known = [Corpus.open(part.corpus) for part in data.parts]
+    except UserError:
+        known = list(held_out.values())
+    sample = _sample(planned, known)
+    return {name: Windows(corpus, **sample) for name, corpus in held_out.items()}
+
+
+def _sample(planned: Planned, corpora: list[Corpus]) -> dict[str, Any]:
+    """What a sample is, as `Windows` and `Batches` take it."""
+    data = planned.config.data
+    return {
+        "sequence": data.sequence,
+        "objective": _objective(planned, corpora),
+        "separate": data.documents == "separate",
+    }
+
+
 def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:
-    shape, hf = planned.method.shape, planned.hf_config
-    # T5's decoder begins with the padding token, unless its config says otherwise.
-    start = getattr(hf, "decoder_start_token_id", None) or hf.pad_token_id
     surroundings = Surroundings.of(
         corpora,
         sequence=planned.config.data.sequence,
-        model_vocabulary=shape.vocabulary,
-        decoder_start=start if shape.encoder_layers else None,
+        model_vocabulary=planned.method.shape.vocabulary,
+        decoder_start=planned.decoder_start,
     )
     return planned.objective.build(surroundings)

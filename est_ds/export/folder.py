@@ -1,0 +1,203 @@
+"""The Hugging Face folder of a trained model: written beside, proven, and only then moved there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.encoders import Encoder, load_encoder
+from est_ds.checkpoints.index import Index
+from est_ds.checkpoints.reader import Checkpoint, damage
+from est_ds.checkpoints.store import LATEST, Store
+from est_ds.config import RunConfig
+from est_ds.data.loader import Windows
+from est_ds.errors import UserError
+from est_ds.export.config_file import complete_config, special_ids
+from est_ds.export.logits import check_logits
+from est_ds.export.loss import check_loss
+from est_ds.export.sample import continued
+from est_ds.export.tokenizer import check_tokenizer, write_tokenizer
+from est_ds.model import build_model, empty_model
+from est_ds.plans.chosen import Keep, plan_to_keep
+from est_ds.plans.plan import Plan
+from est_ds.run import Planned, held_out_windows, plan_run
+from est_ds.run_dir import check_run_dir
+from est_ds.slicing.extract import smaller_model
+
+MARK = "est_ds_export.json"  # says that a folder is an export, which another may replace
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to export.
+
+    Attributes:
+        out: folder to write; default `run_dir/export`, of a part `run_dir/export_subnetwork`. A
+            former export there is replaced.
+        prompt: start of the sample.
+        checkpoint: `latest`, `best`, or a number of steps.
+        keep: the part to export, as a smaller model.
+        skip_loss: whether the held-out loss is not computed again.
+    """
+
+    out: Path | None = None
+    prompt: str = ""
+    checkpoint: str = LATEST
+    keep: Keep = Keep()
+    skip_loss: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` did.
+
+    Attributes:
+        folder: the Hugging Face folder.
+        step: steps that the weights were trained.
+        largest_difference: between logits of the reloaded folder and of the weights that the
+            engine saved, run piece by piece as the pipeline runs them; of a part, under its plan.
+        lines: what else was proven, and what could not be, for the user.
+        sample: text that the reloaded model continues; None if it cannot (BERT).
+    """
+
+    folder: Path
+    step: int
+    largest_difference: float
+    lines: tuple[str, ...]
+    sample: str | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The checkpoint and what it was trained on.
+
+    Attributes:
+        plan: what is kept of the model; None: the whole.
+        windows: of the held-out corpora.
+        encoder: the tokenizer as packing uses it.
+    """
+
+    planned: Planned
+    checkpoint: Path
+    index: Index
+    plan: Plan | None
+    windows: dict[str, Windows]
+    encoder: Encoder
+
+    @property
+    def first(self) -> Windows:
+        return next(iter(self.windows.values()))
+
+
+def export(config: RunConfig, wish: Wish) -> Exported:
+    """Exports a checkpoint of a run directory, in the precision of the run.
+
+    Raises:
+        UserError: no checkpoint, an incomplete one, a part that Hugging Face cannot express, a
+            tokenizer that did not pack the corpus, or `out` holds something else.
+        Failure: the folder computes something else than the run did. Nothing is exported then.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it warns of (a head that is not tied) is proven below
+    default = "export" if wish.keep == Keep() else "export_subnetwork"
+    folder = wish.out or Path(config.run_dir) / default
+    source = _open(config, wish)
+    if folder.exists() and not (folder / MARK).is_file():
+        raise UserError(
+            f"--out={str(folder)!r} exists and is no export of est-ds; choose another folder."
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        done = _write(source, wish, partial)
+        mark = {"run_dir": config.run_dir, "step": done.step}
+        mark |= {"largest_difference": done.largest_difference}
+        mark |= {name: value for name, value in vars(wish.keep).items() if value is not None}
+        (partial / MARK).write_text(json.dumps(mark, indent=1))
+        # safetensors hides its files from others.
+        for file in partial.iterdir():
+            file.chmod((partial / MARK).stat().st_mode)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as e:
+        raise UserError(f"--out={str(folder)!r} cannot be written: {e}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(folder, done.step, done.largest_difference, done.lines, done.sample)
+
+
+def _open(config: RunConfig, wish: Wish) -> _Source:
+    planned = plan_run(config)
+    store = Store(Path(config.run_dir) / "checkpoints")
+    step = store.find(wish.checkpoint)
+    check_run_dir(config)
+    plan = plan_to_keep(wish.keep, planned.method, step)
+    checkpoint = store.path(step)
+    if wrong := damage(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another one.")
+    with Checkpoint(checkpoint) as held:
+        index = held.index
+    encoder = load_encoder(config.data.tokenizer)
+    return _Source(planned, checkpoint, index, plan, held_out_windows(planned), encoder)
+
+
+def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
+    """Writes the folder's files and proves them."""
+    import transformers
+
+    planned, corpus = source.planned, source.first.corpus
+    objective = source.first.objective
+    tokenizer, lines = write_tokenizer(partial, planned.config.data.tokenizer, objective)
+    lines += check_tokenizer(tokenizer, source.encoder, [w.corpus for w in source.windows.values()])
+    hf_config = deepcopy(planned.hf_config)
+    ids = special_ids(planned, source.encoder, corpus.manifest, tokenizer)
+    for name, value in ids.items():
+        setattr(hf_config, name, value)
+
+    weights = _weights(source)
+    model = exported = _with_weights(hf_config, weights)
+    if source.plan is not None:
+        exported = _with_weights(*smaller_model(model, planned.family, hf_config, source.plan))
+    exported.save_pretrained(partial)
+    complete_config(partial)
+    dtype = next(iter(weights.values())).dtype
+    auto_class = getattr(transformers, planned.family.auto_class)
+    reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
+    window = torch.from_numpy(corpus.window(0, planned.config.data.sequence))[None]
+    difference = check_logits(planned, model.eval(), source.plan, reloaded, window)
+    if wish.keep != Keep():
+        lines.append("held-out loss: not compared, since the run evaluated the whole model")
+    elif wish.skip_loss:
+        lines.append("held-out loss: not compared (--skip-loss)")
+    else:
+        lines.append(check_loss(reloaded, planned, source.index, source.windows))
+    sample = None
+    if reloaded.can_generate():
+        sample, line = continued(reloaded, tokenizer, wish.prompt, planned.method.shape.sequence)
+        lines += line
+    return Exported(partial, source.index.step, difference, tuple(lines), sample)
+
+
+def _weights(source: _Source) -> dict[str, Tensor]:
+    """The weights that the engine computed with, tied ones under all their names."""
+    dtype = torch.bfloat16 if source.planned.config.precision == "bf16" else torch.float32
+    with Checkpoint(source.checkpoint) as held:
+        weights = {name: tensor.to(dtype) for name, tensor in held.weights().items()}
+    tied = empty_model(source.planned.hf_config).all_tied_weights_keys
+    return weights | {name: weights[source_] for name, source_ in tied.items()}
+
+
+def _with_weights(hf_config: Any, weights: dict[str, Tensor]) -> nn.Module:
+    model = build_model(hf_config, seed=0)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model

@@ -38,20 +38,30 @@ def special_ids(
     return ids
 
 
-def complete_config(folder: Path) -> None:
-    """Adds to a folder's config.json what readers older than transformers 5 look for.
+def complete_config(folder: Path, ids: dict[str, int | None]) -> None:
+    """Writes special ids into a folder's config.json and generation_config.json, and into the first
+    what readers older than transformers 5 look for.
 
-    What transformers 5 reads back stays the same.
+    What transformers 5 reads back is the same but for the ids.
+
+    Args:
+        ids: by the names of the fields.
     """
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        _update(generation, ids)
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    if dtype := config.get("dtype"):
-        config["torch_dtype"] = dtype
-    rope = config.get("rope_parameters")
-    if rope:
+    older: dict[str, Any] = {"torch_dtype": config["dtype"]}
+    if rope := config.get("rope_parameters"):
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+        older["rope_theta"] = rope["rope_theta"]
+        older["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
     if config.get("scale_decoder_outputs") is False:
-        config["tie_word_embeddings"] = False  # T5's own head, which others would tie
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        older["tie_word_embeddings"] = False  # T5's own head, which they would tie
+    _update(file, ids | older)
+
+
+def _update(file: Path, fields: dict[str, Any]) -> None:
+    content = json.loads(file.read_text()) | fields  # null where the family has a default
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,8 @@ def export(config: RunConfig, wish: Wish) -> Exported:
         )
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
         done = _write(source, wish, partial)
         mark = {"run_dir": config.run_dir, "step": done.step}
         mark |= {"largest_difference": done.largest_difference}
@@ -156,20 +156,17 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
     import transformers
 
     planned, corpus = source.planned, source.first.corpus
+    weights = _weights(source)
+    model = exported = _with_weights(planned.hf_config, weights)
+    if source.plan is not None:
+        smaller = smaller_model(model, planned.family, planned.hf_config, source.plan)
+        exported = _with_weights(*smaller)
+    exported.save_pretrained(partial)
     objective = source.first.objective
     tokenizer, lines = write_tokenizer(partial, planned.config.data.tokenizer, objective)
     lines += check_tokenizer(tokenizer, source.encoder, [w.corpus for w in source.windows.values()])
-    hf_config = deepcopy(planned.hf_config)
-    ids = special_ids(planned, source.encoder, corpus.manifest, tokenizer)
-    for name, value in ids.items():
-        setattr(hf_config, name, value)
+    complete_config(partial, special_ids(planned, source.encoder, corpus.manifest, tokenizer))
 
-    weights = _weights(source)
-    model = exported = _with_weights(hf_config, weights)
-    if source.plan is not None:
-        exported = _with_weights(*smaller_model(model, planned.family, hf_config, source.plan))
-    exported.save_pretrained(partial)
-    complete_config(partial)
     dtype = next(iter(weights.values())).dtype
     auto_class = getattr(transformers, planned.family.auto_class)
     reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()

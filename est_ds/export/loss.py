@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from est_ds.checkpoints.index import Index
 from est_ds.config import RunConfig, checked
 from est_ds.data.loader import Windows
-from est_ds.engine.base import token_loss
+from est_ds.data.objectives.base import IGNORED
 from est_ds.errors import Failure, UserError
 from est_ds.metrics import read_metrics
 from est_ds.run import Planned
@@ -85,13 +86,15 @@ def _reported(index: Index, run_dir: Path) -> float | None:
 def _mean_loss(
     model: nn.Module, family: Family, windows: Windows, count: int, micro: int
 ) -> float:
-    """Mean over the targets of the first `count` samples, nats per token."""
+    """Mean over the targets of the held-out samples, nats per token."""
     began, batches = time.monotonic(), -(-count // micro)
     total = 0.0
     for i, batch in enumerate(windows.held_out(count, rank=0, world=1, micro=micro)):
-        inputs, labels = (_moved(part, model.device) for part in batch)
-        named = family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
-        total += token_loss(model(**named, use_cache=False).logits, labels).item()
+        inputs, labels = (part if isinstance(part, tuple) else (part,) for part in batch)
+        named = family.named_inputs(tuple(ids.to(model.device) for ids in inputs))
+        logits_BTV = model(**named, use_cache=False).logits.cpu().float()
+        labels_BT, divisor = labels if len(labels) == 2 else (*labels, labels[0].numel())
+        total += _summed(logits_BTV, labels_BT) / float(divisor)
         expected_s = (time.monotonic() - began) * batches
         if i == 0 and expected_s > _SAID_AFTER_S:
             print(
@@ -102,5 +105,7 @@ def _mean_loss(
     return total * micro / count
 
 
-def _moved(part, device):
-    return tuple(t.to(device) for t in part) if isinstance(part, tuple) else part.to(device)
+def _summed(logits_BTV: Tensor, labels_BT: Tensor) -> float:
+    """Cross-entropy of the targets, nats."""
+    flat = logits_BTV.flatten(0, 1), labels_BT.flatten()
+    return cross_entropy(*flat, ignore_index=IGNORED, reduction="sum").item()

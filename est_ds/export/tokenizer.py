@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from est_ds.errors import UserError
 _CONFIG = "tokenizer_config.json"
 _NUM_DOCUMENTS = 32  # of each held-out corpus
 _MAX_TOKENS = 4096  # of each of these
+_MOST = 0.5  # of them must come out as packed; spaces or cases may be lost in the others
 _TORN = 64  # tokens before a cut that may come out otherwise without the text behind it
 
 
@@ -26,34 +28,32 @@ def write_tokenizer(folder: Path, source: str, objective: Objective) -> tuple[An
     """Copies a tokenizer, and gives names to the ids that the objective trained besides.
 
     Args:
-        source: its folder, or a file in it.
+        folder: of a model; transformers goes by its config.json too.
+        source: the tokenizer's folder, or a file in it.
 
     Returns:
         The tokenizer as transformers loads it from `folder`, and lines for the user.
     """
     from transformers import AutoTokenizer
 
-    files = tokenizer_files(source)
-    for file in files:
+    for file in tokenizer_files(source):
         shutil.copyfile(file, folder / file.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not objective.own_tokens:
         return tokenizer, []
     names = _add_tokens(tokenizer, objective)
-    tokenizer.save_pretrained(folder)
-    _keep_settings(folder, files, tokenizer.mask_token)
-    named = AutoTokenizer.from_pretrained(folder)
-    wrong = {name: id_ for id_, name in names.items() if named.convert_tokens_to_ids(name) != id_}
-    if not wrong:
-        return named, []
-    for file in folder.iterdir():
-        file.unlink()
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    name, id_ = next(iter(wrong.items()))
-    return AutoTokenizer.from_pretrained(folder), [
-        f"tokenizer: it has no names for the ids that the objective adds (as {name} for {id_})"
-    ]
+    with TemporaryDirectory() as beside:
+        shutil.copyfile(folder / "config.json", Path(beside, "config.json"))
+        tokenizer.save_pretrained(beside)
+        _keep_settings(folder / _CONFIG, Path(beside, _CONFIG), tokenizer.mask_token)
+        named = AutoTokenizer.from_pretrained(beside)
+        for id_, name in names.items():
+            if named.convert_tokens_to_ids(name) != id_:
+                line = f"tokenizer: it cannot name the ids of the objective (as {name} for {id_})"
+                return AutoTokenizer.from_pretrained(folder), [line]
+        for file in Path(beside).iterdir():
+            shutil.copyfile(file, folder / file.name)
+    return AutoTokenizer.from_pretrained(folder), []
 
 
 def _add_tokens(tokenizer: Any, objective: Objective) -> dict[int, str]:
@@ -78,17 +78,14 @@ def _add_tokens(tokenizer: Any, objective: Objective) -> dict[int, str]:
     return names
 
 
-def _keep_settings(folder: Path, files: list[Path], mask_token: str | None) -> None:
+def _keep_settings(former: Path, saved: Path, mask_token: str | None) -> None:
     """Puts the settings back that saving leaves out, and that other readers go by."""
-    file = folder / _CONFIG
-    settings = json.loads(file.read_text())
-    if former := [path for path in files if path.name == _CONFIG]:
-        settings = json.loads(former[0].read_text())
+    settings = json.loads((former if former.is_file() else saved).read_text())
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name before transformers 5
     if mask_token is not None:
         settings["mask_token"] = mask_token
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    saved.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def check_tokenizer(tokenizer: Any, encoder: Encoder, corpora: list[Corpus]) -> list[str]:
@@ -96,8 +93,8 @@ def check_tokenizer(tokenizer: Any, encoder: Encoder, corpora: list[Corpus]) -> 
 
     A document's ids become text again by the packer's tokenizer. No tokenizer promises to undo
     what it did, so that this text may not be the document's; but the packer's tokenizer and the
-    exported one must agree on it whatever it is, and where it gives the packed ids again, which
-    some document must, it is as good as the document's.
+    exported one must agree on it whatever it is; and where they give the packed ids again, which
+    most documents must, it is as good as the document's.
 
     Args:
         tokenizer: as transformers loads it.
@@ -111,7 +108,7 @@ def check_tokenizer(tokenizer: Any, encoder: Encoder, corpora: list[Corpus]) -> 
     """
     lines = []
     for corpus in corpora:
-        same = tokens = 0
+        same = tokens = documents = 0
         for ids, is_whole in _documents(corpus, encoder):
             text = encoder.decode(ids)
             given = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
@@ -122,18 +119,19 @@ def check_tokenizer(tokenizer: Any, encoder: Encoder, corpora: list[Corpus]) -> 
                 packed, expected, given = packed[:until], expected[:until], given[:until]
             if given != expected:
                 _refuse(corpus, text, expected, given)
+            documents += 1
             if given == packed:
                 same, tokens = same + 1, tokens + len(given)
-        if not same:
+        if not same or same < documents * _MOST:
             raise UserError(
-                f"data.tokenizer gives other ids than the corpus {corpus.prefix} holds, for every "
-                f"document that was looked at: it was packed by another tokenizer, or another "
-                f"version. Name that with data.tokenizer=DIR, or pack the corpus again with "
-                f"`python -m data_prep pack` and train on it; nothing was exported."
+                f"data.tokenizer gives the ids that the corpus {corpus.prefix} holds in {same} of "
+                f"{documents} documents: it was packed by another tokenizer, or another version. "
+                f"Name that with data.tokenizer=DIR, or pack the corpus again with `python -m "
+                f"data_prep pack` and train on it; nothing was exported."
             )
         lines.append(
-            f"tokenizer: AutoTokenizer gives the ids of {corpus.prefix}, in {same} documents of "
-            f"{tokens:,} tokens"
+            f"tokenizer: AutoTokenizer gives the packed ids of {same} of {documents} documents "
+            f"({tokens:,} tokens) of {corpus.prefix}"
         )
     return lines + _framing(tokenizer, corpora[0])
 

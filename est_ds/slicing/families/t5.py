@@ -95,6 +95,7 @@ class T5(Family):
     model_types = ("t5",)
     auto_class = "AutoModelForSeq2SeqLM"
     separable = False
+    extra_keys = frozenset({"decoder_start_token_id"})
     skippable = SkippableBlock
 
     def shape(self, config: Any) -> ModelShape:

@@ -32,6 +32,11 @@ class Encoder(ABC):
         """Ids of texts on one thread, with nothing put around them: text that spells a special
         token stays text."""
 
+    @abstractmethod
+    def decode(self, ids: list[int]) -> str:
+        """A text of these ids, special tokens spelled out. It need not be the text that was
+        encoded: spaces, cases and unknown characters may be lost."""
+
 
 class SentencePiece(Encoder):
     @cached_property
@@ -42,6 +47,9 @@ class SentencePiece(Encoder):
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts, num_threads=1)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
 
 
 class HuggingFace(Encoder):
@@ -58,6 +66,9 @@ class HuggingFace(Encoder):
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in encoded]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def load_encoder(tokenizer: str | Path) -> Encoder:

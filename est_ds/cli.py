@@ -156,6 +156,11 @@ def _parser() -> argparse.ArgumentParser:
         "--plan-step", type=_step, metavar="S", help="a smaller model: the plan of step S"
     )
     export.add_argument("--prompt", default="def ", help="start of the sample (default: 'def ')")
+    export.add_argument(
+        "--skip-loss",
+        action="store_true",
+        help="do not compute the held-out loss again (long for a large model without a GPU)",
+    )
 
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     doctor.description = "Checks nodes side by side: versions, GPUs, corpus, disk, network."
@@ -277,17 +282,20 @@ def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config.run_file import load_run
-    from est_ds.export.folder import export
+    from est_ds.export import Wish, export
     from est_ds.export.part import Keep
 
     config = load_run(parsed.run, parsed.overrides)
     keep = Keep(parsed.layers, parsed.heads, parsed.columns, parsed.plan_step)
-    done = export(config, parsed.out, parsed.prompt, parsed.checkpoint, keep)
+    wish = Wish(parsed.out, parsed.prompt, parsed.checkpoint, keep, parsed.skip_loss)
+    done = export(config, wish)
     print(f"exported step {done.step} to {done.folder}")
     print(
         f"largest difference of logits, reloaded folder against the engine's weights: "
         f"{done.largest_difference:.3g}"
     )
+    for line in done.lines:
+        print(line)
     if done.sample is not None:
         print(f"sample: {done.sample!r}")
 

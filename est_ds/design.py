@@ -39,6 +39,15 @@ class Planned:
             return None
         return self.objective.target_sequence(self.config.data.sequence)
 
+    @property
+    def decoder_start(self) -> int | None:
+        """First input of an encoder-decoder's decoder: the padding token, as T5 has it, unless the
+        config says otherwise; None of any other model."""
+        if not self.method.shape.encoder_layers:
+            return None
+        start = getattr(self.hf_config, "decoder_start_token_id", None)
+        return self.hf_config.pad_token_id if start is None else start
+
     @cached_property
     def cuts(self) -> list[int]:
         """Ends of the layer ranges of the pipe stages.
@@ -81,6 +90,11 @@ def plan_run(config: RunConfig) -> Planned:
     )
     planned = Planned(config, hf, family, method, objective)
     planned.cuts
+    if shape.encoder_layers and planned.decoder_start is None:
+        raise UserError(
+            "model.pad_token_id=None and no model.decoder_start_token_id: the decoder has no first "
+            "input; set one of them."
+        )
     data_shares(config)
     if config.data.documents == "separate":
         _check_separable(config, family, objective)

@@ -5,6 +5,7 @@ The table of families is in `test_slicing_reference.py`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,8 @@ def test_weights_are_distributed_as_the_library_draws_them(case):
         if tensor.dtype == torch.int64 or tensor.unique().numel() <= 2 or "freq" in name:
             assert torch.equal(ours[name], tensor), name
             continue
+        if name == "lm_head.weight" and case is CASES["t5_gated"]:
+            tensor = tensor * wide.d_model**-0.5  # t5x's: variance 1 / fan-in
         # Five standard errors of the ratio of two deviations and of the mean.
         n = tensor.numel()
         assert abs((ours[name].std() / tensor.std()).item() - 1) < 5 / n**0.5, name
@@ -214,11 +217,24 @@ def test_sequence_beyond_the_model_is_refused():
         ("bert", dict(num_attention_heads=5), "5 does not divide model.hidden_size=24"),
         ("bert", dict(is_decoder=True), "is_decoder=True is not supported"),
         ("t5", dict(feed_forward_proj="gated-gelu-x"), "feed_forward_proj"),
+        ("t5_gated", dict(scale_decoder_outputs=True), "contradict each other"),
     ],
 )
 def test_what_a_family_does_not_support_is_refused(case, change, message):
     with pytest.raises(UserError, match=message):
         hf_config({**CASES[case].section, **change})
+
+
+def test_t5_with_a_head_of_its_own_begins_at_the_loss_of_a_uniform_guess():
+    """It was trained tied, and began at more than 30 nats."""
+    config = hf_config({**CASES["t5_gated"].section, "vocab_size": 997, "d_model": 128})
+    model = build_model(config, seed=0)
+    assert "lm_head.weight" in dict(model.named_parameters())  # tied ones have one name only
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits = model(input_ids=ids, decoder_input_ids=ids).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    assert abs(loss - math.log(997)) < 1.0
 
 
 def test_t5_takes_any_sequence_length():

@@ -143,11 +143,17 @@ def _models(case: Case) -> tuple[nn.Module, nn.Module]:
                 )
             # A residual stream larger than what layers add keeps comparisons well conditioned.
             ours.get_input_embeddings().weight.mul_(8)
-        auto = getattr(transformers, case.auto_class)
-        theirs = auto.from_config(config_of(case), attn_implementation="sdpa")
-        theirs.load_state_dict(ours.state_dict())
-        _built[id(case)] = ours, theirs
+        _built[id(case)] = ours, library_model_of(case, config_of(case), ours.state_dict())
     return _built[id(case)]
+
+
+def library_model_of(case: Case, config: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """The library's model, loaded as it loads checkpoints: it unties heads that differ."""
+    kind = getattr(transformers, case.auto_class)._model_mapping[type(config)]
+    own = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return kind.from_pretrained(
+        None, config=config, state_dict=own, attn_implementation="sdpa"
+    ).train()
 
 
 def our_model(case: Case) -> nn.Module:

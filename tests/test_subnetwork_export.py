@@ -14,6 +14,7 @@ from test_slicing_reference import (
     every_case,
     inputs_of,
     installed,
+    library_model_of,
     masked_step,
     our_model,
     shape_of,
@@ -38,11 +39,8 @@ def extracted(case, plan):
     """The smaller model's config, and the model itself as the library builds it from that."""
     family = family_of(case.section["model_type"])
     small, weights = smaller_model(our_model(case), family, config_of(case), plan)
-    auto = getattr(transformers, case.auto_class)
     rebuilt = type(small).from_dict(json.loads(small.to_json_string()))
-    model = auto.from_config(rebuilt, attn_implementation="sdpa").eval()
-    model.load_state_dict(weights, strict=True)
-    return small, model
+    return small, library_model_of(case, rebuilt, weights).eval()
 
 
 def cuts_heads(case) -> bool:

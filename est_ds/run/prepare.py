@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,12 +63,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
-    objective = _objective(planned, train)
-    sample = {
-        "sequence": data.sequence,
-        "objective": objective,
-        "separate": data.documents == "separate",
-    }
+    sample = _sample(planned, train)
     batches = Batches(
         train,
         global_batch=config.batch.global_,
@@ -109,14 +105,43 @@ def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
             )
 
 
+def held_out_windows(planned: Planned) -> dict[str, Windows]:
+    """The samples of the held-out corpora, where nothing is to be trained.
+
+    The training corpora, by whose manifests the objective goes, need not be there: those of the
+    held-out ones, which the same tokenizer made, serve as well.
+
+    Raises:
+        UserError: a held-out corpus is missing, or does not fit the model or the tokenizer.
+    """
+    data = planned.config.data
+    held_out = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
+    for corpus in held_out.values():
+        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        corpus.check_tokenizer(data.tokenizer)
+    try:
+        known = [Corpus.open(part.corpus) for part in data.parts]
+    except UserError:
+        known = list(held_out.values())
+    sample = _sample(planned, known)
+    return {name: Windows(corpus, **sample) for name, corpus in held_out.items()}
+
+
+def _sample(planned: Planned, corpora: list[Corpus]) -> dict[str, Any]:
+    """What a sample is, as `Windows` and `Batches` take it."""
+    data = planned.config.data
+    return {
+        "sequence": data.sequence,
+        "objective": _objective(planned, corpora),
+        "separate": data.documents == "separate",
+    }
+
+
 def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:
-    shape, hf = planned.method.shape, planned.hf_config
-    # T5's decoder begins with the padding token, unless its config says otherwise.
-    start = getattr(hf, "decoder_start_token_id", None) or hf.pad_token_id
     surroundings = Surroundings.of(
         corpora,
         sequence=planned.config.data.sequence,
-        model_vocabulary=shape.vocabulary,
-        decoder_start=start if shape.encoder_layers else None,
+        model_vocabulary=planned.method.shape.vocabulary,
+        decoder_start=planned.decoder_start,
     )
     return planned.objective.build(surroundings)

@@ -17,9 +17,11 @@ def empty_model(config: Any) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
-    auto_class = getattr(transformers, family_of(config.model_type).auto_class)
+    family = family_of(config.model_type)
+    auto_class = getattr(transformers, family.auto_class)
     with init_empty_weights(include_buffers=True):
         model = auto_class.from_config(config, attn_implementation="sdpa")
+    family.untie(model)
     model.tie_weights()
     return model
 
@@ -57,7 +59,7 @@ def initialise(model: nn.Module, paths: Iterable[str], seed: int) -> None:
 def _draw(model: nn.Module, path: str, seed: int) -> None:
     from transformers import PreTrainedModel
 
-    root = model.get_submodule(path)
+    root, family = model.get_submodule(path), family_of(model.config.model_type)
     found = [(f"{path}.{name}".strip("."), m) for name, m in root.named_modules()]
     for _, module in found:
         if any(t.is_meta for t in [*module.parameters(False), *module.buffers(False)]):
@@ -71,6 +73,7 @@ def _draw(model: nn.Module, path: str, seed: int) -> None:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
             model._init_weights(module)
+            family.rescale_drawn(model.config, name, module)
 
 
 def build_model(config: Any, seed: int) -> nn.Module:

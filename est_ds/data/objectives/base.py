@@ -125,6 +125,7 @@ class Objective(ABC):
         stride: tokens from the start of a window to the start of the next.
         identity: text that names everything that the examples depend on besides tokens and
             draws; empty for plain next-token prediction.
+        mask_id: the id that stands for a token to be predicted; None where there is none.
     """
 
     sequence: int
@@ -132,6 +133,13 @@ class Objective(ABC):
     window: int
     stride: int
     identity: str
+    mask_id: int | None = None
+
+    @property
+    def own_tokens(self) -> dict[int, str]:
+        """Ids that the objective puts into samples besides the text's, and what a tokenizer may
+        call them: names that texts do not hold."""
+        return {}
 
     @abstractmethod
     def num_targets(self, draws: Draws) -> int:

@@ -78,8 +78,12 @@ class Mlm(Objective):
 
     def __init__(self, sequence: int, masking: Masking) -> None:
         self.sequence = self.window = self.stride = sequence
-        self.masking = masking
+        self.masking, self.mask_id = masking, masking.mask_id
         self.identity = f"mlm {json.dumps(asdict(masking), sort_keys=True)}"
+
+    @property
+    def own_tokens(self) -> dict[int, str]:
+        return {self.masking.mask_id: "[MASK]"}
 
     def num_targets(self, draws: Draws) -> int:
         return self.masking.num_targets

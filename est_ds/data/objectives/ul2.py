@@ -138,6 +138,13 @@ class Ul2(Objective):
         """Ids beyond the tokenizer's that the examples may hold."""
         return len(MODES) + max(sizes.spans for sizes in self.sizes) + 1
 
+    @property
+    def own_tokens(self) -> dict[int, str]:
+        """Modes and sentinels, these by T5's names."""
+        modes = [f"<mode_{mode}>" for mode in MODES]
+        sentinels = [f"<extra_id_{i}>" for i in range(self.num_own_ids - len(MODES))]
+        return dict(enumerate(modes + sentinels, self.first_id))
+
     def _fit(self, denoiser: Denoiser) -> Sizes:
         num_modes = 0 if denoiser.mode is None else 1
         one_stream = self.decoder_start is None

@@ -56,6 +56,7 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"unknown key 'model.{key}' for model_type {model_type!r}{hint}")
+    family.check_section(section)
     try:
         config = AutoConfig.for_model(model_type, **section)
         config._attn_implementation = "sdpa"

@@ -194,6 +194,20 @@ class Family(ABC):
             UserError: the config asks for what the family does not support.
         """
 
+    def check_section(self, section: dict[str, Any]) -> None:
+        """Checks the `model` section of a run file where its config no longer tells.
+
+        Raises:
+            UserError: two of its keys contradict each other.
+        """
+
+    def untie(self, model: nn.Module) -> None:
+        """Unties what the library ties against the config; called before weights are tied."""
+
+    def rescale_drawn(self, config: Any, path: str, module: nn.Module) -> None:
+        """Rescales the weights of the module at `path`, just drawn as the library draws them,
+        where training cannot begin with these."""
+
     @abstractmethod
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The layers, in the order of the shape."""

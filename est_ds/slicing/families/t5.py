@@ -4,6 +4,10 @@ The plan's layers are the encoder's, then the decoder's. The first self-attentio
 computes the bias of all heads, [1, heads, T, T]; the layers behind share it, each keeping heads
 of its own, and it must be there also when the first layer is skipped.
 
+T5 v1.1 (`tie_word_embeddings: false`) has an output head of its own, and its decoder's states are
+not scaled before it. The library keeps only the second in the config, as `scale_decoder_outputs`,
+says that it ties, and leaves the head as it is where a checkpoint has one: that field tells here.
+
 Shapes: B batch, S source and T target tokens, H hidden.
 """
 
@@ -22,6 +26,8 @@ from est_ds.plans.plan import Plan
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import Family, Piece, Size, Slot, tied_to
 from est_ds.slicing.leaf import Skippable, SkippableLayer, Slice
+
+_HEAD = "lm_head.weight"
 
 
 class BiasOfKeptHeads:
@@ -89,6 +95,7 @@ class T5(Family):
     model_types = ("t5",)
     auto_class = "AutoModelForSeq2SeqLM"
     separable = False
+    extra_keys = frozenset({"decoder_start_token_id"})
     skippable = SkippableBlock
 
     def shape(self, config: Any) -> ModelShape:
@@ -105,6 +112,26 @@ class T5(Family):
             sequence=None,
             encoder_layers=config.num_layers,
         )
+
+    def check_section(self, section: dict[str, Any]) -> None:
+        tied, scaled = (section.get(k) for k in ("tie_word_embeddings", "scale_decoder_outputs"))
+        if tied is False and scaled:
+            raise UserError(
+                "model.tie_word_embeddings=False and model.scale_decoder_outputs=True contradict "
+                "each other: T5 scales before a tied head only; remove one of them."
+            )
+
+    def untie(self, model: nn.Module) -> None:
+        if _has_own_head(model.config):
+            ties = {k: v for k, v in model._tied_weights_keys.items() if k != _HEAD}
+            model._tied_weights_keys, model.all_tied_weights_keys = ties, dict(ties)
+            model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+
+    def rescale_drawn(self, config: Any, path: str, module: nn.Module) -> None:
+        # The library draws it as wide as the embedding, for logits of width sqrt(d_model). This is
+        # t5x's width (variance 1 / fan-in), and what the scaling makes of a tied head.
+        if path == "lm_head" and _has_own_head(config):
+            module.weight.mul_(config.d_model**-0.5)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return [*model.encoder.block, *model.decoder.block]
@@ -127,7 +154,7 @@ class T5(Family):
         return dict(zip(("input_ids", "decoder_input_ids"), inputs))
 
     def pieces(self, config: Any) -> list[Piece]:
-        shared = "shared.weight"  # the library ties it with both embeddings and the head, always
+        shared = "shared.weight"  # tied with both embeddings, always
         encoder = [
             Piece((f"encoder.block.{i}",), _encoder_layer, layer=i)
             for i in range(config.num_layers)
@@ -156,7 +183,7 @@ class T5(Family):
             Piece(
                 ("decoder.final_layer_norm", "decoder.dropout", "lm_head"),
                 partial(_head, scale),
-                tied=tied_to(shared, "lm_head.weight"),
+                tied=tied_to(None if _has_own_head(config) else shared, _HEAD),
             ),
         ]
 
@@ -192,6 +219,10 @@ class T5(Family):
             name = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
             found[name] = bias
         return found
+
+
+def _has_own_head(config: Any) -> bool:
+    return not config.scale_decoder_outputs
 
 
 def _attention_slot(part: nn.Module, attention: nn.Module, skippable: type[Skippable]) -> Slot:

@@ -1,0 +1,112 @@
+"""Proves that a reloaded folder has the held-out loss that the run reported.
+
+The logits' proof starts from the weights that were saved: it cannot see that the engine computed
+with others, as where the stages of a pipeline hold different copies of one parameter.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from est_ds.checkpoints.index import Index
+from est_ds.config.sections import RunConfig
+from est_ds.config.strict import checked
+from est_ds.data.loader import Windows
+from est_ds.data.objectives.loss import IGNORED
+from est_ds.design import Planned
+from est_ds.errors import Failure, UserError
+from est_ds.run.metrics import read_metrics
+from est_ds.slicing.families.base import Family
+
+# Relative. Other kernels (a GPU's against this machine's) and micro-batches round otherwise.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
+_SAID_AFTER_S = 60.0
+
+
+def check_loss(
+    reloaded: nn.Module, planned: Planned, index: Index, windows: dict[str, Windows]
+) -> str:
+    """Computes the held-out loss of a checkpoint again, by plain transformers from the folder.
+
+    Args:
+        reloaded: the whole model, from the folder; back on the CPU after the call.
+        index: of the checkpoint.
+        windows: of the held-out corpora, by name.
+
+    Returns:
+        A line that says both losses, or why there is nothing to compare.
+
+    Raises:
+        Failure: they differ beyond the tolerance.
+    """
+    reported = _reported(index, Path(planned.config.run_dir))
+    if reported is None:
+        return f"held-out loss: not compared, since the run did not evaluate at step {index.step}"
+    try:
+        then = checked(RunConfig, index.state["config"])
+    except UserError as e:
+        return f"held-out loss: not compared, since the checkpoint's config cannot be read: {e}"
+    fingerprints = {name: held.corpus.fingerprint for name, held in windows.items()}
+    if index.state["held_out"] != fingerprints:
+        return "held-out loss: not compared, since the held-out corpora (data.valid) are others now"
+    count, micro = then.evaluate.sequences, planned.config.batch.micro
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reloaded.to(device)
+    losses = [_mean_loss(reloaded, planned.family, w, count, micro) for w in windows.values()]
+    reloaded.to("cpu")
+    found = sum(losses) / len(losses)
+    tolerance = TOLERANCE[planned.config.precision]
+    if not abs(found - reported) <= tolerance * abs(reported):
+        raise Failure(
+            f"the run reported the held-out loss {reported:.6g} at step {index.step}, and the "
+            f"exported weights have {found:.6g} in plain transformers (allowed: {tolerance:g} of "
+            f"it): they are not what the run computed with. Nothing was exported; try another "
+            f"--checkpoint, and report this with the run's config.yaml."
+        )
+    return (
+        f"held-out loss: {found:.6g} in plain transformers, {reported:.6g} reported by the run "
+        f"(allowed difference: {tolerance:g} of it)"
+    )
+
+
+def _reported(index: Index, run_dir: Path) -> float | None:
+    """The checkpoint's, or of an evaluation that a notice cut short the one made on resuming."""
+    if index.eval_loss is not None:
+        return index.eval_loss
+    _, evaluations = read_metrics(run_dir)
+    at = [e["eval_loss"] for e in evaluations if e["step"] == index.step - 1]
+    return at[-1] if at else None
+
+
+@torch.no_grad()
+def _mean_loss(
+    model: nn.Module, family: Family, windows: Windows, count: int, micro: int
+) -> float:
+    """Mean over the targets of the held-out samples, nats per token."""
+    began, batches = time.monotonic(), -(-count // micro)
+    total = 0.0
+    for i, batch in enumerate(windows.held_out(count, rank=0, world=1, micro=micro)):
+        inputs, labels = (part if isinstance(part, tuple) else (part,) for part in batch)
+        named = family.named_inputs(tuple(ids.to(model.device) for ids in inputs))
+        logits_BTV = model(**named, use_cache=False).logits.cpu().float()
+        labels_BT, divisor = labels if len(labels) == 2 else (*labels, labels[0].numel())
+        total += _summed(logits_BTV, labels_BT) / float(divisor)
+        expected_s = (time.monotonic() - began) * batches
+        if i == 0 and expected_s > _SAID_AFTER_S:
+            print(
+                f"computing the held-out loss of {windows.corpus.prefix} again: about "
+                f"{expected_s / 60:.0f} minutes (--skip-loss leaves it out)",
+                flush=True,
+            )
+    return total * micro / count
+
+
+def _summed(logits_BTV: Tensor, labels_BT: Tensor) -> float:
+    """Cross-entropy of the targets, nats."""
+    flat = logits_BTV.flatten(0, 1), labels_BT.flatten()
+    return cross_entropy(*flat, ignore_index=IGNORED, reduction="sum").item()

@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         to.add_argument("--text", metavar="FIELD", help=field)
         separator = r"what stands between the documents of a .txt file, such as '<|endoftext|>'"
         to.add_argument("--separator", metavar="TEXT", help=separator)
+        plain = "further endings of files that are read as .txt, such as .md .rst .c"
+        to.add_argument("--plain", nargs="+", metavar="ENDING", help=plain)
         invalid = "documents that cannot be read end the command (default), or are left out"
         to.add_argument("--invalid", choices=("error", "skip"), help=invalid)
         limit = "longer documents are left out and counted; default 64 MiB"
@@ -95,7 +97,7 @@ def _preparation(options: argparse.Namespace) -> Any:
     names = ("tokenizer", "bos", "eos", "held_out", "shard_tokens", "max_document_bytes", "invalid")
     given = vars(options)
     settings = {n: given[n] for n in names if given.get(n) is not None}
-    of_source = {n: given[n] for n in ("text", "separator") if given[n] is not None}
+    of_source = {n: given[n] for n in ("text", "separator", "plain") if given[n] is not None}
     if options.config and (options.input or of_source):
         flag = "--input" if options.input else f"--{next(iter(of_source))}"
         raise UserError(f"{flag} beside --config: the data file says that; leave one of them out.")
@@ -108,13 +110,15 @@ def _preparation(options: argparse.Namespace) -> Any:
     else:
         # A command line has no other way to spell a line break.
         if "separator" in of_source:
-            of_source["separator"] = of_source["separator"].replace("\\n", "\n")
+            typed = of_source["separator"]
+            of_source["separator"] = typed.replace("\\r\\n", "\n").replace("\\n", "\n")
         tree = {"sources": [{"path": options.input, **of_source}]}
     try:
         return checked(Preparation, tree | settings)
     except UserError as error:
         # Of a flag, since a data file was checked before.
-        field, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()
+        said = re.sub(r"^sources[.\[]0\]?[.:]? *", "", str(error))
+        field, rest = re.match(r"(\w*)(.*)", said, re.DOTALL).groups()
         raise UserError(f"--{field.replace('_', '-')}{rest}") from None
 
 

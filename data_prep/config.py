@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field, model_validator
 from est_ds.config.strict import Strict, checked
 from est_ds.errors import UserError
 
-_OF_FILES = ("path", "separator")
+_OF_FILES = ("path", "separator", "plain")
 _OF_DATASETS = ("dataset", "name", "data_dir", "data_files", "split", "revision", "streaming")
 
 
@@ -22,6 +23,7 @@ class SourceConfig(Strict):
         path: file, folder or glob, or several of them; read in the order of their names.
         text: field (.jsonl) or column (.parquet, dataset) that holds a document's text.
         separator: what stands between the documents of a .txt file; without it a file is one.
+        plain: further endings of files that are read as .txt, such as .md or .c.
         dataset: name on the Hub, folder, or loader (`json`, `parquet`) for `data_files`.
         name: the dataset's configuration.
         split: the dataset's split; slices such as `train[:1%]` too, if it is not streamed.
@@ -33,6 +35,7 @@ class SourceConfig(Strict):
     path: str | tuple[str, ...] | None = None
     text: str = "text"
     separator: Annotated[str, Field(min_length=1)] | None = None
+    plain: tuple[str, ...] = ()
     dataset: str | None = None
     name: str | None = None
     data_dir: str | None = None
@@ -50,6 +53,9 @@ class SourceConfig(Strict):
             if field in self.model_fields_set:
                 kind = "path" if self.path is not None else "dataset"
                 raise ValueError(f"{field} has no effect on a source with {kind}; remove it")
+        wrong = [ending for ending in self.plain if not re.fullmatch(r"\.[^/]+", ending)]
+        if wrong:
+            raise ValueError(f"plain={wrong[0]!r}: an ending begins with a dot, such as .md")
         return self
 
     @property

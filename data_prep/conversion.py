@@ -9,25 +9,11 @@ from pathlib import Path
 
 import sentencepiece
 
-_SETTINGS = {
-    "unk_token": "<unk>",
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "clean_up_tokenization_spaces": False,
-}
-_LLAMA = {
-    "tokenizer_class": "LlamaTokenizer",
-    **_SETTINGS,
-    "add_bos_token": True,
-    "add_eos_token": False,
-    "add_prefix_space": False,
-    "legacy": False,
-}
-_UNIGRAM = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    **_SETTINGS,
-    "model_input_names": ["input_ids", "attention_mask"],
-}
+from est_ds.data.auto_tokenizer import plain_ids, special_tokens
+from est_ds.data.tokenizer import CONFIG, HUGGING_FACE, SENTENCEPIECE
+
+_BPE = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": False, "legacy": False}
+_UNIGRAM = {"model_input_names": ["input_ids", "attention_mask"]}
 # Pieces that sentencepiece never finds in a text, but Hugging Face's trie holds: below any path.
 _NEVER = -1e4
 
@@ -42,13 +28,15 @@ def hugging_face_files(model: bytes, model_type: str, samples: list[str]) -> dic
     from transformers import AutoTokenizer
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    model_name = "tokenizer.model" if model_type == "bpe" else "spiece.model"
-    config = json.dumps(_LLAMA if model_type == "bpe" else _UNIGRAM, indent=2) + "\n"
+    bpe = model_type == "bpe"
+    config = {"tokenizer_class": "LlamaTokenizer" if bpe else "PreTrainedTokenizerFast"}
+    config |= special_tokens(processor) | {"clean_up_tokenization_spaces": False}
+    config |= _BPE if bpe else _UNIGRAM
     with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder, "tokenizer.json")
-        Path(folder, model_name).write_bytes(model)
-        Path(folder, "tokenizer_config.json").write_text(config)
-        if model_type == "bpe":
+        converted = Path(folder, HUGGING_FACE)
+        Path(folder, SENTENCEPIECE if bpe else "spiece.model").write_bytes(model)
+        Path(folder, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if bpe:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             loaded.backend_tokenizer.save(str(converted))
         else:
@@ -56,12 +44,12 @@ def hugging_face_files(model: bytes, model_type: str, samples: list[str]) -> dic
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         contents = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     for text in samples:
-        # Text such as "</s>" is text here, and a special token to Hugging Face unless told.
-        ids = loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        same = ids == processor.encode(text)
-        if model_type == "unigram" and not same:
-            scores = [sum(map(processor.get_score, i)) for i in (ids, processor.encode(text))]
-            same = math.isclose(*scores, rel_tol=1e-6) and processor.decode(ids) == text
+        ids, expected = plain_ids(loaded, text), processor.encode(text)
+        same = ids == expected
+        if not bpe and not same:
+            scores = [sum(map(processor.get_score, i)) for i in (ids, expected)]
+            decoded = processor.decode(ids) == processor.decode(expected)
+            same = math.isclose(*scores, rel_tol=1e-6) and decoded
         assert same, f"Hugging Face encodes {text!r} differently"
     return contents
 
@@ -80,7 +68,7 @@ def _unigram(processor: sentencepiece.SentencePieceProcessor):
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    special = [_SETTINGS[name] for name in ("unk_token", "bos_token", "eos_token")]
+    special = special_tokens(processor).values()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", processor.bos_id())]

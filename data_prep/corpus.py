@@ -50,6 +50,8 @@ def gather(
                 files[name].write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 counts[name] += 1
                 sizes[name] += len(document.text.encode())
+        if not counts:
+            raise skipped.nothing_left()
         for name in names:
             if not counts[name]:
                 raise UserError(

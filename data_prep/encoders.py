@@ -2,57 +2,34 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from est_ds.data.tokenizer import SENTENCEPIECE, defining_files
+from est_ds.data.auto_tokenizer import check_same_ids, load_tokenizer
+from est_ds.data.tokenizer import defining_files, sentencepiece_alone
 from est_ds.errors import UserError
 
 
 @dataclass(frozen=True)
-class Encoder(ABC):
-    """A tokenizer that can be sent to another process.
+class Encoder:
+    """A tokenizer that can be sent to another process; its ids are those of transformers.
 
     Attributes:
-        definition: contents of `tokenizer.model`, or the text of `tokenizer.json`.
+        definition: text of its `tokenizer.json`.
         vocabulary: every id is below it.
         bos_id: None if it has none; as are eos_id and unknown_id.
+        sentencepiece: contents of a `tokenizer.model` that stands alone; what sentencepiece makes
+            of every text is compared.
     """
 
-    definition: bytes | str
+    definition: str
     vocabulary: int
     bos_id: int | None
     eos_id: int | None
     unknown_id: int | None
+    sentencepiece: bytes | None = None
 
-    @abstractmethod
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts on one thread, with nothing put around them: text that spells a special
-        token stays text."""
-
-    @abstractmethod
-    def decode(self, ids: list[int]) -> str:
-        """A text of these ids, special tokens spelled out. It need not be the text that was
-        encoded: spaces, cases and unknown characters may be lost."""
-
-
-class SentencePiece(Encoder):
-    @cached_property
-    def _processor(self):
-        import sentencepiece
-
-        return sentencepiece.SentencePieceProcessor(model_proto=self.definition)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts, num_threads=1)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
-
-
-class HuggingFace(Encoder):
     @cached_property
     def _tokenizer(self):
         import tokenizers
@@ -63,74 +40,56 @@ class HuggingFace(Encoder):
         tokenizer.encode_special_tokens = True
         return tokenizer
 
+    @cached_property
+    def _processor(self):
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self.sentencepiece)
+
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts on one thread, with nothing put around them: text that spells a special
+        token stays text.
+
+        Raises:
+            UserError: sentencepiece gives others.
+        """
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [one.ids for one in encoded]
+        ids = [one.ids for one in encoded]
+        if self.sentencepiece is not None:
+            expected = self._processor.encode(texts, num_threads=1)
+            for compared in zip(texts, ids, expected, strict=True):
+                check_same_ids(*compared)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
+        """A text of these ids, special tokens spelled out. It need not be the text that was
+        encoded: spaces, cases and unknown characters may be lost."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def load_encoder(tokenizer: str | Path) -> Encoder:
-    """Loads a tokenizer.
+    """Loads a tokenizer as transformers loads its folder.
 
     Args:
-        tokenizer: folder that holds a sentencepiece `tokenizer.model` or a Hugging Face
-            tokenizer, or one of its files. A folder with both is read by sentencepiece.
+        tokenizer: folder of a Hugging Face tokenizer or of a sentencepiece `tokenizer.model`, or
+            one of its files.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
     """
-    files = defining_files(tokenizer)
-    if files[0].name == SENTENCEPIECE:
-        return _load_sentencepiece(files[0])
-    return _load_hugging_face(files)
-
-
-def load_processor(path: Path):
-    """A sentencepiece model.
-
-    Raises:
-        UserError: it is none.
-    """
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
-        raise UserError(
-            f"--tokenizer: {path} is not a sentencepiece model; copy it again, train one with "
-            f"`python -m data_prep tokenizer`, or give the tokenizer.json beside it, if there is "
-            f"one."
-        ) from None
-
-
-def _load_sentencepiece(path: Path) -> Encoder:
-    processor = load_processor(path)
-    ids = (processor.bos_id(), processor.eos_id(), processor.unk_id())
-    special = (None if id_ < 0 else id_ for id_ in ids)
-    return SentencePiece(path.read_bytes(), processor.vocab_size(), *special)
-
-
-def _load_hugging_face(files: list[Path]) -> Encoder:
-    from transformers import AutoTokenizer
-
-    folder = files[0].parent
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        backend = loaded.backend_tokenizer
-    except Exception as error:  # whatever the library raises for files it cannot read
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--tokenizer: Hugging Face cannot load {folder} as a fast tokenizer "
-            f"({type(error).__name__}: {reason}); copy it again, or save it with "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        ) from None
+    loaded = load_tokenizer(tokenizer)
+    backend = loaded.backend_tokenizer
     # BERT's kind has no BOS and EOS; what stands around its documents are CLS and SEP.
     bos = loaded.cls_token_id if loaded.bos_token_id is None else loaded.bos_token_id
     eos = loaded.sep_token_id if loaded.eos_token_id is None else loaded.eos_token_id
-    vocabulary = 1 + max(backend.get_vocab(with_added_tokens=True).values())
-    return HuggingFace(backend.to_str(), vocabulary, bos, eos, loaded.unk_token_id)
+    return Encoder(
+        backend.to_str(),
+        1 + max(backend.get_vocab(with_added_tokens=True).values()),
+        bos,
+        eos,
+        loaded.unk_token_id,
+        defining_files(tokenizer)[0].read_bytes() if sentencepiece_alone(tokenizer) else None,
+    )
 
 
 def surrounding_ids(

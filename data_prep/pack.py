@@ -13,10 +13,10 @@ from data_prep.config import Preparation
 from data_prep.encoders import load_encoder, surrounding_ids
 from data_prep.packing import Packing
 from data_prep.progress import PackingProgress
-from data_prep.readers.base import PIECE_BYTES, Piece, Place, Reader, Rules
+from data_prep.readers.base import PIECE_BYTES, Piece, Place, Reader, Rules, report_undivided
 from data_prep.sources import open_sources
 from data_prep.tokenizing import Job, cores, tokenized
-from est_ds.data.tokenizer import tokenizer_sha256
+from est_ds.data.tokenizer import tokenizer_fingerprint, tokenizer_sha256
 from est_ds.errors import Failure, UserError
 
 # Below this a further process costs more than it saves.
@@ -54,6 +54,7 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
     job = Job(encoder, bos_id, eos_id, dtype, preparation.held_out, rules)
     settings = {
         "tokenizer_sha256": tokenizer_sha256(preparation.tokenizer),
+        "tokenizer_fingerprint": tokenizer_fingerprint(preparation.tokenizer),
         "bos": bos_id,
         "eos": eos_id,
         "held_out": preparation.held_out,
@@ -66,6 +67,7 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
             print(f"{packing.folder}: going on after {packing.resumed_tokens:,} tokens", flush=True)
         if not packing.complete:
             _read(packing, readers, job, workers or _useful_workers(readers))
+            report_undivided(readers)
             _check_parts(packing, out, preparation.held_out)
         manifests = packing.finish(
             {
@@ -75,6 +77,7 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
                 "eos_id": eos_id,
                 "unknown_id": encoder.unknown_id,
                 "tokenizer_sha256": settings["tokenizer_sha256"],
+                "tokenizer_fingerprint": settings["tokenizer_fingerprint"],
                 "sources": [
                     source.model_dump(mode="json", exclude_defaults=True)
                     for source in preparation.sources
@@ -89,6 +92,11 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
             f"unigram entropy {manifest.unigram_entropy:.4f} nats"
         )
     packing.skipped.report()
+    if eos_id is None:
+        print(
+            "no EOS: nothing ends a document, so that a model trained on this never learns to "
+            "stop, and documents run into one another"
+        )
 
 
 def _read(packing: Packing, readers: list[Reader], job: Job, workers: int) -> None:
@@ -153,8 +161,7 @@ def _check_parts(packing: Packing, out: str, held_out: float | None) -> None:
     """No part may be empty."""
     counts = {part: writer.num_documents for part, writer in packing.writers.items()}
     if not any(counts.values()):
-        packing.skipped.report()
-        raise UserError("--input: no document with text in it; give other files.")
+        raise packing.skipped.nothing_left()
     for part, count in counts.items():
         if not count:
             raise UserError(

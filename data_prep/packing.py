@@ -25,7 +25,7 @@ from est_ds.errors import UserError
 
 COMMIT_EVERY_S = 10.0
 # Raised whenever the same sources and settings would give other bytes.
-_ALGORITHM = 1
+_ALGORITHM = 2
 
 
 class Packing:

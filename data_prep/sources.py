@@ -5,12 +5,19 @@ from __future__ import annotations
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_prep.config import SourceConfig
-from data_prep.readers.base import Document, Reader, Rules, Skipped, unreadable
-from data_prep.readers.delimited import COMPRESSIONS, DelimitedFile
+from data_prep.readers.base import (
+    Document,
+    Reader,
+    Rules,
+    Skipped,
+    report_undivided,
+    unreadable,
+)
+from data_prep.readers.delimited import COMPRESSIONS, DelimitedFile, Delimiter
 from data_prep.readers.rows import HubDataset, ParquetFile
 from data_prep.readers.text import TextFile
 from est_ds.errors import UserError
@@ -47,8 +54,10 @@ def open_sources(sources: Iterable[SourceConfig]) -> list[Reader]:
     return readers
 
 
-def read_documents(readers: Iterable[Reader], rules: Rules, skipped: Skipped) -> Iterator[Document]:
+def read_documents(readers: Sequence[Reader], rules: Rules, skipped: Skipped) -> Iterator[Document]:
     """Documents with text in them, in order, a piece in memory at a time.
+
+    Says at the end in which files the separator was not found.
 
     Raises:
         UserError: One cannot be read, and the rules do not allow that.
@@ -60,6 +69,7 @@ def read_documents(readers: Iterable[Reader], rules: Rules, skipped: Skipped) ->
                     yield document
                 else:
                     skipped.add("empty", document.id)
+    report_undivided(readers)
 
 
 def _reader(source: SourceConfig, name: str, path: Path) -> Reader:
@@ -68,8 +78,9 @@ def _reader(source: SourceConfig, name: str, path: Path) -> Reader:
             return DelimitedFile(name, path, source.text)
         if path.suffix == ".parquet":
             return ParquetFile(name, path, source.text)
-        if path.suffix == ".txt" and source.separator:
-            return DelimitedFile(name, path, None, source.separator.encode())
+        if source.separator and path.name.endswith((".txt", *source.plain)):
+            delimiter = Delimiter(source.separator.encode(), any_line_end=True)
+            return DelimitedFile(name, path, None, delimiter)
         return TextFile(name, path)
     except OSError as error:
         raise unreadable(path, error) from None
@@ -78,44 +89,54 @@ def _reader(source: SourceConfig, name: str, path: Path) -> Reader:
 def _files(source: SourceConfig) -> list[tuple[str, Path]]:
     """Names and paths of the files of a source."""
     files = []
+    endings = (*SUFFIXES, *source.plain)
     for given in source.paths:
         path = Path(given)
         if path.is_dir():
-            found = _in_folder(path)
+            found = _in_folder(path, endings)
         elif glob.has_magic(given) and not path.exists():
-            found = _matching(given)
-        elif path.is_file() and path.name.endswith(SUFFIXES):
+            found = _matching(given, endings)
+        elif path.is_file() and path.name.endswith(endings):
             found = [(path.name, path)]
         elif path.exists():
             raise UserError(
                 f"--input {given}: unknown kind of file; give one that ends in "
-                f"{', '.join(SUFFIXES)}, or a folder."
+                f"{', '.join(endings)}, or a folder{_as_text(path)}."
             )
         else:
             raise UserError(
                 f"--input {given} does not exist; give a folder, a glob or a file that ends in "
-                f"{', '.join(SUFFIXES)}."
+                f"{', '.join(endings)}."
             )
         files += found
     return files
 
 
-def _in_folder(root: Path) -> list[tuple[str, Path]]:
+def _as_text(path: Path) -> str:
+    """How a file of no known kind is read all the same."""
+    return f"; --plain {path.suffix} reads it as text" if path.suffix and path.is_file() else ""
+
+
+def _in_folder(root: Path, endings: tuple[str, ...]) -> list[tuple[str, Path]]:
     paths = list(walk(root))
-    chosen = [path for path in paths if path.name.endswith(SUFFIXES)]
+    chosen = [path for path in paths if path.name.endswith(endings)]
     if not chosen:
+        also = _as_text(paths[0]) if paths else ""
         raise UserError(
-            f"--input {root}: no file in this folder ends in {', '.join(SUFFIXES)}; give another "
-            f"folder."
+            f"--input {root}: no file in this folder ends in {', '.join(endings)}; give another "
+            f"folder{also}."
         )
     if len(chosen) < len(paths):
-        endings = Counter(p.suffix or p.name for p in paths if not p.name.endswith(SUFFIXES))
-        shown = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(5))
-        print(f"{root}: {len(paths) - len(chosen):,} files of other kinds are not read ({shown})")
+        others = Counter(p.suffix or p.name for p in paths if not p.name.endswith(endings))
+        shown = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(5))
+        print(
+            f"{root}: {len(paths) - len(chosen):,} files of other kinds are not read ({shown}); "
+            f"--plain ENDING reads those of an ending as text"
+        )
     return [(path.relative_to(root).as_posix(), path) for path in chosen]
 
 
-def _matching(pattern: str) -> list[tuple[str, Path]]:
+def _matching(pattern: str, endings: tuple[str, ...]) -> list[tuple[str, Path]]:
     parts = Path(pattern).parts
     plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:plain])
@@ -123,10 +144,10 @@ def _matching(pattern: str) -> list[tuple[str, Path]]:
     if not paths:
         raise UserError(f"--input {pattern}: no file matches; correct the pattern.")
     for path in paths:
-        if not path.name.endswith(SUFFIXES):
+        if not path.name.endswith(endings):
             raise UserError(
                 f"--input {pattern}: matches {path}, an unknown kind of file; match only those "
-                f"that end in {', '.join(SUFFIXES)}."
+                f"that end in {', '.join(endings)}{_as_text(path)}."
             )
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
@@ -174,7 +195,8 @@ def _check_once(paths: list[Path]) -> None:
 
 def _check_settings(source: SourceConfig, paths: list[Path]) -> None:
     """Refuses settings that no file of the source takes up."""
-    for field, endings in (("text", _WITH_FIELDS), ("separator", (".txt",))):
+    of = {"text": _WITH_FIELDS, "separator": (".txt", *source.plain), "plain": source.plain}
+    for field, endings in of.items():
         if field in source.model_fields_set and not any(p.name.endswith(endings) for p in paths):
             raise UserError(
                 f"--input {' '.join(source.paths)}: {field}={getattr(source, field)!r} has no "

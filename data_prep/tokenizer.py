@@ -19,6 +19,8 @@ from est_ds.errors import UserError
 
 _CHUNK_CHARACTERS = 1000
 _NUM_CHECKS = 200
+# sentencepiece's mark of the unknown: it leaves out every text that holds one.
+_RESERVED = "\u2585"
 
 # As Llama: bytes for unknown characters, single digits, no normalisation, ids 0-2.
 # Unlike Llama no space is put before a text, so that decoding returns it unchanged.
@@ -77,13 +79,16 @@ def train(
     skipped = Skipped()
     documents = read_documents(open_sources(sources), rules, skipped)
     chunks = _sample(documents, max_chunks)
-    model = _train_model(chunks, vocabulary, model_type)
+    if not chunks:
+        raise skipped.nothing_left()
+    parts = [part for chunk in chunks for part in chunk.split(_RESERVED) if part]
+    model = _train_model(parts, vocabulary, model_type)
     contents = hugging_face_files(model, model_type, chunks[:: max(1, len(chunks) // _NUM_CHECKS)])
     _refuse_another_kind(out, contents)
     with staged(*(out / name for name in contents)) as temporary:
         for content, path in zip(contents.values(), temporary, strict=True):
             path.write_bytes(content)
-    size = sum(len(chunk) for chunk in chunks)
+    size = sum(map(len, parts))
     print(f"{out}: {vocabulary:,} pieces, trained on {len(chunks):,} chunks, {size:,} characters")
     skipped.report()
 
@@ -109,8 +114,6 @@ def _sample(documents: Iterable[Document], max_chunks: int) -> list[str]:
             num_chunks += 1
         if len(chunks) > 2 * max_chunks + 10_000:
             chunks = sorted(chunks)[:max_chunks]
-    if not chunks:
-        raise UserError("--input: no document with text in it; give other files.")
     chosen = sorted(chunks)[:max_chunks]
     return [text for _, _, text in sorted(chosen, key=lambda chunk: chunk[1])]
 

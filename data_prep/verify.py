@@ -160,6 +160,9 @@ def _check_density(corpus: Corpus, made: _Made, audit: Audit, limits: Limits) ->
     lines = []
     if made.unknown_id is not None:
         unknown = int(audit.counts[made.unknown_id])
+        # GPT-2's unknown token is its EOS, which was put there on purpose.
+        for id_, put in ((made.bos_id, audit.start_right), (made.eos_id, audit.end_right)):
+            unknown -= put if id_ == made.unknown_id else 0
         lines.append(f"{_share(unknown, corpus.num_tokens)} of the tokens unknown")
         if unknown > limits.max_unknown * corpus.num_tokens:
             raise UserError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +14,43 @@ from conftest import ROOT
 
 from data_prep.__main__ import main
 
-# The command line in a process of its own, in pieces of a few documents, committed after each.
-SMALL_STEPS = """
-import sys
-import data_prep.pack, data_prep.packing, data_prep.readers.delimited
-data_prep.pack.PIECE_BYTES = data_prep.readers.delimited.PIECE_BYTES = 10_000
-data_prep.packing.COMMIT_EVERY_S = 0.0
-from data_prep.__main__ import main
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
-"""
+
+class SmallSteps:
+    """The command line in a process of its own, in pieces of a few documents, committed after each.
+
+    It is forked from this process, which has imported what takes long; the workers that it starts
+    are spawned, as always.
+    """
+
+    def __init__(self, arguments, folder):
+        self._files = [folder / name for name in ("stdout", "stderr")]
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=self._run, args=(arguments,))
+        self.process.start()
+
+    def _run(self, arguments):
+        import data_prep.pack
+        import data_prep.packing
+        import data_prep.readers.delimited
+
+        sys.stdout, sys.stderr = (file.open("w") for file in self._files)
+        data_prep.pack.PIECE_BYTES = data_prep.readers.delimited.PIECE_BYTES = 10_000
+        data_prep.packing.COMMIT_EVERY_S = 0.0
+        code = main(arguments)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def workers(self):
+        """Ids of the processes that it started to tokenize."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        ids = [Path("/proc", child, "cmdline") for child in children.read_text().split()]
+        return [int(file.parent.name) for file in ids if b"spawn_main" in file.read_bytes()]
+
+    def end(self):
+        """Waits for it; returns exit code, standard output and error."""
+        self.process.join()
+        return self.process.exitcode, *(file.read_text() for file in self._files)
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +72,6 @@ def source(texts, tmp_path_factory):
         lines = [json.dumps({"text": t}) + "\n" for t in texts[100 * number : 100 * number + 100]]
         (folder / f"{number}.jsonl").write_text("".join(lines))
     return folder
-
-
-@pytest.fixture
-def small_steps(tmp_path):
-    script = tmp_path / "small_steps.py"
-    script.write_text(SMALL_STEPS)
-    return script
 
 
 def files_of(prefix):

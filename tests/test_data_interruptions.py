@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command
-from packings import files_of, pack, pack_arguments, small_steps, source, texts  # noqa: F401
+from packings import SmallSteps, files_of, pack, pack_arguments, source, texts  # noqa: F401
 
 from data_prep.__main__ import main
 from est_ds.data.indexed import Corpus
@@ -27,9 +26,7 @@ def committed(state):
         return None
 
 
-def test_packing_killed_at_random_moments_ends_byte_identical(
-    source, tokenizer, tmp_path, small_steps
-):
+def test_packing_killed_at_random_moments_ends_byte_identical(source, tokenizer, tmp_path):
     more = ("--shard-tokens", "9000", "--held-out", "0.2")
     pack(source, tokenizer, tmp_path / "whole", *more)
     expected = files_of(tmp_path / "whole")
@@ -37,27 +34,24 @@ def test_packing_killed_at_random_moments_ends_byte_identical(
     draws, kills, resumed = random.Random(1), 0, 0
     while kills < 10:
         arguments = pack_arguments(source, tokenizer, out, *more, "--workers", draws.choice("112"))
-        process = subprocess.Popen(
-            [sys.executable, small_steps, *arguments], stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        packing = SmallSteps(arguments, tmp_path)
+        process = packing.process
         state = Path(f"{out}.packing", "state.npz")
         before = committed(state)
         # From its first commit on, at any moment.
-        while process.poll() is None and committed(state) in (None, before):
+        while process.is_alive() and committed(state) in (None, before):
             time.sleep(0.002)
         time.sleep(draws.random() * 0.03)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
             kills += 1
-        said = process.communicate()[0]
+        code, said, _ = packing.end()
         resumed += "going on after" in said
-        if process.returncode == 0:  # was too fast: it may as well begin again
+        if code == 0:  # was too fast: it may as well begin again
             assert files_of(out) == expected
             shutil.rmtree(out.parent)
-    done = run_command(sys.executable, small_steps, *pack_arguments(source, tokenizer, out, *more),
-                       PYTHONPATH=str(ROOT))  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    code, _, error = SmallSteps(pack_arguments(source, tokenizer, out, *more), tmp_path).end()
+    assert code == 0, error
     assert files_of(out) == expected
     assert resumed >= 5
     Corpus.open(f"{out}.train").check_hashes()
@@ -143,7 +137,7 @@ def test_another_packing_is_not_continued_by_mistake(interrupted, tmp_path, caps
     assert not Path(tmp_path / "c.packing").exists()
 
 
-def test_two_packings_of_one_name_do_not_mix(source, tokenizer, tmp_path, small_steps, capsys):
+def test_two_packings_of_one_name_do_not_mix(source, tokenizer, tmp_path, capsys):
     arguments = pack_arguments(source, tokenizer, tmp_path / "c")
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, os, sys, time; os.mkdir(sys.argv[1]);"
@@ -160,22 +154,16 @@ def test_two_packings_of_one_name_do_not_mix(source, tokenizer, tmp_path, small_
 
 
 @pytest.fixture
-def packing_of_two(source, tokenizer, tmp_path, small_steps):
-    """A packing by two workers that has begun; its process, and the ids of its children."""
+def packing_of_two(source, tokenizer, tmp_path):
+    """A packing by two workers that has begun, and the ids of these."""
     arguments = pack_arguments(source, tokenizer, tmp_path / "c", "--workers", "2")
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, small_steps, *arguments], stderr=stderr,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    ids = []
-    while process.poll() is None and len(ids) < 3:  # the two, and multiprocessing's own
-        ids = children.read_text().split()
-    assert len(ids) == 3
-    yield process, ids
-    process.kill()
-    process.wait()
+    packing, ids = SmallSteps(arguments, tmp_path), []
+    while packing.process.is_alive() and len(ids) < 2:
+        ids = packing.workers()
+    assert len(ids) == 2
+    yield packing, ids
+    packing.process.kill()
+    packing.process.join()
 
 
 def runs(process_id):
@@ -187,9 +175,9 @@ def runs(process_id):
 
 
 def test_workers_end_when_their_parent_is_killed(packing_of_two):
-    process, children = packing_of_two
-    process.kill()
-    process.wait()
+    packing, children = packing_of_two
+    packing.process.kill()
+    packing.process.join()
     deadline = time.monotonic() + 20
     while any(map(runs, children)):
         assert time.monotonic() < deadline
@@ -199,10 +187,9 @@ def test_workers_end_when_their_parent_is_killed(packing_of_two):
 def test_a_worker_that_dies_ends_the_packing_which_can_be_continued(
     packing_of_two, source, tokenizer, tmp_path
 ):
-    process, children = packing_of_two
-    os.kill(int(children[-1]), signal.SIGKILL)
-    code = process.wait()
-    error = (tmp_path / "stderr").read_text()
+    packing, children = packing_of_two
+    os.kill(children[-1], signal.SIGKILL)
+    code, _, error = packing.end()
     assert code == 1, error
     assert "error: one of the 2 worker processes died" in error and "Traceback" not in error
     pack(source, tokenizer, tmp_path / "c")
@@ -212,7 +199,7 @@ def test_a_worker_that_dies_ends_the_packing_which_can_be_continued(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_is_one_clear_error_and_packing_goes_on_when_there_is_room(
-    source, tokenizer, tmp_path, small_steps
+    source, tokenizer, tmp_path
 ):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -221,15 +208,14 @@ def test_a_full_disk_is_one_clear_error_and_packing_goes_on_when_there_is_room(
         pytest.skip("may not mount")
     try:
         arguments = pack_arguments(source, tokenizer, disk / "c", "--shard-tokens", "9000")
-        command = (sys.executable, small_steps, *arguments)
-        done = run_command(*command, PYTHONPATH=str(ROOT))
-        assert done.returncode == 1, (done.stdout, done.stderr)
-        error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert len(error) == 1 and "no space left" in error[0] and "Traceback" not in done.stderr
+        code, said, errors = SmallSteps(arguments, tmp_path).end()
+        assert code == 1, (said, errors)
+        error = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert len(error) == 1 and "no space left" in error[0] and "Traceback" not in errors
         assert not list(disk.glob("c*.bin")) and not list(disk.glob("*.json"))
         subprocess.run(("mount", "-o", "remount,size=20m", disk), check=True)
-        done = run_command(*command, PYTHONPATH=str(ROOT))
-        assert done.returncode == 0 and "going on after" in done.stdout, done.stderr
+        code, said, errors = SmallSteps(arguments, tmp_path).end()
+        assert code == 0 and "going on after" in said, errors
         pack(source, tokenizer, tmp_path / "c", "--shard-tokens", "9000")
         assert files_of(disk / "c") == files_of(tmp_path / "c")
     finally:

@@ -1,6 +1,7 @@
 """Data preparation, through its command line: text -> documents -> tokenizer -> packed corpus."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -8,15 +9,17 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.encoders import load_processor
 from data_prep.tokenizer import _chunks
+from est_ds.data.auto_tokenizer import load_processor
 from est_ds.data.indexed import Corpus
+from est_ds.data.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -29,15 +32,14 @@ def run(*arguments):
 
 
 def refused(*arguments):
-    """The command line in a process of its own; must refuse. Returns its one line of error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "data_prep", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert done.stdout == "" and done.stderr.startswith("error: "), (done.stdout, done.stderr)
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+    """The command line, called in this process; must refuse. Returns its one line of error."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = main([str(argument) for argument in arguments])
+    said = err.getvalue()
+    assert code == 2, (code, out.getvalue(), said)
+    assert out.getvalue() == "" and said.startswith("error: "), (out.getvalue(), said)
+    assert said.count("\n") == 1, said
+    return said
 
 
 def records(path):
@@ -169,6 +171,8 @@ def test_wrong_inputs_are_refused_by_name(tmp_path):
     assert "--held-out=2.0" in refused("corpus", "--out", tmp_path / "o", "--held-out", "2")
     assert "--held-out" in refused("corpus", "--out", tmp_path / "o", "--held-out", "x")
     assert "VERB" in refused()
+    done = subprocess.run([sys.executable, "-m", "data_prep"], capture_output=True, cwd=ROOT)
+    assert done.returncode == 2 and b"VERB" in done.stderr and b"Traceback" not in done.stderr
 
 
 # tokenizer
@@ -273,6 +277,7 @@ def test_manifest_states_what_the_files_hold(prepared):
     tokens = np.fromfile(prepared / "train.bin", "<u2")
     shares = np.unique(tokens, return_counts=True)[1] / tokens.size
     assert manifest.pop("unigram_entropy") == pytest.approx(-(shares * np.log(shares)).sum())
+    assert manifest.pop("tokenizer_fingerprint") == tokenizer_fingerprint(prepared / "tok")
     hashed = {"bin": "train.bin", "idx": "train.idx", "tokenizer": "tok/tokenizer.model"}
     digests = {
         f"{name}_sha256": hashlib.sha256((prepared / path).read_bytes()).hexdigest()

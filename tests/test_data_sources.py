@@ -21,7 +21,7 @@ from pyarrow import parquet
 from data_prep.__main__ import main
 from data_prep.config import Preparation, read_data_file
 from data_prep.readers.base import Rules, Skipped
-from data_prep.readers.delimited import DelimitedFile
+from data_prep.readers.delimited import DelimitedFile, Delimiter
 from data_prep.readers.rows import ParquetFile
 from data_prep.sources import open_sources, read_documents, walk
 from est_ds.data.indexed import Corpus
@@ -154,16 +154,22 @@ def test_sources_are_read_one_after_the_other_also_with_equal_names(tmp_path):
     assert [d.text for d in documents] == ["z", "y"] and len({d.id for d in documents}) == 2
 
 
-@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", "ab", "x"])
-def test_separated_text_does_not_depend_on_where_pieces_begin(tmp_path, separator):
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", "\na\n", "ab", "x"])
+@pytest.mark.parametrize("line_ends", [["\n"], ["\r\n"], ["\n", "\r\n"]])
+def test_separated_text_does_not_depend_on_where_pieces_begin(tmp_path, separator, line_ends):
     draws = np.random.default_rng(0)
-    alphabet = ["a", "b", "x", "\n", "é", separator]
+    alphabet = ["a", "b", "x", "é", separator, *line_ends]
     content = "".join(draws.choice(alphabet) for _ in range(20_000))
+    if "\n" not in line_ends:
+        content = content.replace("\r\n", "\n").replace("\n", "\r\n")
     path = tmp_path / "a.txt"
     path.write_text(content, newline="")
-    expected = [part for part in content.split(separator) if part.strip()]
+    parts = content.replace("\r\n", "\n").split(separator)
+    expected = [part for part in parts if part.strip()]
     assert texts_of(path=str(path), separator=separator) == expected
-    reader = DelimitedFile("a", path, None, separator.encode())
+    windows = separator.replace("\n", "\r\n")
+    assert texts_of(path=str(path), separator=windows) == expected
+    reader = DelimitedFile("a", path, None, Delimiter(separator.encode(), any_line_end=True))
     for number in (0, 2, 4):
         later, whole = rest_of(reader, Rules(), number)
         assert later == whole
@@ -230,7 +236,58 @@ def test_files_of_other_kinds_are_counted_aloud(tmp_path, capsys):
         (tmp_path / name).write_text("x")
     assert texts_of(path=str(tmp_path)) == TEXTS
     said = capsys.readouterr().out
-    assert "3 files of other kinds are not read (2 .json, 1 .md)" in said
+    assert "3 files of other kinds are not read (2 .json, 1 .md)" in said and "--plain" in said
+
+
+def test_files_of_other_endings_are_read_as_text_where_they_are_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("1==2")
+    (tmp_path / "b.md").write_text("3==4")
+    (tmp_path / "c.c").write_text("5")
+    read = {"path": str(tmp_path), "plain": (".md", ".c")}
+    assert texts_of(**read) == ["1==2", "3==4", "5"]
+    assert texts_of(**read, separator="==") == ["1", "2", "3", "4", "5"]
+    assert "not found in 1 files" in capsys.readouterr().out
+    command = ["corpus", "--out", str(tmp_path / "o"), "--input", str(tmp_path / "b.md")]
+    assert main(command) == 2 and "--plain .md reads it as text" in capsys.readouterr().err
+    assert main([*command, "--plain", "md"]) == 2
+    assert "error: --plain='md': an ending begins with a dot" in capsys.readouterr().err
+    assert main([*command, "--plain", ".rs"]) == 2
+    assert "b.md: unknown kind of file" in capsys.readouterr().err
+
+
+def test_a_separator_that_is_nowhere_is_said(tmp_path, tokenizer, capsys):
+    (tmp_path / "a.txt").write_bytes(b"first\r\n\r\nsecond\r\n\r\nthird\r\n")
+    command = ["pack", "--input", str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer)]
+    for separator, documents in ((r"\n\n", 3), (r"\r\n\r\n", 3), ("<|end|>", 1)):
+        out = str(tmp_path / "c")
+        assert main([*command, "--out", out, "--separator", separator, "--no-eos"]) == 0
+        said = capsys.readouterr().out
+        assert Corpus.open(out).num_documents == documents
+        assert ("separator was not found in 1 files" in said) == (documents == 1)
+        assert "no EOS: nothing ends a document" in said
+
+
+@pytest.mark.parametrize("verb", ["corpus", "tokenizer", "pack"])
+def test_a_missing_field_is_answered_with_its_flag_and_skips_with_their_reasons(
+    verb, tokenizer, tmp_path, capsys
+):
+    (tmp_path / "a.jsonl").write_text('{"id": "x", "content": "a longer text"}\n' * 5)
+    command = [verb, "--input", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o")]
+    if verb == "pack":
+        command += ["--tokenizer", str(tokenizer), "--held-out", "0.5"]
+    assert main(command) == 2
+    assert "name the field with the text (--text content" in capsys.readouterr().err
+    assert main([*command, "--invalid", "skip"]) == 2
+    error = capsys.readouterr().err
+    assert "no document is left, all were left out: 5 invalid" in error
+    assert "--held-out" not in error and error.count("\n") == 1
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="2 columns 'text'"):
+        list(ParquetFile("a", tmp_path / "a.parquet", "text").pieces(None, Rules()))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "data").glob("*.yaml")), ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,23 @@ class Skipped:
     def report(self) -> None:
         """Prints how many documents were left out and why; nothing if none were."""
         if self.counts:
-            reasons = (
-                f"{count:,} {reason} (the first: {self.first[reason]})"
-                for reason, count in sorted(self.counts.items())
-            )
-            print(f"left out: {'; '.join(reasons)}")
+            print(f"left out: {self._reasons()}")
+
+    def nothing_left(self) -> UserError:
+        """What to say where no document came through."""
+        if not self.counts:
+            return UserError("--input: no document with text in it; give other files.")
+        why = "; without --invalid skip the first invalid one is explained"
+        return UserError(
+            f"--input: no document is left, all were left out: {self._reasons()}; give other files"
+            f"{why if self.counts['invalid'] else ''}."
+        )
+
+    def _reasons(self) -> str:
+        return "; ".join(
+            f"{count:,} {reason} (the first: {self.first[reason]})"
+            for reason, count in sorted(self.counts.items())
+        )
 
 
 @dataclass(frozen=True)
@@ -110,11 +122,13 @@ class Reader(ABC):
         id: its name in messages and documents.
         identity: changes when its contents do, as far as that can be seen without reading it.
         stored_bytes: what `Piece.bytes_read` ends at; None if it is not known.
+        undivided: whether it was read to its end, and the separator not found in it.
     """
 
     id: str
     identity: str
     stored_bytes: int | None
+    undivided: bool = False
 
     @abstractmethod
     def pieces(self, position: Position | None, rules: Rules) -> Iterator[Piece]:
@@ -123,6 +137,16 @@ class Reader(ABC):
         Raises:
             UserError: The source cannot be read or is damaged.
         """
+
+
+def report_undivided(readers: Iterable[Reader]) -> None:
+    """Prints in how many sources the separator was not found; nothing if it was in all."""
+    undivided = [reader.id for reader in readers if reader.undivided]
+    if undivided:
+        print(
+            f"the separator was not found in {len(undivided):,} files, each of which became one "
+            f"document (the first: {undivided[0]})"
+        )
 
 
 def file_identity(id_: str, path: Path) -> tuple[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,52 @@ from data_prep.readers.base import (
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
+class Delimiter:
+    """What ends a document.
+
+    Args:
+        text: its bytes.
+        any_line_end: whether a line break in it may also be that of Windows in the file.
+
+    Attributes:
+        longest: bytes that it may have in the file.
+    """
+
+    def __init__(self, text: bytes, any_line_end: bool = False) -> None:
+        self.text, self.longest = text, len(text)
+        self._pattern = None
+        if any_line_end and b"\n" in text:
+            self.text = text.replace(b"\r\n", b"\n")
+            self.longest = len(self.text) + self.text.count(b"\n")
+            self._pattern = re.compile(re.escape(self.text).replace(b"\\\n", b"\r?\n"))
+
+    def split(self, content: bytes) -> list[bytes]:
+        return self._pattern.split(content) if self._pattern else content.split(self.text)
+
+    def count(self, content: bytes) -> int:
+        if self._pattern:
+            return sum(1 for _ in self._pattern.finditer(content))
+        return content.count(self.text)
+
+    def end_of_first(self, content: bytes, start: int = 0) -> int:
+        """End of the first delimiter that begins at `start` or later, 0 if there is none."""
+        if self._pattern:
+            match = self._pattern.search(content, start)
+            return match.end() if match else 0
+        found = content.find(self.text, start)
+        return found + len(self.text) if found >= 0 else 0
+
+    def end_of_last(self, content: bytes, start: int) -> int:
+        """As `end_of_first` of the last. They are taken from the left: those of several bytes may
+        overlap, and documents must not depend on where a block begins."""
+        if self.longest == 1:
+            return content.rfind(self.text, start) + 1
+        last = 0
+        while end := self.end_of_first(content, max(start, last)):
+            last = end
+        return last
+
+
 @dataclass(frozen=True)
 class DelimitedPiece(Piece):
     """Attributes: delimiter ends every document but the last; first is the number, from 1, of the
@@ -32,7 +79,7 @@ class DelimitedPiece(Piece):
 
     path: Path
     content: bytes
-    delimiter: bytes
+    delimiter: Delimiter
     first: int
     field: str | None
     too_long: bool = False
@@ -42,7 +89,7 @@ class DelimitedPiece(Piece):
             skipped.add("too long", f"{self.source}#{self.first}")
             return
         parse = self._plain if self.field is None else self._json
-        contents = self.content.split(self.delimiter)
+        contents = self.delimiter.split(self.content)
         if not contents[-1]:
             contents.pop()  # behind the last delimiter there is no document
         for number, raw in enumerate(contents, self.first):
@@ -73,13 +120,19 @@ class DelimitedPiece(Piece):
             value = json.loads(raw.decode(encoding))
             problem = _problem(value, self.field)
         except (ValueError, RecursionError) as error:
-            problem = f"it is not JSON in UTF-8 ({error})"
+            value, problem = None, f"it is not JSON in UTF-8 ({error})"
         if problem:
-            return "", (
-                f"{problem}; each line must be a JSON object with a string field "
-                f'"{self.field}"; correct the line, remove it'
-            )
+            return "", f"{problem}; {_advice(value, self.field)}correct the line, remove it"
         return value[self.field], None
+
+
+def _advice(value: object, field: str) -> str:
+    """Which field of a JSON object is meant, if it may be another."""
+    texts = {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
+    if field in texts or not texts:
+        return f'each line must be a JSON object with a string field "{field}"; '
+    longest = max(texts, key=lambda name: len(texts[name]))
+    return f"name the field with the text (--text {longest}, or `text:` of the source), "
 
 
 def _problem(value: object, field: str) -> str | None:
@@ -99,10 +152,12 @@ def _problem(value: object, field: str) -> str | None:
 class DelimitedFile(Reader):
     """Args: field and delimiter as those of `DelimitedPiece`."""
 
-    def __init__(self, id_: str, path: Path, field: str | None, delimiter: bytes = b"\n") -> None:
+    def __init__(
+        self, id_: str, path: Path, field: str | None, delimiter: Delimiter = Delimiter(b"\n")
+    ) -> None:
         self.id, self.path, self.field, self.delimiter = id_, path, field, delimiter
         identity, self.stored_bytes = file_identity(id_, path)
-        self.identity = f"{identity} {field} {delimiter!r}"
+        self.identity = f"{identity} {field} {delimiter.text!r}"
 
     def pieces(self, position: Position | None, rules: Rules) -> Iterator[Piece]:
         place = position or {"byte": 0, "document": 1}
@@ -112,12 +167,13 @@ class DelimitedFile(Reader):
         try:
             with _opened(self.path, offset) as (file, tell):
                 for content, end, too_long in self._blocks(file, rules.max_document_bytes):
-                    number = 1 if too_long else content.count(self.delimiter)
+                    number = 1 if too_long else self.delimiter.count(content)
                     offset, here = offset + end, first
                     first += number
                     after = {"byte": offset, "document": first}
                     args = (self.path, content, self.delimiter, here, self.field, too_long)
                     yield DelimitedPiece(self.id, len(content), after, tell(), *args)
+            self.undivided = self.field is None and first == 1 and offset > 0
         except OSError as error:
             raise unreadable(self.path, error) from None
 
@@ -126,38 +182,28 @@ class DelimitedFile(Reader):
         and the bytes of a document above the limit, True. Holds no more than the limit."""
         rest, dropped = b"", 0
         while chunk := file.read(PIECE_BYTES):
-            searched = max(0, len(rest) - len(self.delimiter))
+            searched = max(0, len(rest) - self.delimiter.longest)
             rest += chunk
             if dropped:
-                cut = rest.find(self.delimiter)
+                found = self.delimiter.end_of_first(rest)
                 # What remains may hold the beginning of a delimiter.
-                end = cut + len(self.delimiter) if cut >= 0 else len(rest) - len(self.delimiter) + 1
+                end = found or max(0, len(rest) - self.delimiter.longest + 1)
                 dropped += end
                 rest = rest[end:]
-                if cut < 0:
+                if not found:
                     continue
                 yield b"", dropped, True
                 dropped, searched = 0, 0
-            if end := self._last_end(rest, searched):
+            if end := self.delimiter.end_of_last(rest, searched):
                 yield rest[:end], end, False
                 rest = rest[end:]
-            elif len(rest) > limit + len(self.delimiter):
-                dropped = len(rest) - len(self.delimiter) + 1
+            elif len(rest) > limit + self.delimiter.longest:
+                dropped = len(rest) - self.delimiter.longest + 1
                 rest = rest[dropped:]
         if dropped:
             yield b"", dropped + len(rest), True
         elif rest:
             yield rest, len(rest), False
-
-    def _last_end(self, content: bytes, searched: int) -> int:
-        """End of the last delimiter, 0 if there is none. Delimiters are taken from the left: those
-        of several bytes may overlap, and documents must not depend on where a block begins."""
-        if len(self.delimiter) == 1:
-            return content.rfind(self.delimiter, searched) + 1
-        end = 0
-        while (found := content.find(self.delimiter, searched)) >= 0:
-            end = searched = found + len(self.delimiter)
-        return end
 
 
 @contextlib.contextmanager

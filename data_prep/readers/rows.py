@@ -137,6 +137,12 @@ class ParquetFile(Reader):
                 f"{', '.join(schema.names)}; name the one with the text (`text:` of the source, or "
                 f"--text)."
             )
+        if schema.names.count(self.column) > 1:
+            raise UserError(
+                f"--input: {self.path} has {schema.names.count(self.column)} columns "
+                f"{self.column!r}, and which one holds the text cannot be known; rename the "
+                f"others."
+            )
         kind = schema.field(self.column).type
         if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
             raise UserError(

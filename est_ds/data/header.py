@@ -16,6 +16,8 @@ from est_ds.errors import UserError
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
+_BLOCK_ENTRIES = 1 << 20
+AGAIN = "copy the files again or pack the corpus again with `python -m data_prep pack`."
 
 # DeepSpeed and Megatron / GPT-NeoX agree up to 5. Above, DeepSpeed has uint16, uint32,
 # uint64 and Megatron has two float types (never tokens) and uint16. So 8 is uint16 or
@@ -69,6 +71,34 @@ class Header:
         """Memory maps of the lengths [S], byte offsets [S] and boundaries [D]."""
         return _arrays(f"{self.prefix}.idx", self.num_sequences, self.num_boundaries)
 
+    def check_entries(self) -> None:
+        """Checks every entry of `.idx`, of which `read_header` looks at the ends only: sequences
+        follow one another without a gap, and so do documents.
+
+        Reads the whole `.idx`, 20 bytes a document.
+
+        Raises:
+            UserError: They do not.
+        """
+        lengths, offsets, boundaries = self.arrays()
+        size = self.dtype.itemsize
+        for first in range(0, self.num_sequences, _BLOCK_ENTRIES):
+            part = slice(first, first + _BLOCK_ENTRIES + 1)
+            ends = offsets[part] + lengths[part].astype(np.int64) * size
+            wrong = lengths[part] < 0
+            wrong[1:] |= ends[:-1] != offsets[part][1:]
+            self._refuse("sequence", first, wrong)
+        for first in range(0, self.num_documents, _BLOCK_ENTRIES):
+            wrong = np.diff(boundaries[first : first + _BLOCK_ENTRIES + 1]) < 0
+            self._refuse("document", first + 1, wrong)
+
+    def _refuse(self, what: str, first: int, wrong: np.ndarray) -> None:
+        if wrong.any():
+            raise UserError(
+                f"{self.prefix}.idx: its entries do not follow one another without a gap (the "
+                f"first that does not is that of {what} {first + int(wrong.argmax()):,}); {AGAIN}"
+            )
+
     def tokens(self) -> np.ndarray:
         """Memory map of the tokens [num_tokens]."""
         return np.memmap(f"{self.prefix}.bin", self.dtype, mode="r")
@@ -116,26 +146,25 @@ def read_header(prefix: str) -> Header:
                 f"corpus {prefix}: {path} does not exist; give the common prefix of the .bin and "
                 f".idx files without the ending, or make them with `python -m data_prep pack`."
             )
-    again = "copy both files again or pack the corpus again with `python -m data_prep pack`."
     idx_bytes, bin_bytes = idx.stat().st_size, bin_.stat().st_size
     with idx.open("rb") as file:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise UserError(
-            f"{idx}: not an index of Megatron's indexed dataset (.idx), or cut off; {again}"
+            f"{idx}: not an index of Megatron's indexed dataset (.idx), or cut off; {AGAIN}"
         )
     _, version, type_code, num_sequences, num_boundaries = _HEADER.unpack(head)
     if version != 1 or type_code not in _DTYPES:
         raise UserError(
             f"{idx}: version {version}, type code {type_code}; allowed are version 1 and type "
-            f"codes 1 to 8 (integer tokens); {again}"
+            f"codes 1 to 8 (integer tokens); {AGAIN}"
         )
     if num_sequences < 1 or num_boundaries < 2:
-        raise UserError(f"{idx}: holds no document; at least one is needed; {again}")
+        raise UserError(f"{idx}: holds no document; at least one is needed; {AGAIN}")
     expected = _HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if idx_bytes != expected:
         raise UserError(
-            f"{idx}: {idx_bytes} bytes instead of the {expected} that its header announces; {again}"
+            f"{idx}: {idx_bytes} bytes instead of the {expected} that its header announces; {AGAIN}"
         )
     lengths, offsets, boundaries = _arrays(idx, num_sequences, num_boundaries)
     last, length = int(offsets[-1]), int(lengths[-1])
@@ -144,10 +173,10 @@ def read_header(prefix: str) -> Header:
     if dtype is None:
         raise UserError(
             f"{bin_}: {bin_bytes} bytes instead of the {last + length * dtypes[0].itemsize} that "
-            f"{idx.name} announces: truncated, or from another corpus; {again}"
+            f"{idx.name} announces: truncated, or from another corpus; {AGAIN}"
         )
     if bin_bytes == 0 or offsets[0] != 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences:
-        raise UserError(f"{idx}: its offsets do not cover {bin_.name} from end to end; {again}")
+        raise UserError(f"{idx}: its offsets do not cover {bin_.name} from end to end; {AGAIN}")
     return Header(
         str(prefix), type_code, dtype, num_sequences, num_boundaries, bin_bytes, idx_bytes
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from est_ds.data.header import Header, read_header
+from est_ds.data.header import AGAIN, Header, read_header
 from est_ds.data.manifest import Manifest, Shard, manifest_path, read_manifest
-from est_ds.data.tokenizer import file_sha256, tokenizer_sha256
+from est_ds.data.token_range import token_range
+from est_ds.data.tokenizer import file_sha256, tokenizer_fingerprint, tokenizer_sha256
 from est_ds.errors import LocalFailure, UserError
 
 _PROBE_TOKENS = 1 << 14
 _NUM_PROBES = 64
-_AGAIN = "copy the files again or pack the corpus again with `python -m data_prep pack`."
 
 
 class Corpus:
@@ -48,6 +48,8 @@ class Corpus:
         self.tokenizer_sha256 = manifest.tokenizer_sha256 if manifest else None
         self.unigram_entropy = manifest.unigram_entropy if manifest else None
         self.fingerprint = manifest.fingerprint if manifest else _foreign_fingerprint(headers[0])
+        # Of a model that may have no embedding for some token, which nobody has looked for.
+        self._unproven_vocabulary: int | None = None
 
     @classmethod
     def open(cls, prefix: str | Path) -> "Corpus":
@@ -80,7 +82,7 @@ class Corpus:
             if total != stated:
                 raise UserError(
                     f"{manifest_path(prefix)}: {name}={stated}, but its shards have {total}; "
-                    f"{_AGAIN}"
+                    f"{AGAIN}"
                 )
         return cls(prefix, headers, manifest)
 
@@ -92,6 +94,7 @@ class Corpus:
 
         Raises:
             IndexError: The window does not lie in the stream.
+            LocalFailure: It holds a token that `check_vocabulary` could not see.
         """
         start, length = int(start), int(length)
         if start < 0 or length < 0 or start + length > self.num_tokens:
@@ -103,6 +106,10 @@ class Corpus:
             part = self.shards[shard].tokens[inside : inside + length - done]
             window[done : done + len(part)] = part
             done, shard = done + len(part), shard + 1
+        if self._unproven_vocabulary is not None and length:
+            present = int(window.min()), int(window.max())
+            if wrong := self._outside(*present, self._unproven_vocabulary):
+                raise LocalFailure(wrong)
         return window
 
     def document_start(self, documents: np.ndarray) -> np.ndarray:
@@ -155,10 +162,11 @@ class Corpus:
     def check_tokenizer(self, tokenizer: str | Path) -> None:
         """Checks that this tokenizer made this corpus.
 
-        A corpus without a manifest does not name its tokenizer and passes.
+        A corpus without a manifest does not name its tokenizer and passes; a manifest of old names
+        only the file that defines it.
 
         Raises:
-            UserError: Made by another tokenizer, or the folder has none.
+            UserError: Made by another tokenizer or with other settings, or the folder has none.
         """
         found = tokenizer_sha256(tokenizer)
         if self.tokenizer_sha256 not in (None, found):
@@ -167,34 +175,69 @@ class Corpus:
                 f"{self.prefix} was made with {self.tokenizer_sha256[:12]}...; give that "
                 f"tokenizer, or pack the corpus again with `python -m data_prep pack`."
             )
+        made_with = self.manifest.tokenizer_fingerprint if self.manifest else None
+        if made_with not in (None, tokenizer_fingerprint(tokenizer)):
+            raise UserError(
+                f"tokenizer {tokenizer}: its settings are not those that the corpus {self.prefix} "
+                f"was made with (a file beside the vocabulary, such as tokenizer_config.json, was "
+                f"added, removed or changed in what makes ids); give that tokenizer, or pack the "
+                f"corpus again with `python -m data_prep pack`."
+            )
+
+    def check_boundaries(self) -> None:
+        """Checks that documents follow one another, for what depends on where they begin.
+
+        Reads the whole index, 20 bytes a document.
+
+        Raises:
+            UserError: They do not.
+        """
+        for shard in self.shards:
+            shard.header.check_entries()
 
     def check_vocabulary(self, model_vocabulary: int) -> None:
         """Checks that the model has an embedding for every token.
 
-        Without a manifest the vocabulary is unknown, and up to a million tokens, spread
-        evenly over the corpus, are looked at instead.
+        Without a manifest the vocabulary is unknown, and the tokens are looked at (`token_range`).
+        Of a corpus that is too much for that, up to a million tokens spread evenly over it are, and
+        every window when it is read.
 
         Raises:
             UserError: The corpus needs a larger vocabulary.
         """
-        needed = self.vocabulary if self.vocabulary is not None else self._probe_vocabulary()
-        if needed > model_vocabulary:
-            raise UserError(
-                f"model vocab_size={model_vocabulary} is smaller than the vocabulary {needed} of "
-                f"the corpus {self.prefix}; use at least {needed}, or a corpus packed with a "
-                f"smaller tokenizer."
-            )
+        if self.vocabulary is not None:
+            if self.vocabulary > model_vocabulary:
+                raise UserError(
+                    f"model vocab_size={model_vocabulary} is smaller than the vocabulary "
+                    f"{self.vocabulary} of the corpus {self.prefix}; use at least "
+                    f"{self.vocabulary}, or a corpus packed with a smaller tokenizer."
+                )
+            return
+        known = token_range(self.shards[0].header)
+        if wrong := self._outside(*(known or self._probed_range()), model_vocabulary):
+            raise UserError(wrong)
+        self._unproven_vocabulary = None if known else model_vocabulary
 
-    def _probe_vocabulary(self) -> int:
+    def _outside(self, smallest: int, largest: int, vocabulary: int) -> str | None:
+        """What is wrong with tokens for which a model may have no embedding."""
+        if smallest < 0:
+            return (
+                f"corpus {self.prefix}: it holds the token {smallest}, and tokens count from 0; "
+                f"the type in its .idx may be wrong: pack it again as uint16 or int32."
+            )
+        if largest >= vocabulary:
+            return (
+                f"corpus {self.prefix}: it holds the token {largest}, but model "
+                f"vocab_size={vocabulary} is smaller; use at least {largest + 1}, or a corpus "
+                f"packed with a smaller tokenizer."
+            )
+        return None
+
+    def _probed_range(self) -> tuple[int, int]:
         length = min(_PROBE_TOKENS, self.num_tokens)
         starts = np.linspace(0, self.num_tokens - length, _NUM_PROBES).astype(np.int64)
         probed = [self.window(start, length) for start in np.unique(starts)]
-        if (lowest := min(int(tokens.min()) for tokens in probed)) < 0:
-            raise UserError(
-                f"corpus {self.prefix}: it holds the token {lowest}, and tokens count from 0; the "
-                f"type in its .idx may be wrong: pack it again as uint16 or int32."
-            )
-        return 1 + max(int(tokens.max()) for tokens in probed)
+        return min(int(t.min()) for t in probed), max(int(t.max()) for t in probed)
 
 
 class OpenShard:
@@ -264,7 +307,7 @@ def check_shard_hashes(prefix: str, shard: Shard) -> None:
         if found != expected:
             raise UserError(
                 f"{path}: sha256 {found[:12]}..., but the manifest has {expected[:12]}...: changed "
-                f"since it was packed; {_AGAIN}"
+                f"since it was packed; {AGAIN}"
             )
 
 
@@ -285,5 +328,5 @@ def _check_shard(prefix: str, header: Header, shard: Shard, dtype: str) -> None:
         if stated != found:
             raise UserError(
                 f"{manifest_path(prefix)}: {name}={stated}, but {header.prefix}.bin and .idx "
-                f"beside it have {found}; {_AGAIN}"
+                f"beside it have {found}; {AGAIN}"
             )

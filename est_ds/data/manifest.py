@@ -54,6 +54,8 @@ class Manifest(_Strict):
         unigram_entropy: Entropy of the token frequencies in nats per token: the
             loss of the best model that ignores context.
         tokenizer_sha256: Of the file that defines the tokenizer (`tokenizer_sha256`).
+        tokenizer_fingerprint: Of all that changes its ids (`tokenizer_fingerprint`); None in
+            manifests written before there was one.
         part: `all` documents, or the `train` or `valid` side of a split by hash.
         held_out: Expected share of the `valid` side; None if `part` is `all`.
         skipped: Documents left out of all parts, by reason.
@@ -72,6 +74,7 @@ class Manifest(_Strict):
     text_bytes: Count
     unigram_entropy: float = Field(ge=0)
     tokenizer_sha256: Sha256
+    tokenizer_fingerprint: Sha256 | None = None
     part: Literal["all", "train", "valid"]
     held_out: float | None
     skipped: dict[str, Positive]

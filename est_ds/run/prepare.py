@@ -60,9 +60,12 @@ def prepare(config: RunConfig, processes: int) -> Run:
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     _refuse_copies(train, valid)
+    _refuse_unlike([*train, *valid.values()])
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
+        if data.documents == "separate" or data.shuffle == "documents":
+            corpus.check_boundaries()
     sample = _sample(planned, train)
     batches = Batches(
         train,
@@ -103,6 +106,21 @@ def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
                 f"data.train: {corpus.prefix} has the same contents as {other}, so that its "
                 f"sequences would come twice an epoch; list one of them, with both weights."
             )
+
+
+def _refuse_unlike(corpora: list[Corpus]) -> None:
+    """Of corpora with and without BOS or EOS, a model would be trained on one kind of document and
+    evaluated on the other."""
+    known = [corpus for corpus in corpora if corpus.manifest]
+    for corpus in known:
+        for name in ("bos", "eos"):
+            here, first = (getattr(c.manifest, f"{name}_id") for c in (corpus, known[0]))
+            if here != first:
+                raise UserError(
+                    f"data: {corpus.prefix} was packed with {name}={here} around its documents, "
+                    f"but {known[0].prefix} with {name}={first}; pack one of them again with the "
+                    f"other's --{name} or --no-{name}."
+                )
 
 
 def held_out_windows(planned: Planned) -> dict[str, Windows]:

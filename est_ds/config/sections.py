@@ -52,7 +52,8 @@ class Batch(Strict):
 class Parallel(Strict):
     """Pipe stages, and the ZeRO stage that shards over the replicas.
 
-    `pipe_layers` are the layers of every pipe stage (default: cut by FLOPs, head included).
+    `pipe_layers` are the layers of every pipe stage (default: cut by the FLOPs of every phase's
+    busiest stage, head included).
     `offload` keeps optimizer state (and its step) in host memory: ZeRO 2 and 3. `processes` is how
     many `est-ds train` starts on a machine without GPUs when --processes does
     not say (default: one replica).

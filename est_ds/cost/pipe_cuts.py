@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
+from operator import le
 
 from est_ds.config.sections import Parallel
 from est_ds.cost.flops import flops_by_layer
@@ -13,9 +15,9 @@ from est_ds.plans.methods.base import Method
 def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[int]:
     """Ends of the layer ranges of the pipe stages.
 
-    As `parallel.pipe_layers` says; otherwise such that the stage with the most FLOPs, over the
-    whole schedule and with the output head, has as few as possible. Where the method spreads kept
-    layers over runs, a stage holds whole runs, and as many as any other.
+    As `parallel.pipe_layers` says; otherwise such that the FLOPs of every phase's busiest stage,
+    head included, add up to as few as possible: the others wait for it. Where the method spreads
+    kept layers over runs, a stage holds whole runs, and as many as any other.
 
     Args:
         size: of a micro-batch, as `flops.flops_by_layer` takes it.
@@ -41,19 +43,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
             )
         share = len(runs) // pipe
         return ends[share - 1 :: share]
-    return _cheapest(schedule_costs(method, **size), pipe)
-
-
-def schedule_costs(method: Method, **size: float | None) -> list[float]:
-    """Model FLOPs of every layer over the whole schedule, the head's with the last layer's."""
-    costs = [0.0] * method.shape.num_layers
-    for i, phase in enumerate(method.phases):
-        layers, head = flops_by_layer(method.shape, method.mean_loads(i), **size)
-        layers_and_head = [layer.model for layer in layers]
-        layers_and_head[-1] += head
-        steps = phase.until_step - phase.from_step
-        costs = [cost + steps * more for cost, more in zip(costs, layers_and_head)]
-    return costs
+    return _cheapest(_schedule_costs(method, **size), pipe)
 
 
 def stage_costs(
@@ -95,18 +85,69 @@ def _checked(
     return cuts
 
 
-def _cheapest(costs: list[float], pipe: int) -> list[int]:
-    """Ends of `pipe` ranges such that the costliest costs least; then, the more equal ones."""
-    before = [0.0, *accumulate(costs)]
-    # end -> (costliest range, sum of squares), cuts: of the layers before `end` on so many stages
-    best: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {0: ((0.0, 0.0), ())}
-    for _ in range(pipe):
-        found: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {}
-        for start, ((worst, squares), cuts) in best.items():
-            for end in range(start + 1, len(costs) + 1):
-                cost = before[end] - before[start]
-                candidate = ((max(worst, cost), squares + cost * cost), (*cuts, end))
-                if end not in found or candidate < found[end]:
-                    found[end] = candidate
+def _schedule_costs(method: Method, **size: float | None) -> list[list[float]]:
+    """Model FLOPs of every layer over the steps of every phase, the head's with the last layer's."""
+    costs = []
+    for i, phase in enumerate(method.phases):
+        layers, head = flops_by_layer(method.shape, method.mean_loads(i), **size)
+        steps = phase.until_step - phase.from_step
+        costs.append([steps * layer.model for layer in layers])
+        costs[-1][-1] += steps * head
+    return costs
+
+
+# The costliest range of the first layers in every phase, then the ranges' squares; and their ends.
+Beginning = tuple[tuple[float, ...], tuple[int, ...]]
+
+
+def _cheapest(costs: list[list[float]], pipe: int) -> list[int]:
+    """Ends of `pipe` ranges of layers such that the costliest ranges of all phases together cost
+    least; then, the more equal ones.
+
+    Exact: of the beginnings with one end only those are left out that another one equals or beats
+    in every phase, whatever comes behind it, and those that must cost more than a known cut.
+
+    Args:
+        costs: of every phase, of every layer.
+    """
+    before = [[0.0, *accumulate(phase)] for phase in costs]
+    known, _ = _search(before, pipe, math.inf, at_most=1)
+    # Not below the sum itself, whatever the rounding.
+    _, cuts = _search(before, pipe, sum(known[:-1]) * (1 + 1e-9))
+    return list(cuts)
+
+
+def _search(
+    before: list[list[float]], pipe: int, limit: float, at_most: int | None = None
+) -> Beginning:
+    """The best cut; with `at_most` beginnings kept for an end it may be another one."""
+    num_layers = len(before[0]) - 1
+    best: dict[int, list[Beginning]] = {0: [((0.0,) * (len(before) + 1), ())]}
+    for left in reversed(range(pipe)):  # stages behind this one, each of a layer or more
+        found: dict[int, list[Beginning]] = {}
+        for end in range(pipe - left, num_layers - left + 1) if left else [num_layers]:
+            rest = [(sums[-1] - sums[end]) / max(1, left) for sums in before]
+            longer = [
+                _lengthened(beginning, [sums[end] - sums[start] for sums in before], end)
+                for start, beginnings in best.items()
+                if start < end
+                for beginning in beginnings
+            ]
+            within = [b for b in longer if sum(map(max, b[0], rest)) <= limit]
+            found[end] = _unbeaten(within)[:at_most]
         best = found
-    return list(best[len(costs)][1])
+    return best[num_layers][0]
+
+
+def _lengthened(beginning: Beginning, costs: list[float], end: int) -> Beginning:
+    (*worst, squares), cuts = beginning
+    return (*map(max, worst, costs), squares + sum(c * c for c in costs)), (*cuts, end)
+
+
+def _unbeaten(beginnings: list[Beginning]) -> list[Beginning]:
+    """Those that no other equals or beats in every number, the cheapest first."""
+    kept: list[Beginning] = []
+    for candidate in sorted(beginnings, key=lambda b: (sum(b[0][:-1]), b)):
+        if not any(all(map(le, other[0], candidate[0])) for other in kept):
+            kept.append(candidate)
+    return kept

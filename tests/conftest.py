@@ -7,9 +7,12 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from forks import fork, wait
+from workers import launched
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,9 +62,38 @@ def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **envir
     )
 
 
-def est_ds(*arguments: str, **kwargs):
-    """`est-ds ARGUMENTS` as a user starts it."""
-    return run_command(sys.executable, "-m", "est_ds.cli", *arguments, **kwargs)
+def est_ds(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
+    """`est-ds ARGUMENTS` in a forked process; what it starts itself is started as ever."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return _forked(arguments, [environment], cwd, timeout)
+
+
+def train(
+    run: Path, *overrides: str, processes: int, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """What `est-ds train RUN OVERRIDES` is on every rank, without the launcher that starts them.
+
+    Returns:
+        What all ranks said, and the exit code of them all; 1 if they differ.
+    """
+    ranks = launched(processes, **environment)
+    return _forked(("train", run, *overrides), list(ranks), ROOT, timeout)
+
+
+def _forked(arguments: tuple, environments: list[dict[str, str]], cwd: Path, timeout: float):
+    words = [str(a) for a in arguments]
+    with TemporaryDirectory() as folder:
+        out, err = streams = Path(folder, "out"), Path(folder, "err")
+        codes = wait([fork(_main, (words,), streams, cwd, e) for e in environments], timeout)
+        code = codes[0] if len(set(codes)) == 1 else 1
+        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+
+
+def _main(words: list[str]) -> None:
+    from est_ds.cli import main
+
+    sys.argv = ["est-ds", *words]
+    main(words)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import est_ds
+from conftest import train
 from layouts import LAYOUTS, METHODS, name_of, train_in
 from reference import assert_close
 from workers import start, train_all
@@ -163,7 +163,7 @@ def test_damage_is_found_and_named(name, how, run_at_15):
 def test_damaged_checkpoint_gives_way_to_the_newest_good_one(run_at_15, uninterrupted):
     for step, (name, how) in {15: (FILES[1], "flipped"), 14: (FILES[0], "truncated")}.items():
         harm(run_at_15 / "checkpoints" / f"step_{step:08d}" / name, how)
-    done = est_ds("train", run_at_15, "--processes", "2")
+    done = train(run_at_15, processes=2)
     assert done.returncode == 0, done.stderr
     assert "resuming at step 10 of 20" in done.stdout
     for step, name in ((15, FILES[1]), (14, FILES[0])):
@@ -177,7 +177,7 @@ def test_damaged_checkpoint_gives_way_to_the_newest_good_one(run_at_15, uninterr
 
 def test_damaged_checkpoint_is_an_error_where_the_latest_was_asked_for(run_at_15):
     harm(run_at_15 / "checkpoints" / "step_00000015" / FILES[2], "flipped")
-    done = est_ds("train", run_at_15, "resume=latest", "--processes", "2")
+    done = train(run_at_15, "resume=latest", processes=2)
     assert done.returncode == 2
     assert "rank_00001.safetensors is not what was written" in done.stderr
     assert "resume=auto" in done.stderr and "Traceback" not in done.stderr
@@ -188,7 +188,7 @@ def test_run_without_any_good_checkpoint_does_not_begin_anew(name, run_at_15):
     for checkpoint in (run_at_15 / "checkpoints").glob("step_*"):
         harm(checkpoint / name, "missing")
     before = (run_at_15 / "metrics.jsonl").read_bytes()
-    done = est_ds("train", run_at_15, "--processes", "2")
+    done = train(run_at_15, processes=2)
     assert done.returncode == 2 and "no checkpoint of the run is good" in done.stderr
     assert (run_at_15 / "metrics.jsonl").read_bytes() == before
 
@@ -212,7 +212,7 @@ def test_damaged_checkpoints_are_set_aside_and_do_not_count(run_at_15):
 def test_config_changed_behind_the_run_is_refused(run_at_15):
     text = (run_at_15 / "config.yaml").read_text()
     (run_at_15 / "config.yaml").write_text(text.replace("weight_decay: 0.1", "weight_decay: 5.0"))
-    done = est_ds("train", run_at_15, "--processes", "2")
+    done = train(run_at_15, processes=2)
     assert done.returncode == 2
     assert "optimizer.weight_decay is 0.1 there and 5.0 here" in done.stderr
 
@@ -281,7 +281,7 @@ def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(run_at_15):
     assert "could not write the checkpoint" in done.stderr and "Traceback" not in done.stderr
     assert Store(run_at_15 / "checkpoints").candidates()[0] == 15
     assert damage(run_at_15 / "checkpoints" / "step_00000015") is None
-    again = est_ds("train", run_at_15, "--processes", "2")
+    again = train(run_at_15, processes=2)
     assert again.returncode == 0 and "resuming at step 15" in again.stdout
 
 

@@ -6,48 +6,18 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from cases.tiny import TINY_RUN
 from forks import fork, wait
+from layouts import LAYOUTS, METHODS, Lazily, train_in, write_run
 from workers import launched
 
 ROOT = Path(__file__).resolve().parents[1]
-
-TINY_MODEL = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 64,
-}
-
-TINY_RUN = {
-    "seed": 3,
-    "steps": 20,
-    "model": TINY_MODEL,
-    "method": {
-        "name": "est",
-        "balance_groups": 2,
-        "phases": [
-            {"name": "small", "until": 8, "layers": 0.5, "heads": 0.5, "columns": 0.5},
-            {"name": "narrow", "until": 14, "heads": 0.5, "columns": 0.5},
-            {"name": "full", "until": 20},
-        ],
-    },
-    "batch": {"global": 8, "micro": 2},
-    "parallel": {"pipe": 2, "zero": 1, "processes": 4},
-    "optimizer": {"lr": 3e-3},
-    "schedule": {"name": "cosine", "warmup": 2},
-    "checkpoint": {"every": 5, "keep_last": 0},
-    "evaluate": {"every": 10, "sequences": 10},
-}
-
 
 def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
     """Runs a command to its end; standard output and error as text."""
@@ -69,29 +39,39 @@ def est_ds(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environmen
 
 
 def train(
-    run: Path, *overrides: str, processes: int, timeout: float = 300, **environment: str
+    run: Path, *overrides: str, processes: int, first: Callable = int, **environment: str
 ) -> subprocess.CompletedProcess:
     """What `est-ds train RUN OVERRIDES` is on every rank, without the launcher that starts them.
+
+    Args:
+        first: is called in every rank before all else.
 
     Returns:
         What all ranks said, and the exit code of them all; 1 if they differ.
     """
     ranks = launched(processes, **environment)
-    return _forked(("train", run, *overrides), list(ranks), ROOT, timeout)
+    return _forked(("train", run, *overrides), list(ranks), first=first)
 
 
-def _forked(arguments: tuple, environments: list[dict[str, str]], cwd: Path, timeout: float):
+def _forked(
+    arguments: tuple,
+    environments: list[dict[str, str]],
+    cwd: Path = ROOT,
+    timeout: float = 300,
+    first: Callable = int,
+) -> subprocess.CompletedProcess:
     words = [str(a) for a in arguments]
     with TemporaryDirectory() as folder:
         out, err = streams = Path(folder, "out"), Path(folder, "err")
-        codes = wait([fork(_main, (words,), streams, cwd, e) for e in environments], timeout)
+        codes = wait([fork(_main, (words, first), streams, cwd, e) for e in environments], timeout)
         code = codes[0] if len(set(codes)) == 1 else 1
         return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], first: Callable) -> None:
     from est_ds.cli import main
 
+    first()
     sys.argv = ["est-ds", *words]
     main(words)
 
@@ -143,3 +123,24 @@ def trained(tiny_run, tmp_path_factory) -> Path:
     (run_dir / "stdout.txt").write_text(done.stdout)
     (run_dir / "stderr.txt").write_text(done.stderr)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def synthetic_run(tmp_path_factory) -> Path:
+    """A run file on synthetic tokens."""
+    return write_run(tmp_path_factory.mktemp("synthetic"))
+
+
+@pytest.fixture(scope="session")
+def in_layouts(synthetic_run, tmp_path_factory) -> dict[tuple[str, str, str], Path]:
+    """Finished runs of a (layout, method, precision) with all their checkpoints; trained when first
+    asked for."""
+    folder = tmp_path_factory.mktemp("in_layouts")
+
+    def trained(key: tuple[str, str, str]) -> Path:
+        layout, method, precision = key
+        overrides = [f"method={METHODS[method]}", f"precision={precision}"]
+        [run] = train_in(folder, synthetic_run, [(layout, f"{method} {precision}", overrides)])
+        return run
+
+    return Lazily(trained)

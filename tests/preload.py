@@ -7,6 +7,7 @@ import deepspeed
 import deepspeed.runtime.pipe.engine
 import deepspeed.runtime.zero.muon.muon_optimizer
 import deepspeed.runtime.zero.stage3
+import pytest
 import torch.utils.tensorboard
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 

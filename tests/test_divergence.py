@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import est_ds
-from layouts import LAYOUTS, METHODS, name_of
+from layouts import BF16_BOUND, LAYOUTS, METHODS, name_of
 from reference import assert_close, plain_adamw
-from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import start, train_all
 
 from est_ds.checkpoints.store import Store
@@ -47,7 +46,7 @@ GOING_BACK = FAST[1:]
 
 
 @pytest.fixture(scope="module")
-def reference(synthetic_run, tmp_path_factory):  # noqa: F811
+def reference(synthetic_run, tmp_path_factory):
     """Losses without DeepSpeed, by method, steps left out and precision."""
     folder = tmp_path_factory.mktemp("reference")
     parallel = "parallel={pipe: 1, zero: 1}"
@@ -77,13 +76,13 @@ def train_poisoned(folder: Path, run: Path, cases: Iterable[tuple[str, str]]) ->
 
 
 @pytest.fixture(scope="module")
-def poisoned(synthetic_run, tmp_path_factory):  # noqa: F811
+def poisoned(synthetic_run, tmp_path_factory):
     cases = [(name, "skip") for name in FAST] + [(name, "rollback") for name in GOING_BACK]
     return train_poisoned(tmp_path_factory.mktemp("poisoned"), synthetic_run, cases)
 
 
 @pytest.fixture(scope="module")
-def poisoned_too(synthetic_run, tmp_path_factory):  # noqa: F811
+def poisoned_too(synthetic_run, tmp_path_factory):
     cases = [(name, "skip") for name in SLOW]
     return train_poisoned(tmp_path_factory.mktemp("poisoned_too"), synthetic_run, cases)
 
@@ -122,7 +121,7 @@ def test_going_back_gives_what_skipping_gives_bit_for_bit(case, poisoned):
     assert read_events(skipped) == read_events(went_back)
 
 
-def test_stop_ends_all_ranks_before_the_step_is_applied(synthetic_run, tmp_path):  # noqa: F811
+def test_stop_ends_all_ranks_before_the_step_is_applied(synthetic_run, tmp_path):
     processes, arguments = LAYOUTS["pipe 2, ZeRO 0"]
     overrides = [f"run_dir={tmp_path}/run", *arguments, EST]
     job = {"run": synthetic_run, "overrides": overrides, "poison": [[11, "gradient"]]}
@@ -174,7 +173,7 @@ def test_run_goes_back_and_never_forward_to_checkpoints_of_a_lost_future(poisone
 
 
 def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(
-    synthetic_run, tmp_path  # noqa: F811
+    synthetic_run, tmp_path
 ):
     policy = ["divergence.nonfinite=skip", "divergence.limit=20"]
     overrides = [f"run_dir={tmp_path}/run", *LAYOUTS["pipe 2, ZeRO 0"][1], EST, *policy]
@@ -188,7 +187,7 @@ def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(
     assert again.returncode == 0 and "steps left out" in again.stdout
 
 
-def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):  # noqa: F811
+def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):
     processes, arguments = LAYOUTS["data 2, ZeRO 2"]
     policy = ["divergence.nonfinite=skip", "divergence.limit=2"]
     overrides = [f"run_dir={tmp_path}/run", *arguments, EST, *policy]
@@ -200,7 +199,7 @@ def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):  # 
 
 
 def test_spike_is_left_out_and_the_run_equals_one_without_that_step(
-    synthetic_run, reference, tmp_path  # noqa: F811
+    synthetic_run, reference, tmp_path
 ):
     jobs = []
     for policy in ("report", "rollback"):

@@ -25,7 +25,6 @@ from est_ds.data.indexed import Corpus
 from est_ds.errors import LocalFailure
 from est_ds.metrics import FILE, MetricsFile, read_metrics
 from test_bad_input import refused
-from test_layouts import synthetic_run  # noqa: F401  a fixture
 from test_sigkill import kill_all
 
 slow = pytest.mark.slow
@@ -37,7 +36,7 @@ SETTINGS = [
 
 
 @pytest.fixture
-def folder(synthetic_run, tmp_path) -> Path:  # noqa: F811
+def folder(synthetic_run, tmp_path) -> Path:
     """With a copy of the run file's corpora."""
     for file in synthetic_run.parent.glob("*.*"):
         shutil.copy(file, tmp_path)

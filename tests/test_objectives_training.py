@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from conftest import TINY_MODEL, est_ds
+from cases.tiny import TINY_MODEL
+from conftest import est_ds
 from reference import assert_close
 
 from est_ds.run_file import load_run

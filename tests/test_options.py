@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from layouts import LAYOUTS, METHODS
+from layouts import BF16_BOUND, LAYOUTS, METHODS
 from reference import assert_close, plain_adamw
-from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import train_all
 
 from est_ds.run_file import load_run
@@ -55,7 +54,7 @@ WORKS = [(o, c) for o, c, word in cells() if word == "works"]
 
 
 @pytest.mark.parametrize(("overrides", "column"), REFUSED)
-def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run):  # noqa: F811
+def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run):
     with pytest.raises(UserError) as refused:
         plan_run(load_run(synthetic_run, arguments(column, overrides)))
     field = overrides[0].split("=")[0]
@@ -64,7 +63,7 @@ def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run)
 
 
 @pytest.fixture(scope="session")
-def expected(synthetic_run, tmp_path_factory):  # noqa: F811
+def expected(synthetic_run, tmp_path_factory):
     """Losses of one process of plain torch by what changes them."""
     folder = tmp_path_factory.mktemp("expected")
     kinds = {(): [], ("bf16",): ["precision=bf16"], ("freeze",): ["optimizer.inactive=freeze"]}
@@ -92,13 +91,13 @@ def check(some, folder: Path, run: Path, expected) -> None:
 
 
 @pytest.mark.parametrize("option", FAST)
-def test_own_options_train_the_same(option, synthetic_run, expected, tmp_path):  # noqa: F811
+def test_own_options_train_the_same(option, synthetic_run, expected, tmp_path):
     check([(o, c) for o, c in WORKS if o == (option,)], tmp_path, synthetic_run, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", sorted({o for o, _ in WORKS}), ids=" ".join)
-def test_option_trains_the_same_wherever_it_works(overrides, synthetic_run, expected, tmp_path):  # noqa: F811
+def test_option_trains_the_same_wherever_it_works(overrides, synthetic_run, expected, tmp_path):
     if "compile=true" in overrides and not shutil.which("g++"):
         pytest.skip("compile=true needs a C++ compiler on a CPU")
     some = [(o, c) for o, c in WORKS if o == overrides]

@@ -6,7 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 
 import pytest
-from conftest import TINY_MODEL
+from cases.tiny import TINY_MODEL
 
 from est_ds.config import RunConfig
 from est_ds.run_file import load_run

@@ -23,7 +23,6 @@ from est_ds.checkpoints.reader import damage
 from est_ds.checkpoints.store import BEST, LATEST, Store
 from est_ds.metrics import FILE, read_metrics
 from est_ds.resuming.compare import Bounds, compare_runs
-from test_layouts import synthetic_run  # noqa: F401  a fixture
 
 STEPS, ENDS, SAVED_EVERY, EVALUATED_EVERY = 60, (20, 40, 60), 4, 6
 SETTINGS = [
@@ -49,7 +48,7 @@ def command(run: Path, run_dir: Path, layout: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(synthetic_run, tmp_path_factory) -> Callable[[str], Path]:  # noqa: F811
+def uninterrupted(synthetic_run, tmp_path_factory) -> Callable[[str], Path]:
     """The run directory of a layout's run that nobody kills; trained when first asked for."""
     folder, done = tmp_path_factory.mktemp("uninterrupted"), {}
 
@@ -217,7 +216,7 @@ def check_equal(run_dir: Path, expected: Path) -> None:
 )
 def test_killed_run_is_the_one_never_killed(
     kills,
-    synthetic_run,  # noqa: F811
+    synthetic_run,
     uninterrupted,
     tmp_path,
 ):

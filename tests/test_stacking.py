@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_MODEL, est_ds
+from cases.tiny import TINY_MODEL
+from conftest import est_ds
 
 from est_ds.run_file import load_run
 from est_ds.engine.base import token_loss

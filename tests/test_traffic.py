@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from layouts import LAYOUTS, METHODS
-from test_layouts import synthetic_run  # noqa: F401  a fixture
 from workers import train_all
 
 CASES = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
@@ -28,7 +27,7 @@ GRADIENTS = ("all_reduce", "reduce", "reduce_scatter_tensor")
 
 
 @pytest.fixture(scope="session")
-def logged(synthetic_run, tmp_path_factory) -> tuple[dict[tuple[str, str], list], str]:  # noqa: F811
+def logged(synthetic_run, tmp_path_factory) -> tuple[dict[tuple[str, str], list], str]:
     """Bytes by operation of rank 0 for every step, and what was said."""
     folder: Path = tmp_path_factory.mktemp("traffic")
     jobs: dict[int, list[dict]] = {}

@@ -49,6 +49,8 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     jobs = json.loads(json.dumps(jobs, default=str))
     logs = [folder / f"rank{rank}.log" for rank in range(processes)]
+    for log in logs:
+        log.unlink(missing_ok=True)
     ranks = [
         fork(run_jobs, (jobs,), (log, log), ROOT, environment)
         for log, environment in zip(logs, launched(processes))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,10 +16,12 @@ import pytest
 import yaml
 from cases.tiny import TINY_RUN
 from forks import fork, wait
-from layouts import LAYOUTS, METHODS, Lazily, train_in, write_run
+from layouts import METHODS, Lazily, train_in, write_run
+from namespaces import Job, signal_all
 from workers import launched
 
 ROOT = Path(__file__).resolve().parents[1]
+
 
 def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
     """Runs a command to its end; standard output and error as text."""
@@ -34,12 +38,16 @@ def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **envir
 
 def est_ds(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
     """`est-ds ARGUMENTS` in a forked process; what it starts itself is started as ever."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return _forked(arguments, [environment], cwd, timeout)
+    with TemporaryDirectory() as folder:
+        streams = Path(folder, "out"), Path(folder, "err")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        process = fork(_main, ([str(a) for a in arguments], int), streams, cwd, environment)
+        [code] = wait([process], timeout)
+        return subprocess.CompletedProcess(arguments, code, *(s.read_text() for s in streams))
 
 
 def train(
-    run: Path, *overrides: str, processes: int, first: Callable = int, **environment: str
+    run: Path, *overrides: str, processes: int, first: Callable = int, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """What `est-ds train RUN OVERRIDES` is on every rank, without the launcher that starts them.
 
@@ -49,23 +57,21 @@ def train(
     Returns:
         What all ranks said, and the exit code of them all; 1 if they differ.
     """
-    ranks = launched(processes, **environment)
-    return _forked(("train", run, *overrides), list(ranks), first=first)
-
-
-def _forked(
-    arguments: tuple,
-    environments: list[dict[str, str]],
-    cwd: Path = ROOT,
-    timeout: float = 300,
-    first: Callable = int,
-) -> subprocess.CompletedProcess:
-    words = [str(a) for a in arguments]
     with TemporaryDirectory() as folder:
-        out, err = streams = Path(folder, "out"), Path(folder, "err")
-        codes = wait([fork(_main, (words, first), streams, cwd, e) for e in environments], timeout)
+        streams = Path(folder, "out"), Path(folder, "err")
+        codes = wait(fork_ranks((run, *overrides), processes, streams, first), timeout)
         code = codes[0] if len(set(codes)) == 1 else 1
-        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(
+            ("train", run, *overrides), code, *(s.read_text() for s in streams)
+        )
+
+
+def fork_ranks(
+    arguments: tuple, processes: int, streams: tuple[Path, Path], first: Callable = int
+) -> list[ForkServerProcess]:
+    """Starts the ranks of `est-ds train ARGUMENTS`; see `train`."""
+    words = ["train", *map(str, arguments)]
+    return [fork(_main, (words, first), streams, ROOT, e) for e in launched(processes)]
 
 
 def _main(words: list[str], first: Callable) -> None:
@@ -74,6 +80,19 @@ def _main(words: list[str], first: Callable) -> None:
     first()
     sys.argv = ["est-ds", *words]
     main(words)
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line with which `est-ds ARGUMENTS`, called in this process, refuses its input."""
+    from est_ds.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    output = capsys.readouterr()
+    assert exit.value.code == 2, output
+    assert "Traceback" not in output.err and output.out == ""
+    assert output.err.startswith("est-ds: error: ") and output.err.count("\n") == 1
+    return output.err
 
 
 @pytest.fixture(scope="session")
@@ -144,3 +163,11 @@ def in_layouts(synthetic_run, tmp_path_factory) -> dict[tuple[str, str, str], Pa
         return run
 
     return Lazily(trained)
+
+
+@pytest.fixture
+def job(cluster, tiny_run, tmp_path):
+    """A run on the hosts of the test file's `cluster`; nothing of it is left at the end."""
+    job = Job(cluster, tiny_run, tmp_path / "run")
+    yield job
+    signal_all(job.left(), signal.SIGKILL)

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from cases.tiny import TINY_RUN
+from forks import fork, wait
+from layouts import METHODS, Lazily, train_in, write_run
+from namespaces import Job, signal_all
+from workers import launched
 
 ROOT = Path(__file__).resolve().parents[1]
-
-TINY_MODEL = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 64,
-}
-
-TINY_RUN = {
-    "seed": 3,
-    "steps": 20,
-    "model": TINY_MODEL,
-    "method": {
-        "name": "est",
-        "balance_groups": 2,
-        "phases": [
-            {"name": "small", "until": 8, "layers": 0.5, "heads": 0.5, "columns": 0.5},
-            {"name": "narrow", "until": 14, "heads": 0.5, "columns": 0.5},
-            {"name": "full", "until": 20},
-        ],
-    },
-    "batch": {"global": 8, "micro": 2},
-    "parallel": {"pipe": 2, "zero": 1, "processes": 4},
-    "optimizer": {"lr": 3e-3},
-    "schedule": {"name": "cosine", "warmup": 2},
-    "checkpoint": {"every": 5, "keep_last": 0},
-    "evaluate": {"every": 10, "sequences": 10},
-}
 
 
 def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
@@ -59,9 +36,63 @@ def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **envir
     )
 
 
-def est_ds(*arguments: str, **kwargs):
-    """`est-ds ARGUMENTS` as a user starts it."""
-    return run_command(sys.executable, "-m", "est_ds.cli", *arguments, **kwargs)
+def est_ds(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
+    """`est-ds ARGUMENTS` in a forked process; what it starts itself is started as ever."""
+    with TemporaryDirectory() as folder:
+        streams = Path(folder, "out"), Path(folder, "err")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        process = fork(_main, ([str(a) for a in arguments], int), streams, cwd, environment)
+        [code] = wait([process], timeout)
+        return subprocess.CompletedProcess(arguments, code, *(s.read_text() for s in streams))
+
+
+def train(
+    run: Path, *overrides: str, processes: int, first: Callable = int, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """What `est-ds train RUN OVERRIDES` is on every rank, without the launcher that starts them.
+
+    Args:
+        first: is called in every rank before all else.
+
+    Returns:
+        What all ranks said, and the exit code of them all; 1 if they differ.
+    """
+    with TemporaryDirectory() as folder:
+        streams = Path(folder, "out"), Path(folder, "err")
+        codes = wait(fork_ranks((run, *overrides), processes, streams, first), timeout)
+        code = codes[0] if len(set(codes)) == 1 else 1
+        return subprocess.CompletedProcess(
+            ("train", run, *overrides), code, *(s.read_text() for s in streams)
+        )
+
+
+def fork_ranks(
+    arguments: tuple, processes: int, streams: tuple[Path, Path], first: Callable = int
+) -> list[ForkServerProcess]:
+    """Starts the ranks of `est-ds train ARGUMENTS`; see `train`."""
+    words = ["train", *map(str, arguments)]
+    return [fork(_main, (words, first), streams, ROOT, e) for e in launched(processes)]
+
+
+def _main(words: list[str], first: Callable) -> None:
+    from est_ds.cli import main
+
+    first()
+    sys.argv = ["est-ds", *words]
+    main(words)
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line with which `est-ds ARGUMENTS`, called in this process, refuses its input."""
+    from est_ds.cli import main
+
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    output = capsys.readouterr()
+    assert exit.value.code == 2, output
+    assert "Traceback" not in output.err and output.out == ""
+    assert output.err.startswith("est-ds: error: ") and output.err.count("\n") == 1
+    return output.err
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +142,32 @@ def trained(tiny_run, tmp_path_factory) -> Path:
     (run_dir / "stdout.txt").write_text(done.stdout)
     (run_dir / "stderr.txt").write_text(done.stderr)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def synthetic_run(tmp_path_factory) -> Path:
+    """A run file on synthetic tokens."""
+    return write_run(tmp_path_factory.mktemp("synthetic"))
+
+
+@pytest.fixture(scope="session")
+def in_layouts(synthetic_run, tmp_path_factory) -> dict[tuple[str, str, str], Path]:
+    """Finished runs of a (layout, method, precision) with all their checkpoints; trained when first
+    asked for."""
+    folder = tmp_path_factory.mktemp("in_layouts")
+
+    def trained(key: tuple[str, str, str]) -> Path:
+        layout, method, precision = key
+        overrides = [f"method={METHODS[method]}", f"precision={precision}"]
+        [run] = train_in(folder, synthetic_run, [(layout, f"{method} {precision}", overrides)])
+        return run
+
+    return Lazily(trained)
+
+
+@pytest.fixture
+def job(cluster, tiny_run, tmp_path):
+    """A run on the hosts of the test file's `cluster`; nothing of it is left at the end."""
+    job = Job(cluster, tiny_run, tmp_path / "run")
+    yield job
+    signal_all(job.left(), signal.SIGKILL)

@@ -15,8 +15,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from est_ds.run.metrics import read_metrics
+
 NEEDED = ("ip", "nsenter", "unshare", "sshd", "ssh-keygen", "pdsh")
 SUBNET = "10.77.0"
+# Of the watchdog of a `Job`.
+LIMIT_S = 15
 BOOT = """
 hostname {name}
 mount --bind {folder}/{name}.hosts /etc/hosts
@@ -218,6 +224,35 @@ class Cluster:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
+class Job:
+    """A run of the tiny model on a cluster, which goes on until it is ended."""
+
+    def __init__(self, cluster: Cluster, tiny_run: Path, run_dir: Path) -> None:
+        self.cluster, self.run_dir = cluster, run_dir
+        self.arguments = [
+            "train", str(tiny_run), f"run_dir={run_dir}", f"watchdog.limit_s={LIMIT_S}",
+        ]  # fmt: skip
+        self.endless = [*self.arguments, "steps=5000", "method.name=full", "checkpoint.every=1000"]
+
+    def begin(self, *more: str, slots: int = 2):
+        """Starts it over ssh, and waits until it trains."""
+        hostfile = self.cluster.hostfile(slots)
+        started = self.cluster.est_ds(*self.endless, "--hostfile", str(hostfile), *more)
+        self.wait_for_steps(5, started)
+        return started
+
+    def wait_for_steps(self, steps: int, started) -> None:
+        wait_until(lambda: started.process.poll() is not None or self.steps() >= steps, 180)
+        assert started.process.poll() is None, started.text
+
+    def steps(self) -> int:
+        return len(read_metrics(self.run_dir)[0])
+
+    def left(self) -> list[int]:
+        """Processes of the run on all hosts."""
+        return [pid for h in self.cluster.hosts if h.init for pid in h.find("est_ds.cli train")]
+
+
 def wait_until(true, limit_s: float, every_s: float = 0.1) -> None:
     end = time.monotonic() + limit_s
     while not true():
@@ -228,6 +263,31 @@ def wait_until(true, limit_s: float, every_s: float = 0.1) -> None:
 def signal_all(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         os.kill(pid, number)
+
+
+def kill_all(started: subprocess.Popen, run_dir: Path) -> None:
+    """SIGKILL to est-ds, its launcher and every rank, within about a millisecond."""
+    family = []
+    if started.poll() is None:
+        est_ds = psutil.Process(started.pid)
+        family = [est_ds, *est_ds.children(recursive=True)]
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    started.wait()
+    # One that was just being started ends by itself.
+    while subprocess.run(["pgrep", "-f", f"run_dir={run_dir} "], capture_output=True).stdout:
+        time.sleep(0.1)
+
+
+def ranks_of(starter: int) -> list[int]:
+    """The training processes that an `est-ds` has started."""
+    command = ["pgrep", "-f", "--", "-u -m est_ds.cli"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in found.stdout.split()}
+    return [int(p) for p, e in environments.items() if f"EST_DS_STARTER={starter}\0".encode() in e]
 
 
 def _environment() -> dict[str, str]:

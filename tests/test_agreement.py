@@ -6,7 +6,6 @@ import time
 
 import pytest
 from layouts import LAYOUTS, METHODS
-from test_layouts import synthetic_run  # noqa: F401  a fixture
 from workers import start
 
 from est_ds.run.metrics import read_metrics
@@ -14,7 +13,7 @@ from est_ds.run.metrics import read_metrics
 
 # ZeRO 3 and a pipeline would hang, ZeRO 1 would silently mix gradients of different layers.
 @pytest.mark.parametrize("layout", ["data 2, ZeRO 1", "data 2, ZeRO 3", "pipe 4, ZeRO 1"])
-def test_another_plan_on_one_rank_ends_all_with_ranks_and_digests(layout, synthetic_run, tmp_path):  # noqa: F811
+def test_another_plan_on_one_rank_ends_all_with_ranks_and_digests(layout, synthetic_run, tmp_path):
     processes, arguments = LAYOUTS[layout]
     overrides = [f"run_dir={tmp_path}/run", *arguments, f"method={METHODS['est']}"]
     job = {"run": synthetic_run, "overrides": overrides, "odd_from": 6}

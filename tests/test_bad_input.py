@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import est_ds
+from conftest import est_ds, refused, train
 
-from est_ds import cli
 from est_ds.config.run_file import load_run
 from est_ds.run.directory import lock_run_dir
 
@@ -142,16 +141,6 @@ REFUSED = {
 }
 
 
-def refused(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as exit:
-        cli.main([str(a) for a in arguments])
-    output = capsys.readouterr()
-    assert exit.value.code == 2, output
-    assert "Traceback" not in output.err and output.out == ""
-    assert output.err.startswith("est-ds: error: ") and output.err.count("\n") == 1
-    return output.err
-
-
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_clear_error_and_nothing_is_written(case, tiny_run, tmp_path, capsys):
     overrides, named = REFUSED[case]
@@ -183,10 +172,7 @@ def test_altered_corpus_is_refused_where_hashes_are_asked_for(tiny_run, corpus, 
         f.write(b"\7")
     run_dir = tmp_path / "run"
     overrides = [f"run_dir={run_dir}", f"data.train={tmp_path}/train", "parallel={pipe: 1}"]
-    done = est_ds(
-        "train", tiny_run, *overrides, "data.verify=hashes",
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0",
-    )  # fmt: skip
+    done = train(tiny_run, *overrides, "data.verify=hashes", processes=1)
     assert done.returncode == 2
     assert f"{tmp_path}/train.bin: sha256" in done.stderr and "Traceback" not in done.stderr
     assert [file.name for file in run_dir.iterdir()] == [".lock"]

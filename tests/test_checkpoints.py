@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import est_ds
-from layouts import LAYOUTS, METHODS, name_of, train_in
+from conftest import train
+from layouts import LAYOUTS, METHODS, name_of
 from reference import assert_close
-from test_layouts import synthetic_run  # noqa: F401  a fixture
 from workers import start, train_all
 
 from est_ds.checkpoints.index import FILE, Damaged, Index, read_index
@@ -27,34 +28,29 @@ from est_ds.run.metrics import read_metrics
 EST = [f"method={METHODS['est']}"]
 OFFLOAD = ["parallel.zero=2", "parallel.offload=true"]
 # Each layout saves for another one: ten steps and a phase boundary to go.
-PAIRS = [
-    ("1 process", "data 2, ZeRO 3", []),
-    ("data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1", []),
-    ("pipe 2 x data 2, ZeRO 1", "data 2, ZeRO 2", ["batch.micro=1"]),
-    ("data 2, ZeRO 2", "pipe 4, ZeRO 1", []),
-    ("pipe 4, ZeRO 1", "1 process", ["batch.micro=8"]),
-    ("pipe 2 x data 2, ZeRO 1", "1 process", []),
-    ("data 2, ZeRO 0", "pipe 2, ZeRO 0", []),
-    ("pipe 2, ZeRO 0", "data 2, ZeRO 1", []),
-    ("data 2, ZeRO 1", "data 2, ZeRO 3", ["parallel.offload=true"]),
-    ("data 2, ZeRO 3", "data 2, ZeRO 2", OFFLOAD),
-]
+PAIRS = {
+    ("1 process", "data 2, ZeRO 3"): [],
+    ("data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"): [],
+    ("pipe 2 x data 2, ZeRO 1", "data 2, ZeRO 2"): ["batch.micro=1"],
+    ("data 2, ZeRO 2", "pipe 4, ZeRO 1"): [],
+    ("pipe 4, ZeRO 1", "1 process"): ["batch.micro=8"],
+    ("pipe 2 x data 2, ZeRO 1", "1 process"): [],
+    ("data 2, ZeRO 0", "pipe 2, ZeRO 0"): [],
+    ("pipe 2, ZeRO 0", "data 2, ZeRO 1"): [],
+    ("data 2, ZeRO 1", "data 2, ZeRO 3"): ["parallel.offload=true"],
+    ("data 2, ZeRO 3", "data 2, ZeRO 2"): OFFLOAD,
+}
 SAME = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
 SAVED = 10
 KEPT = ("step", "loss", "grad_norm", "lr", "tokens", "plan_digest", "data_digest")
+# The fast tests write and read every form of a checkpoint once.
+FAST_PAIRS = list(PAIRS)[:3]
+FAST_SAME = [("data 2, ZeRO 2", "bf16"), ("pipe 2 x data 2, ZeRO 1", "fp32")]
 
 
-@pytest.fixture(scope="session")
-def uninterrupted(synthetic_run, tmp_path_factory) -> dict[str, Path]:  # noqa: F811
-    """Finished runs with all their checkpoints, by layout; those in bf16 as `LAYOUT, bf16`."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    cases = [(layout, "fp32", EST) for layout in LAYOUTS]
-    cases += [(layout, "bf16", [*EST, "precision=bf16"]) for layout in SAME]
-    runs = train_in(folder, synthetic_run, cases)
-    return {
-        layout if name == "fp32" else f"{layout}, {name}": run
-        for (layout, name, _), run in zip(cases, runs)
-    }
+def fast_first(fast: list, others: list) -> list:
+    """The values of a test's parameter, of which `others` are slow."""
+    return fast + [pytest.param(*o, marks=pytest.mark.slow) for o in others if o not in fast]
 
 
 def back_to(run: Path, step: int, target: Path) -> Path:
@@ -67,33 +63,28 @@ def back_to(run: Path, step: int, target: Path) -> Path:
     return target
 
 
-@pytest.fixture(scope="session")
-def resumed(uninterrupted, synthetic_run, tmp_path_factory) -> dict[tuple[str, str], Path]:  # noqa: F811
-    """Runs resumed at step 10 in another layout, and in their own."""
+@pytest.fixture(scope="module")
+def resume(in_layouts, synthetic_run, tmp_path_factory):
+    """Resumes the run of a layout at step 10 in a layout; returns its directory."""
     folder = tmp_path_factory.mktemp("resumed")
-    cases = [(there, here, [*EST, *extra]) for there, here, extra in PAIRS]
-    for layout in SAME:
-        cases.append((layout, layout, EST))
-        cases.append((f"{layout}, bf16", layout, [*EST, "precision=bf16"]))
-    jobs: dict[int, list[dict]] = {}
-    found = {}
-    for there, here, overrides in cases:
-        run = found[there, here] = back_to(
-            uninterrupted[there], SAVED, folder / name_of(there, "to", here)
-        )
+
+    def resume(there: str, here: str, precision: str, *more: str) -> Path:
+        run = folder / name_of(there, "to", here, precision)
+        back_to(in_layouts[there, "est", precision], SAVED, run)
         processes, arguments = LAYOUTS[here]
-        job = {"run": synthetic_run, "overrides": [f"run_dir={run}", *arguments, *overrides]}
-        jobs.setdefault(processes, []).append(job)
-    for processes, some in jobs.items():
-        said = train_all(folder / f"processes_{processes}", processes, some)
-        assert said.count(f"resuming at step {SAVED} of 20") == len(some)
-    return found
+        overrides = [f"run_dir={run}", *arguments, *EST, f"precision={precision}", *more]
+        said = train_all(folder / "log", processes, [{"run": synthetic_run, "overrides": overrides}])
+        assert f"resuming at step {SAVED} of 20" in said
+        return run
+
+    return resume
 
 
-@pytest.mark.parametrize(("there", "here"), [pair[:2] for pair in PAIRS])
-def test_run_resumed_in_another_layout_goes_on_the_same(there, here, resumed, uninterrupted):
-    steps, evaluations = read_metrics(resumed[there, here])
-    expected, expected_evaluations = read_metrics(uninterrupted[there])
+@pytest.mark.parametrize(("there", "here"), fast_first(FAST_PAIRS, list(PAIRS)))
+def test_run_resumed_in_another_layout_goes_on_the_same(there, here, resume, in_layouts):
+    run = resume(there, here, "fp32", *PAIRS[there, here])
+    steps, evaluations = read_metrics(run)
+    expected, expected_evaluations = read_metrics(in_layouts[there, "est", "fp32"])
     assert [e["step"] for e in steps] == list(range(20))
     assert_close([e["loss"] for e in steps], [e["loss"] for e in expected])
     assert_close([e["grad_norm"] for e in steps], [e["grad_norm"] for e in expected], within=1e-4)
@@ -104,10 +95,11 @@ def test_run_resumed_in_another_layout_goes_on_the_same(there, here, resumed, un
     assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("precision", ["", ", bf16"])
-@pytest.mark.parametrize("layout", SAME)
-def test_run_resumed_in_its_own_layout_is_bit_identical(layout, precision, resumed, uninterrupted):
-    run, whole = resumed[layout + precision, layout], uninterrupted[layout + precision]
+@pytest.mark.parametrize(
+    ("layout", "precision"), fast_first(FAST_SAME, list(product(SAME, ["fp32", "bf16"])))
+)
+def test_run_resumed_in_its_own_layout_is_bit_identical(layout, precision, resume, in_layouts):
+    run, whole = resume(layout, layout, precision), in_layouts[layout, "est", precision]
     steps, evaluations = read_metrics(run)
     expected, expected_evaluations = read_metrics(whole)
     assert [[e[k] for k in KEPT] for e in steps] == [[e[k] for k in KEPT] for e in expected]
@@ -117,23 +109,31 @@ def test_run_resumed_in_its_own_layout_is_bit_identical(layout, precision, resum
         assert files[0] == files[1]  # sizes and hashes of weights and moments
 
 
-def test_checkpoints_of_all_layouts_hold_the_same(uninterrupted):
-    with Checkpoint(uninterrupted["1 process"] / "checkpoints/step_00000005") as one:
+ALL = list(product(LAYOUTS, ["fp32"])) + list(product(SAME, ["bf16"]))
+
+
+@pytest.mark.parametrize(("layout", "precision"), fast_first(FAST_SAME, ALL))
+def test_checkpoints_of_all_layouts_hold_the_same(layout, precision, in_layouts):
+    name = "checkpoints/step_00000005"
+    with Checkpoint(in_layouts["1 process", "est", "fp32"] / name) as one:
         expected = one.weights()
-    for run in uninterrupted.values():
-        folder = run / "checkpoints" / "step_00000005"
-        with Checkpoint(folder) as held:
-            assert held.index.state.optimizer_steps == 5
-            weights = held.weights()
-        assert weights.keys() == expected.keys()
-        close = 0.1 if "bf16" in run.name else 1e-3
-        for name, weight in weights.items():
-            assert (weight - expected[name]).abs().max() < close
+    with Checkpoint(in_layouts[layout, "est", precision] / name) as held:
+        assert held.index.state.optimizer_steps == 5
+        weights = held.weights()
+    assert weights.keys() == expected.keys()
+    close = 0.1 if precision == "bf16" else 1e-3
+    for name, weight in weights.items():
+        assert (weight - expected[name]).abs().max() < close
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(in_layouts) -> Path:
+    return in_layouts["data 2, ZeRO 1", "est", "fp32"]
 
 
 @pytest.fixture
 def run_at_15(uninterrupted, tmp_path) -> Path:
-    return back_to(uninterrupted["data 2, ZeRO 1"], 15, tmp_path / "run")
+    return back_to(uninterrupted, 15, tmp_path / "run")
 
 
 FILES = (FILE, "rank_00000.safetensors", "rank_00001.safetensors")
@@ -163,7 +163,7 @@ def test_damage_is_found_and_named(name, how, run_at_15):
 def test_damaged_checkpoint_gives_way_to_the_newest_good_one(run_at_15, uninterrupted):
     for step, (name, how) in {15: (FILES[1], "flipped"), 14: (FILES[0], "truncated")}.items():
         harm(run_at_15 / "checkpoints" / f"step_{step:08d}" / name, how)
-    done = est_ds("train", run_at_15, "--processes", "2")
+    done = train(run_at_15, processes=2)
     assert done.returncode == 0, done.stderr
     assert "resuming at step 10 of 20" in done.stdout
     for step, name in ((15, FILES[1]), (14, FILES[0])):
@@ -171,13 +171,13 @@ def test_damaged_checkpoint_gives_way_to_the_newest_good_one(run_at_15, uninterr
         assert line.startswith("warning: ") and "resuming from step 10 instead" in line
         assert (run_at_15 / "checkpoints" / f"damaged_step_{step:08d}").is_dir()
     steps, _ = read_metrics(run_at_15)
-    expected, _ = read_metrics(uninterrupted["data 2, ZeRO 1"])
+    expected, _ = read_metrics(uninterrupted)
     assert [e["loss"] for e in steps] == [e["loss"] for e in expected]
 
 
 def test_damaged_checkpoint_is_an_error_where_the_latest_was_asked_for(run_at_15):
     harm(run_at_15 / "checkpoints" / "step_00000015" / FILES[2], "flipped")
-    done = est_ds("train", run_at_15, "resume=latest", "--processes", "2")
+    done = train(run_at_15, "resume=latest", processes=2)
     assert done.returncode == 2
     assert "rank_00001.safetensors is not what was written" in done.stderr
     assert "resume=auto" in done.stderr and "Traceback" not in done.stderr
@@ -188,7 +188,7 @@ def test_run_without_any_good_checkpoint_does_not_begin_anew(name, run_at_15):
     for checkpoint in (run_at_15 / "checkpoints").glob("step_*"):
         harm(checkpoint / name, "missing")
     before = (run_at_15 / "metrics.jsonl").read_bytes()
-    done = est_ds("train", run_at_15, "--processes", "2")
+    done = train(run_at_15, processes=2)
     assert done.returncode == 2 and "no checkpoint of the run is good" in done.stderr
     assert (run_at_15 / "metrics.jsonl").read_bytes() == before
 
@@ -212,7 +212,7 @@ def test_damaged_checkpoints_are_set_aside_and_do_not_count(run_at_15):
 def test_config_changed_behind_the_run_is_refused(run_at_15):
     text = (run_at_15 / "config.yaml").read_text()
     (run_at_15 / "config.yaml").write_text(text.replace("weight_decay: 0.1", "weight_decay: 5.0"))
-    done = est_ds("train", run_at_15, "--processes", "2")
+    done = train(run_at_15, processes=2)
     assert done.returncode == 2
     assert "optimizer.weight_decay is 0.1 there and 5.0 here" in done.stderr
 
@@ -224,7 +224,7 @@ def test_lost_pointer_is_made_up_for(latest, run_at_15):
 
 
 def test_checkpoints_are_kept_as_the_settings_say(uninterrupted, tmp_path):
-    run = shutil.copytree(uninterrupted["1 process"], tmp_path / "run")
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
     store = Store(run / "checkpoints")
     losses = {step: read_index(store.path(step)).eval_loss for step in store.steps()}
     assert {step for step, loss in losses.items() if loss is not None} == {10, 20}
@@ -240,7 +240,7 @@ def test_checkpoints_are_kept_as_the_settings_say(uninterrupted, tmp_path):
     assert (store.named("latest"), store.named("best")) == (20, 20)
 
 
-def test_bytes_are_the_same_whether_written_aside_or_not(uninterrupted, synthetic_run, tmp_path):  # noqa: F811
+def test_bytes_are_the_same_whether_written_aside_or_not(uninterrupted, synthetic_run, tmp_path):
     layout = "data 2, ZeRO 1"
     processes, arguments = LAYOUTS[layout]
     overrides = [f"run_dir={tmp_path}/run", *arguments, *EST, "checkpoint.asynchronous=false"]
@@ -249,22 +249,25 @@ def test_bytes_are_the_same_whether_written_aside_or_not(uninterrupted, syntheti
         tag = f"checkpoints/step_{step:08d}"
         for name in FILES[1:]:
             written = (tmp_path / "run" / tag / name).read_bytes()
-            assert written == (uninterrupted[layout] / tag / name).read_bytes()
+            assert written == (uninterrupted / tag / name).read_bytes()
 
 
-def test_slow_disk_does_not_stop_training(synthetic_run, tmp_path):  # noqa: F811
+SLOW_S = 4.0
+
+
+def test_slow_disk_does_not_stop_training(synthetic_run, tmp_path):
     overrides = [f"run_dir={tmp_path}/run", *LAYOUTS["1 process"][1], *EST]
     overrides += ["checkpoint.every=100", "steps=20"]  # saved at 8, 14 and 20
-    job = {"run": synthetic_run, "overrides": overrides, "slow_disk_s": 4.0}
+    job = {"run": synthetic_run, "overrides": overrides, "slow_disk_s": SLOW_S}
     began = time.monotonic()
     train_all(tmp_path / "log", 1, [job])
-    assert time.monotonic() - began > 3 * 4.0
+    assert time.monotonic() - began > 3 * SLOW_S
     marks = json.loads((tmp_path / "run" / "marks.json").read_text())
-    # Eight steps are written down within the four seconds that the file of step 8 takes.
+    # Eight steps are written down within the seconds that the file of step 8 takes.
     assert marks["steps"]["13"] < marks["written"][0]
 
 
-def test_checkpoints_are_completed_without_looking_at_files(synthetic_run, tmp_path):  # noqa: F811
+def test_checkpoints_are_completed_without_looking_at_files(synthetic_run, tmp_path):
     processes, arguments = LAYOUTS["data 2, ZeRO 1"]
     job = {"run": synthetic_run, "overrides": [f"run_dir={tmp_path}/run", *arguments, *EST]}
     train_all(tmp_path / "log", processes, [{**job, "late_markers": True}])
@@ -273,15 +276,18 @@ def test_checkpoints_are_completed_without_looking_at_files(synthetic_run, tmp_p
     assert all(damage(store.path(step)) is None for step in store.steps())
 
 
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300 * 1024, 300 * 1024))
+
+
 def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(run_at_15):
     """The limit of a file's size stands for the disk's: writing fails in the same place."""
-    command = f"ulimit -f 300; exec {sys.executable} -m est_ds.cli train {run_at_15} --processes 2"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    done = train(run_at_15, processes=2, first=limit_files)
     assert done.returncode == 1
     assert "could not write the checkpoint" in done.stderr and "Traceback" not in done.stderr
     assert Store(run_at_15 / "checkpoints").candidates()[0] == 15
     assert damage(run_at_15 / "checkpoints" / "step_00000015") is None
-    again = est_ds("train", run_at_15, "--processes", "2")
+    again = train(run_at_15, processes=2)
     assert again.returncode == 0 and "resuming at step 15" in again.stdout
 
 
@@ -296,7 +302,10 @@ def test_too_little_disk_space_is_found_before_training(run_at_15):
     assert len(read_metrics(run_at_15)[0]) == 15
 
 
-def test_killed_while_saving_a_run_goes_on_bit_identically(uninterrupted, synthetic_run, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_while_saving_a_run_goes_on_bit_identically(
+    kills, uninterrupted, synthetic_run, tmp_path
+):
     layout, draw = "data 2, ZeRO 1", random.Random(7)
     processes, arguments = LAYOUTS[layout]
     run_dir = tmp_path / "run"
@@ -304,7 +313,7 @@ def test_killed_while_saving_a_run_goes_on_bit_identically(uninterrupted, synthe
         *(sys.executable, "-m", "est_ds.cli", "train", synthetic_run, f"run_dir={run_dir}"),
         *(*arguments, *EST, "checkpoint.every=1", "--processes", str(processes)),
     ]
-    for _ in range(3):
+    for _ in range(kills):
         started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # A folder is there for about as long as a rank writes.
         until = time.monotonic() + 120
@@ -317,10 +326,12 @@ def test_killed_while_saving_a_run_goes_on_bit_identically(uninterrupted, synthe
             time.sleep(0.1)
         store = Store(run_dir / "checkpoints")
         assert all(damage(store.path(step)) is None for step in store.steps())
-    done = subprocess.run([*command, "checkpoint.every=5"], capture_output=True, text=True)
+    done = train(
+        synthetic_run, f"run_dir={run_dir}", *arguments, *EST, "checkpoint.every=5", processes=processes
+    )
     assert done.returncode == 0, done.stderr
     final = "checkpoints/step_00000020"
-    assert read_index(run_dir / final).files == read_index(uninterrupted[layout] / final).files
+    assert read_index(run_dir / final).files == read_index(uninterrupted / final).files
     assert not list(run_dir.glob("checkpoints/.step_*"))
 
 

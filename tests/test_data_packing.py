@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, est_ds
+from conftest import ROOT, est_ds, train
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
 from packings import files_of, pack, pack_arguments, source, texts  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -338,8 +338,8 @@ def test_a_run_trains_and_exports_with_a_hugging_face_tokenizer(
     fields = (f"data.train={tmp_path}/train", f"data.valid={tmp_path}/valid")
     settings = ("steps=2", "method.name=full", "model.vocab_size=600", "parallel.pipe=1",
                 "checkpoint.every=2", "evaluate.every=2")  # fmt: skip
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *fields, *settings,
-                  f"data.tokenizer={gpt2_like}", "--processes", "1")  # fmt: skip
+    settings += (f"data.tokenizer={gpt2_like}",)
+    done = train(tiny_run, f"run_dir={run_dir}", *fields, *settings, processes=1)
     assert done.returncode == 0, done.stderr
     done = est_ds("export", run_dir)
     assert done.returncode == 0, done.stderr

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import est_ds
-from layouts import LAYOUTS, METHODS, name_of
+from conftest import est_ds, train
+from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily, name_of
 from reference import assert_close, plain_adamw
-from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import start, train_all
 
 from est_ds.checkpoints.state import Seen
@@ -42,65 +40,49 @@ CASES = {name: (name, []) for name in LAYOUTS if name != "pipe 4, ZeRO 1"} | {
     "offload, ZeRO 2": ("data 2, ZeRO 2", ["parallel.offload=true"]),
     "offload, ZeRO 3": ("data 2, ZeRO 3", ["parallel.offload=true"]),
 }
-FAST = ["bf16", "pipe 2, ZeRO 0", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
-SLOW = [name for name in CASES if name not in FAST]
-GOING_BACK = FAST[1:]
+SLOW = pytest.mark.slow
+FAST = ["bf16", "pipe 2, ZeRO 0", "data 2, ZeRO 2"]
+SKIPPING = FAST + [pytest.param(name, marks=SLOW) for name in CASES if name not in FAST]
+GOING_BACK = [
+    *("pipe 2, ZeRO 0", "data 2, ZeRO 2"),
+    *(pytest.param(n, marks=SLOW) for n in ("data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1")),
+]
 
 
 @pytest.fixture(scope="module")
-def reference(synthetic_run, tmp_path_factory):  # noqa: F811
+def reference(synthetic_run, tmp_path_factory):
     """Losses without DeepSpeed, by method, steps left out and precision."""
     folder = tmp_path_factory.mktemp("reference")
-    parallel = "parallel={pipe: 1, zero: 1}"
-    cases = [("est", (6, 11), "fp32"), ("est", (6, 11), "bf16"), ("full", (16,), "fp32")]
-    found = {}
-    for method, left_out, precision in cases:
+
+    def train(key: tuple[str, tuple[int, ...], str]):
+        method, left_out, precision = key
         settings = [f"method={METHODS[method]}", f"precision={precision}"]
-        config = load_run(synthetic_run, [f"run_dir={folder}/run", parallel, *settings])
-        found[method, left_out, precision] = plain_adamw(config, left_out)
-    return found
+        overrides = [f"run_dir={folder}/run", "parallel={pipe: 1, zero: 1}", *settings]
+        return plain_adamw(load_run(synthetic_run, overrides), left_out)
+
+    return Lazily(train)
 
 
-def train_poisoned(folder: Path, run: Path, cases: Iterable[tuple[str, str]]) -> dict:
-    """Run directories by case and policy."""
-    found, jobs = {}, {}
-    for name, policy in cases:
-        layout, more = CASES[name]
+@pytest.fixture(scope="module")
+def poisoned(synthetic_run, tmp_path_factory):
+    """Run directories by case and policy, trained when first asked for."""
+    folder = tmp_path_factory.mktemp("poisoned")
+
+    def train(key: tuple[str, str]) -> Path:
+        (layout, more), policy = CASES[key[0]], key[1]
         processes, arguments = LAYOUTS[layout]
-        run_dir = found[name, policy] = folder / name_of(name, policy)
-        settings = [EST, *arguments, *more, f"divergence.nonfinite={policy}"]
-        overrides = [f"run_dir={run_dir}", *settings]
-        job = {"run": run, "overrides": overrides, "poison": POISON}
-        jobs.setdefault(processes, []).append(job)
-    for processes, some in jobs.items():
-        train_all(folder / f"processes_{processes}", processes, some)
-    return found
+        run_dir = folder / name_of(*key)
+        overrides = [f"run_dir={run_dir}", EST, *arguments, *more, f"divergence.nonfinite={policy}"]
+        job = {"run": synthetic_run, "overrides": overrides, "poison": POISON}
+        train_all(folder / "log", processes, [job])
+        return run_dir
+
+    return Lazily(train)
 
 
-@pytest.fixture(scope="module")
-def poisoned(synthetic_run, tmp_path_factory):  # noqa: F811
-    cases = [(name, "skip") for name in FAST] + [(name, "rollback") for name in GOING_BACK]
-    return train_poisoned(tmp_path_factory.mktemp("poisoned"), synthetic_run, cases)
-
-
-@pytest.fixture(scope="module")
-def poisoned_too(synthetic_run, tmp_path_factory):  # noqa: F811
-    cases = [(name, "skip") for name in SLOW]
-    return train_poisoned(tmp_path_factory.mktemp("poisoned_too"), synthetic_run, cases)
-
-
-@pytest.mark.parametrize("case", FAST)
+@pytest.mark.parametrize("case", SKIPPING)
 def test_skipped_steps_leave_no_trace_in_any_layout(case, poisoned, reference):
-    assert_nothing_of_skipped_steps(case, poisoned[case, "skip"], reference)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW)
-def test_skipped_steps_leave_no_trace_in_other_layouts(case, poisoned_too, reference):
-    assert_nothing_of_skipped_steps(case, poisoned_too[case, "skip"], reference)
-
-
-def assert_nothing_of_skipped_steps(case: str, run: Path, reference: dict) -> None:
+    run = poisoned[case, "skip"]
     steps, _ = read_metrics(run)
     assert [e["step"] for e in steps] == [s for s in range(20) if s not in (6, 11)]
     precision, within = ("bf16", BF16_BOUND) if "bf16" in case else ("fp32", 1e-5)
@@ -123,7 +105,7 @@ def test_going_back_gives_what_skipping_gives_bit_for_bit(case, poisoned):
     assert read_events(skipped) == read_events(went_back)
 
 
-def test_stop_ends_all_ranks_before_the_step_is_applied(synthetic_run, tmp_path):  # noqa: F811
+def test_stop_ends_all_ranks_before_the_step_is_applied(synthetic_run, tmp_path):
     processes, arguments = LAYOUTS["pipe 2, ZeRO 0"]
     overrides = [f"run_dir={tmp_path}/run", *arguments, EST]
     job = {"run": synthetic_run, "overrides": overrides, "poison": [[11, "gradient"]]}
@@ -141,7 +123,7 @@ def test_diverging_run_ends_with_code_3_and_one_line(tiny_run, tmp_path):
     [line] = done.stderr.splitlines()
     assert line.startswith("est-ds: failed: step ") and "was not applied" in line
     before = read_metrics(tmp_path / "run")[0][-1]["step"]
-    again = est_ds("train", tmp_path / "run", "divergence.nonfinite=skip", "divergence.limit=1")
+    again = train(tmp_path / "run", "divergence.nonfinite=skip", "divergence.limit=1", processes=2)
     assert again.returncode == 3 and "divergence.limit" in again.stderr
     assert [e["step"] for e in read_events(tmp_path / "run")] == [before + 1]
 
@@ -175,7 +157,7 @@ def test_run_goes_back_and_never_forward_to_checkpoints_of_a_lost_future(poisone
 
 
 def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(
-    synthetic_run, tmp_path  # noqa: F811
+    synthetic_run, tmp_path
 ):
     policy = ["divergence.nonfinite=skip", "divergence.limit=20"]
     overrides = [f"run_dir={tmp_path}/run", *LAYOUTS["pipe 2, ZeRO 0"][1], EST, *policy]
@@ -189,7 +171,7 @@ def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(
     assert again.returncode == 0 and "steps left out" in again.stdout
 
 
-def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):  # noqa: F811
+def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):
     processes, arguments = LAYOUTS["data 2, ZeRO 2"]
     policy = ["divergence.nonfinite=skip", "divergence.limit=2"]
     overrides = [f"run_dir={tmp_path}/run", *arguments, EST, *policy]
@@ -201,7 +183,7 @@ def test_more_bad_steps_than_the_limit_end_the_run(synthetic_run, tmp_path):  # 
 
 
 def test_spike_is_left_out_and_the_run_equals_one_without_that_step(
-    synthetic_run, reference, tmp_path  # noqa: F811
+    synthetic_run, reference, tmp_path
 ):
     jobs = []
     for policy in ("report", "rollback"):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import est_ds
+from conftest import train
 from layouts import LAYOUTS, train_in
 from reference import assert_close
 from test_data import write_corpus
@@ -221,6 +221,6 @@ def test_what_a_mixture_trained_on_is_said_and_checked(trained, corpus, tmp_path
     run_dir = shutil.copytree(trained["1 process"], tmp_path / "run")
     (run_dir / "checkpoints" / "latest").write_text("step_00000015\n")
     places = [f"data.train.{i}.corpus={corpus}/{n}" for i, n in enumerate(("valid", "train"))]
-    done = est_ds("train", run_dir, *places, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    done = train(run_dir, *places, processes=1)
     assert done.returncode == 2
     assert f"data.train='{corpus}/valid' is not the corpus" in done.stderr

@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from namespaces import Started, wait_until
-from test_bad_input import refused
-from test_layouts import synthetic_run  # noqa: F401  a fixture
-from test_sigkill import kill_all
+from conftest import fork_ranks, refused
+from namespaces import Started, kill_all, wait_until
 
 from est_ds.checkpoints.index import FILE as INDEX
 from est_ds.checkpoints.index import Index
@@ -37,7 +35,7 @@ SETTINGS = [
 
 
 @pytest.fixture
-def folder(synthetic_run, tmp_path) -> Path:  # noqa: F811
+def folder(synthetic_run, tmp_path) -> Path:
     """With a copy of the run file's corpora."""
     for file in synthetic_run.parent.glob("*.*"):
         shutil.copy(file, tmp_path)
@@ -76,10 +74,14 @@ def device(disk: Path) -> str:
     return Path(found.stdout.strip()).name
 
 
+def arguments(folder: Path, run_dir: Path) -> tuple[str, ...]:
+    corpora = [f"data.{name}={folder / name}" for name in ("train", "valid", "tokenizer")]
+    corpora[-1] = f"data.tokenizer={folder}"
+    return str(folder / "run.yaml"), f"run_dir={run_dir}", *corpora, *SETTINGS
+
+
 def begin(folder: Path, run_dir: Path, *overrides: str) -> Started:
-    corpora = [f"data.{name}={folder / name}" for name in ("train", "valid")]
-    command = [sys.executable, "-m", "est_ds.cli", "train", str(folder / "run.yaml")]
-    command += [f"run_dir={run_dir}", *corpora, f"data.tokenizer={folder}", *SETTINGS, *overrides]
+    command = [sys.executable, "-m", "est_ds.cli", "train", *arguments(folder, run_dir), *overrides]
     log = folder / f"log-{time.monotonic_ns()}"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
@@ -119,12 +121,15 @@ def check_goes_on(folder: Path, run_dir: Path) -> None:
     store = Store(run_dir / "checkpoints")
     last = store.named(LATEST)
     assert damage(store.path(last)) is None
-    job = begin(folder, run_dir)
+    log = folder / "goes_on"
+    ranks = fork_ranks(arguments(folder, run_dir), 2, (log, log))
     try:
-        wait_until(lambda: f"step {last + 1}/" in job.text or job.process.poll() is not None, 180)
-        assert f"resuming at step {last} of" in job.text and job.process.poll() is None, job.text
+        wait_until(lambda: log.exists() and f"step {last + 1}/" in log.read_text(), 180)
+        assert f"resuming at step {last} of" in log.read_text()
     finally:
-        kill_all(job.process, run_dir)
+        for rank in ranks:
+            rank.kill()
+            rank.join()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from conftest import est_ds
+from conftest import train
 from reference import assert_close
 from test_matrix import fitting
 from test_methods import SECTIONS
@@ -29,13 +29,12 @@ def test_layouts_agree_and_a_resumed_run_goes_on_the_same(name, tiny_run, tmp_pa
     losses = []
     for pipe, processes in ((1, 1), (2, 4)):
         run_dir = tmp_path / f"run{pipe}"
-        done = est_ds(
-            "train", file, f"run_dir={run_dir}", f"parallel.pipe={pipe}", "--processes", processes
-        )
+        overrides = [f"run_dir={run_dir}", f"parallel.pipe={pipe}"]
+        done = train(file, *overrides, processes=processes)
         assert done.returncode == 0, done.stderr
         losses.append([e["loss"] for e in read_metrics(run_dir)[0]])
     assert_close(losses[1], losses[0])
     (run_dir / "checkpoints" / "latest").write_text("step_00000004\n")
-    again = est_ds("train", run_dir, "--processes", "4")
+    again = train(run_dir, processes=4)
     assert again.returncode == 0, again.stderr
     assert [e["loss"] for e in read_metrics(run_dir)[0]] == losses[1]

@@ -11,60 +11,24 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from namespaces import Cluster, signal_all, wait_until, why_not
+from conftest import ROOT, train
+from namespaces import LIMIT_S, Cluster, signal_all, wait_until, why_not
 
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.run.metrics import read_metrics
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")
-LIMIT_S = 15
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     with Cluster(tmp_path_factory.mktemp("hosts")) as cluster:
         yield cluster
-
-
-class Job:
-    """A run of the tiny model on a cluster, which goes on until it is ended."""
-
-    def __init__(self, cluster: Cluster, tiny_run: Path, run_dir: Path) -> None:
-        self.cluster, self.run_dir = cluster, run_dir
-        self.arguments = [
-            "train", str(tiny_run), f"run_dir={run_dir}", f"watchdog.limit_s={LIMIT_S}",
-        ]  # fmt: skip
-        self.endless = [*self.arguments, "steps=5000", "method.name=full", "checkpoint.every=1000"]
-
-    def begin(self, *more: str):
-        """Starts it over ssh, and waits until it trains."""
-        hostfile = self.cluster.hostfile()
-        started = self.cluster.est_ds(*self.endless, "--hostfile", str(hostfile), *more)
-        self.wait_for_steps(5, started)
-        return started
-
-    def wait_for_steps(self, steps: int, started) -> None:
-        wait_until(lambda: started.process.poll() is not None or self.steps() >= steps, 180)
-        assert started.process.poll() is None, started.text
-
-    def steps(self) -> int:
-        return len(read_metrics(self.run_dir)[0])
-
-    def left(self) -> list[int]:
-        """Processes of the run on all hosts."""
-        return [pid for h in self.cluster.hosts if h.init for pid in h.find("est_ds.cli train")]
-
-
-@pytest.fixture
-def job(cluster, tiny_run, tmp_path):
-    job = Job(cluster, tiny_run, tmp_path / "run")
-    yield job
-    signal_all(job.left(), signal.SIGKILL)
 
 
 def assert_failed(started, job, within_s: float, what: str, *said: str) -> None:
@@ -82,8 +46,22 @@ def assert_failed(started, job, within_s: float, what: str, *said: str) -> None:
     assert "Traceback" not in started.text
 
 
-def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(job, trained):
-    hostfile = str(job.cluster.hostfile())
+@pytest.fixture(scope="module")
+def here(tiny_run, tmp_path_factory) -> Callable[[int], Path]:
+    """Trains the run on this machine in some processes; returns its directory."""
+    folder = tmp_path_factory.mktemp("here")
+
+    def trained(processes: int) -> Path:
+        done = train(tiny_run, f"run_dir={folder}/{processes}", processes=processes)
+        assert done.returncode == 0, done.stderr
+        return folder / str(processes)
+
+    return trained
+
+
+@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(slots, job, here):
+    hostfile = str(job.cluster.hostfile(slots))
     command = [*job.arguments, "--hostfile", hostfile]
     first = job.cluster.est_ds(*command)
     job.wait_for_steps(3, first)
@@ -100,16 +78,16 @@ def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(jo
     assert second.wait(90) == 0, second.text
     assert f"resuming at step {saved}" in second.text
 
-    here, there = read_metrics(trained), read_metrics(job.run_dir)
+    expected, found = read_metrics(here(2 * slots)), read_metrics(job.run_dir)
     for part in (0, 1):
         name = ("loss", "eval_loss")[part]
-        assert [e[name] for e in here[part]] == [e[name] for e in there[part]]
+        assert [e[name] for e in found[part]] == [e[name] for e in expected[part]]
 
 
 def test_killed_process_ends_all_and_is_named(job):
-    started = job.begin()
-    signal_all(job.cluster.hosts[1].ranks()[:1], signal.SIGKILL)
-    said = ("rank 2 on node1 (last step ", "3 others waited for it")
+    started = job.begin(slots=1)
+    signal_all(job.cluster.hosts[1].ranks(), signal.SIGKILL)
+    said = ("rank 1 on node1 (last step ", "1 other waited for it")
     assert_failed(started, job, 30, "a process killed", *said)
 
 
@@ -164,7 +142,7 @@ def test_notice_to_one_process_of_one_host_stops_all_at_one_step(job):
 
 
 def test_link_that_is_down_for_10_s_only_costs_that_time(job):
-    started = job.begin("watchdog.limit_s=30")
+    started = job.begin("watchdog.limit_s=30", slots=1)
     link = job.cluster.hosts[1]
     link.ip("link", "set", "eth0", "down")
     time.sleep(10)
@@ -185,7 +163,8 @@ def test_link_that_is_gone_ends_all_within_the_limit(job):
         link.ip("link", "set", "eth0", "up")
 
 
-def test_slow_link_trains_the_same(job, trained):
+@pytest.mark.slow
+def test_slow_link_trains_the_same(job, here):
     slow = job.cluster.hosts[1]
     shape = ("dev", "eth0", "root", "tbf", "rate", "20mbit", "burst", "32kb", "latency", "50ms")
     slow.tc("add", *shape)
@@ -195,12 +174,12 @@ def test_slow_link_trains_the_same(job, trained):
         assert started.wait(120) == 0, started.text
     finally:
         slow.tc("del", "dev", "eth0", "root")
-    here, there = (read_metrics(run_dir)[0] for run_dir in (trained, job.run_dir))
-    assert [e["loss"] for e in here] == [e["loss"] for e in there]
+    expected, found = (read_metrics(run_dir)[0] for run_dir in (here(4), job.run_dir))
+    assert [e["loss"] for e in found] == [e["loss"] for e in expected]
 
 
 def test_host_that_cannot_be_reached_ends_the_start_and_is_named(job):
-    hostfile = job.cluster.hostfile(2, "node0", "node7")
+    hostfile = job.cluster.hostfile(1, "node0", "node7")
     started = job.cluster.est_ds(*job.arguments, "--hostfile", str(hostfile))
     assert_failed(started, job, 2 * LIMIT_S + 30, "a host that is not there", "node7")
 
@@ -214,7 +193,7 @@ def test_host_of_another_version_is_refused_by_its_name(job):
         subprocess.run(host.command(*arguments, cwd=Path("/")), check=True)
         if arguments[0] == "umount":
             break
-        hostfile = str(job.cluster.hostfile())
+        hostfile = str(job.cluster.hostfile(1))
         started = job.cluster.est_ds(*job.arguments, "--hostfile", hostfile)
         assert started.wait(120) == 2, started.text
         assert "99.0 on node1" in started.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from conftest import TINY_MODEL, est_ds
+from cases.tiny import TINY_MODEL
+from conftest import train
 from reference import assert_close
 
 from est_ds.config.run_file import load_run
@@ -92,8 +93,8 @@ def plain_torch(file, run_dir):
     return losses, held_out
 
 
-def train(file, run_dir, *overrides):
-    done = est_ds("train", file, f"run_dir={run_dir}", *overrides, "--processes", "2")
+def trained(file, run_dir, *overrides):
+    done = train(file, f"run_dir={run_dir}", *overrides, processes=2)
     assert done.returncode == 0, done.stderr
     return read_metrics(run_dir)
 
@@ -103,7 +104,7 @@ def train(file, run_dir, *overrides):
 def test_layout_equals_one_process_of_plain_torch(case, layout, run_file, tmp_path):
     file = run_file(case)
     expected, expected_held_out = plain_torch(file, tmp_path / "none")
-    steps, evaluations = train(file, tmp_path / "run", *LAYOUTS[layout])
+    steps, evaluations = trained(file, tmp_path / "run", *LAYOUTS[layout])
     assert_close([e["loss"] for e in steps], expected)
     assert_close([e["eval_loss"] for e in evaluations], expected_held_out)
     if layout.startswith("pipe"):
@@ -113,7 +114,7 @@ def test_layout_equals_one_process_of_plain_torch(case, layout, run_file, tmp_pa
 def resumed(run_dir, steps, evaluations):
     """The run again from its checkpoint after step 2, as if it had been stopped there."""
     (run_dir / "checkpoints" / "latest").write_text("step_00000002\n")
-    again = est_ds("train", run_dir, "--processes", "2")
+    again = train(run_dir, processes=2)
     assert again.returncode == 0 and "resuming at step 2 of 6" in again.stdout, again.stderr
     kept = ("step", "loss", "grad_norm", "plan_digest", "data_digest")
     steps_again, evaluations_again = read_metrics(run_dir)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from layouts import LAYOUTS, METHODS
+from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily
 from reference import assert_close, plain_adamw
-from test_layouts import BF16_BOUND, synthetic_run  # noqa: F401  a fixture
 from workers import train_all
 
 from est_ds.config.run_file import load_run
@@ -27,7 +26,11 @@ COLUMNS = {
     "pipe, ZeRO 1": "pipe 2 x data 2, ZeRO 1",
 }
 # What est_ds itself offers is tried by the fast tests: test_layouts.py has the others.
-FAST = ("activation_checkpointing=true", "parallel.offload=true")
+FAST = [
+    ("activation_checkpointing=true", "ZeRO 3"),
+    ("activation_checkpointing=true", "pipe, ZeRO 0"),
+    ("parallel.offload=true", "ZeRO 2"),
+]
 
 
 def cells() -> list[tuple[tuple[str, ...], str, str]]:
@@ -55,7 +58,7 @@ WORKS = [(o, c) for o, c, word in cells() if word == "works"]
 
 
 @pytest.mark.parametrize(("overrides", "column"), REFUSED)
-def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run):  # noqa: F811
+def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run):
     with pytest.raises(UserError) as refused:
         plan_run(load_run(synthetic_run, arguments(column, overrides)))
     field = overrides[0].split("=")[0]
@@ -64,15 +67,16 @@ def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run)
 
 
 @pytest.fixture(scope="session")
-def expected(synthetic_run, tmp_path_factory):  # noqa: F811
+def expected(synthetic_run, tmp_path_factory):
     """Losses of one process of plain torch by what changes them."""
     folder = tmp_path_factory.mktemp("expected")
     kinds = {(): [], ("bf16",): ["precision=bf16"], ("freeze",): ["optimizer.inactive=freeze"]}
-    found = {}
-    for i, (kind, extra) in enumerate(kinds.items()):
-        overrides = [f"run_dir={folder}/{i}", "parallel={}", f"method={METHODS['est']}", *extra]
-        found[kind] = plain_adamw(load_run(synthetic_run, overrides)).losses
-    return found
+
+    def train(kind: tuple[str, ...]) -> list[float]:
+        overrides = [f"run_dir={folder}/run", "parallel={}", f"method={METHODS['est']}"]
+        return plain_adamw(load_run(synthetic_run, [*overrides, *kinds[kind]])).losses
+
+    return Lazily(train)
 
 
 def check(some, folder: Path, run: Path, expected) -> None:
@@ -91,14 +95,15 @@ def check(some, folder: Path, run: Path, expected) -> None:
         assert_close(losses, expected[kind], within=bound)
 
 
-@pytest.mark.parametrize("option", FAST)
-def test_own_options_train_the_same(option, synthetic_run, expected, tmp_path):  # noqa: F811
-    check([(o, c) for o, c in WORKS if o == (option,)], tmp_path, synthetic_run, expected)
+@pytest.mark.parametrize(("option", "column"), FAST)
+def test_own_options_train_the_same(option, column, synthetic_run, expected, tmp_path):
+    assert ((option,), column) in WORKS
+    check([((option,), column)], tmp_path, synthetic_run, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", sorted({o for o, _ in WORKS}), ids=" ".join)
-def test_option_trains_the_same_wherever_it_works(overrides, synthetic_run, expected, tmp_path):  # noqa: F811
+def test_option_trains_the_same_wherever_it_works(overrides, synthetic_run, expected, tmp_path):
     if "compile=true" in overrides and not shutil.which("g++"):
         pytest.skip("compile=true needs a C++ compiler on a CPU")
     some = [(o, c) for o, c in WORKS if o == overrides]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY_MODEL
+from cases.tiny import TINY_MODEL
 
 from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_per_process

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import est_ds
-from namespaces import wait_until
+from conftest import train
+from namespaces import ranks_of, wait_until
 
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.ranks.preempt import EXIT_CODE
@@ -30,17 +30,9 @@ def settings(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_run, settings, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *settings)
+    done = train(tiny_run, f"run_dir={run_dir}", *settings, processes=2)
     assert done.returncode == 0, done.stderr
     return run_dir
-
-
-def ranks(starter: int) -> list[int]:
-    """The training processes that an `est-ds` has started."""
-    command = ["pgrep", "-f", "--", "-u -m est_ds.cli"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in found.stdout.split()}
-    return [int(p) for p, e in environments.items() if f"EST_DS_STARTER={starter}\0".encode() in e]
 
 
 @pytest.mark.parametrize(
@@ -74,14 +66,14 @@ def test_notice_saves_and_the_resumed_run_is_the_one_that_never_stopped(
         if when == "training":
             started.send_signal(signal.SIGTERM)  # to est-ds, as a scheduler does
         else:
-            os.kill(max(ranks(started.pid)), signal.SIGUSR1)  # not rank 0: it must be told
+            os.kill(max(ranks_of(started.pid)), signal.SIGUSR1)  # not rank 0: it must be told
         assert started.wait(30) == EXIT_CODE, (tmp_path / "log").read_text()
         print(f"notice while {when}, to exit: {time.monotonic() - began:.1f} s")
     saved = Store(run_dir / "checkpoints").named(LATEST)
     assert saved == len(read_metrics(run_dir)[0]) < 20
     assert f"pre-empted: saved after step {saved}" in (tmp_path / "log").read_text()
 
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *settings)
+    done = train(tiny_run, f"run_dir={run_dir}", *settings, processes=2)
     assert done.returncode == 0, done.stderr
     expected, found = read_metrics(uninterrupted), read_metrics(run_dir)
     for part, name in ((0, "loss"), (1, "eval_loss")):

@@ -6,7 +6,7 @@ import json
 import xml.etree.ElementTree as ET
 
 import pytest
-from conftest import TINY_MODEL
+from cases.tiny import TINY_MODEL
 
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig

@@ -9,12 +9,12 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT, est_ds
-from namespaces import Cluster, signal_all, wait_until
-from test_nodes import REASON, job  # noqa: F401
+from conftest import ROOT, train
+from namespaces import Cluster, signal_all, wait_until, why_not
 
 from est_ds.run.metrics import read_metrics
 
+REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")
 TRY = "est-ds: exit code 1; try "
 # A checkpoint every second or so, and time enough for a fault before the run is done.
@@ -36,7 +36,7 @@ def uninterrupted(tiny_run, tmp_path_factory):
     """In one process on this machine."""
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     alone = "parallel={pipe: 1, zero: 1, processes: 1}"
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", *LONGER, alone)
+    done = train(tiny_run, f"run_dir={run_dir}", *LONGER, alone, processes=1)
     assert done.returncode == 0, done.stderr
     return read_metrics(run_dir)
 
@@ -50,14 +50,14 @@ def assert_same_losses(run_dir, expected) -> None:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
-def wait_for_steps(job, steps: int, started) -> None:  # noqa: F811
+def wait_for_steps(job, steps: int, started) -> None:
     wait_until(lambda: started.process.poll() is not None or job.steps() >= steps, 240)
     assert started.process.poll() is None, started.text
 
 
-def start(job, *more: str, names=("node0", "node1"), steps: int = 12):  # noqa: F811
+def start(job, *more: str, slots: int = 2, steps: int = 12):
     """From the third host, until it has trained some steps."""
-    hostfile = str(job.cluster.hostfile(2, *names))
+    hostfile = str(job.cluster.hostfile(slots, "node0", "node1"))
     started = job.cluster.est_ds(*job.arguments, *LONGER, "--hostfile", hostfile, *more, host=2)
     wait_for_steps(job, steps, started)
     return started
@@ -66,7 +66,7 @@ def start(job, *more: str, names=("node0", "node1"), steps: int = 12):  # noqa: 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies, left", [(1, 0), (0, 1)])
 def test_run_goes_on_without_a_host_that_died_and_trains_the_same(
-    dies, left, job, uninterrupted  # noqa: F811
+    dies, left, job, uninterrupted
 ):
     started = start(job, "--restarts", "3")
     began = time.monotonic()
@@ -84,7 +84,7 @@ def test_run_goes_on_without_a_host_that_died_and_trains_the_same(
 
 
 @pytest.mark.slow
-def test_host_that_is_back_is_used_again(job, uninterrupted):  # noqa: F811
+def test_host_that_is_back_is_used_again(job, uninterrupted):
     started = start(job, "--restarts", "3", "watchdog.limit_s=20")
     lost = job.cluster.hosts[1]
     lost.ip("link", "set", "eth0", "down")
@@ -100,7 +100,7 @@ def test_host_that_is_back_is_used_again(job, uninterrupted):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_too_few_hosts_are_tries_and_named(job):  # noqa: F811
+def test_too_few_hosts_are_tries_and_named(job):
     """Of a pipeline of two stages one process is left."""
     file = job.cluster.folder / "uneven"
     file.write_text("node0 slots=1\nnode1 slots=3\n")
@@ -117,7 +117,7 @@ def test_too_few_hosts_are_tries_and_named(job):  # noqa: F811
 
 @pytest.mark.slow
 def test_nodes_that_are_each_started_by_themselves_all_start_again(
-    job, uninterrupted  # noqa: F811
+    job, uninterrupted
 ):
     nodes = [
         job.cluster.start(
@@ -134,8 +134,8 @@ def test_nodes_that_are_each_started_by_themselves_all_start_again(
     assert_same_losses(job.run_dir, uninterrupted)
 
 
-def test_nothing_outlives_a_killed_est_ds(job):  # noqa: F811
-    started = start(job, "steps=5000")
+def test_nothing_outlives_a_killed_est_ds(job):
+    started = start(job, "steps=5000", slots=1, steps=3)
     assert job.left()
     began = time.monotonic()
     started.notify(signal.SIGKILL)

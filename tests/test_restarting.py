@@ -14,11 +14,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import est_ds
+from conftest import est_ds, train
 from hypothesis import given
 from hypothesis import strategies as st
-from namespaces import wait_until
-from test_preempt import ranks
+from namespaces import ranks_of, wait_until
 
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Batch
@@ -28,7 +27,7 @@ from est_ds.launch.retries import fit, train_again_until_done
 from est_ds.ranks.preempt import EXIT_CODE
 from est_ds.run.metrics import read_metrics
 
-SMALL = ["parallel={pipe: 1, zero: 1, processes: 2}", "batch={global: 4, micro: 1}"]
+SMALL = ["parallel={pipe: 1, zero: 1}", "batch={global: 4, micro: 1}"]
 ALONE = ["parallel={pipe: 1, zero: 1, processes: 1}"]
 TRY = "est-ds: exit code 1; try "
 # Less than a checkpoint of the tiny model: every start fails when it saves.
@@ -96,21 +95,22 @@ def test_another_start_has_another_name_and_the_first_host_left_is_the_master():
 # What is started again, and how often
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_run_whose_processes_are_killed_now_and_then_is_completed(
-    tiny_run, tmp_path, monkeypatch, capfd
+    processes, tiny_run, tmp_path, monkeypatch, capfd
 ):
     """Two kills with one restart allowed: a new checkpoint in between resets the count."""
-    done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'whole'}", *SMALL)
+    done = train(tiny_run, f"run_dir={tmp_path / 'whole'}", *SMALL, processes=processes)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.5)
     overrides = [f"run_dir={tmp_path / 'killed'}", *SMALL]
     config = load_run(tiny_run, overrides)
-    given = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=2)
+    given = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=processes)
 
     def kill_two():
         for step in (6, 12):  # after the checkpoints 5 and 10
             wait_until(lambda: len(read_metrics(tmp_path / "killed")[0]) >= step, 240, every_s=0.01)
-            os.kill(max(ranks(os.getpid())), signal.SIGKILL)
+            os.kill(max(ranks_of(os.getpid())), signal.SIGKILL)
 
     killing = threading.Thread(target=kill_two)
     killing.start()
@@ -160,7 +160,10 @@ def test_signal_while_it_waits_ends_it_without_another_start(number, code, tiny_
     assert "because of a signal" in log.read_text()
 
 
-@pytest.mark.parametrize("code, starts", [(1, 2), (2, 1), (3, 1), (EXIT_CODE, 1)])
+@pytest.mark.parametrize(
+    "code, starts",
+    [(1, 2), (EXIT_CODE, 1), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in (2, 3))],
+)
 def test_only_exit_code_1_of_the_processes_is_started_again(
     code, starts, tiny_run, tmp_path, monkeypatch, capfd
 ):

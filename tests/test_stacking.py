@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_MODEL, est_ds
+from cases.tiny import TINY_MODEL
+from conftest import est_ds, train
 
 from est_ds.config.run_file import load_run
 from est_ds.data.objectives.loss import token_loss
@@ -138,7 +139,7 @@ def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
     config = load_run(tiny_run, overrides)
     losses, held_out = reference(config, prepare(config, processes), mode, moments, depths)
 
-    done = est_ds("train", tiny_run, *overrides, "--processes", str(processes))
+    done = train(tiny_run, *overrides, processes=processes)
     assert done.returncode == 0, done.stderr
     steps, evaluations = read_metrics(run_dir)
     assert [e["kept_layers"] for e in steps] == [d for d in depths for _ in range(6)]
@@ -153,7 +154,7 @@ def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
         exported = est_ds("export", again)
         assert exported.returncode == 0, exported.stderr
         assert json.loads((again / "export" / "config.json").read_text())["num_hidden_layers"] == 3
-        resumed = est_ds("train", again, "--processes", "4")
+        resumed = train(again, processes=4)
         assert resumed.returncode == 0, resumed.stderr
         assert [e["loss"] for e in read_metrics(again)[0]] == [e["loss"] for e in steps]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
-from layouts import LAYOUTS, METHODS
-from test_layouts import synthetic_run  # noqa: F401  a fixture
+from layouts import LAYOUTS, METHODS, Lazily, name_of
 from workers import train_all
 
 CASES = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
@@ -27,38 +27,37 @@ EMBEDDING = 512 * 64
 GRADIENTS = ("all_reduce", "reduce", "reduce_scatter_tensor")
 
 
-@pytest.fixture(scope="session")
-def logged(synthetic_run, tmp_path_factory) -> tuple[dict[tuple[str, str], list], str]:  # noqa: F811
-    """Bytes by operation of rank 0 for every step, and what was said."""
+@pytest.fixture(scope="module")
+def logged(synthetic_run, tmp_path_factory) -> dict[tuple[str, str], list]:
+    """Bytes by operation of rank 0 for every step of a layout and precision."""
     folder: Path = tmp_path_factory.mktemp("traffic")
-    jobs: dict[int, list[dict]] = {}
-    for layout in CASES:
+
+    def train(key: tuple[str, str]) -> list:
+        layout, precision = key
         processes, arguments = LAYOUTS[layout]
         zero3 = [f"deepspeed.zero_optimization={GATHER_ALL}"] if "ZeRO 3" in layout else []
-        for precision in ("fp32", "bf16"):
-            jobs.setdefault(processes, []).append(
-                {
-                    "run": synthetic_run,
-                    "overrides": [
-                        f"run_dir={folder}/{layout}-{precision}",
-                        *(*arguments, *OVERRIDES, *zero3, f"precision={precision}"),
-                    ],
-                    "traffic": folder / f"{layout}-{precision}.json",
-                }
-            )
-    said = "".join(train_all(folder / f"{n}", n, some) for n, some in jobs.items())
-    steps = {
-        (layout, precision): json.loads((folder / f"{layout}-{precision}.json").read_text())
-        for layout in CASES
-        for precision in ("fp32", "bf16")
-    }
-    return steps, said
+        overrides = [f"run_dir={folder / name_of(*key)}", *arguments, *OVERRIDES, *zero3]
+        overrides.append(f"precision={precision}")
+        file = folder / "traffic.json"
+        job = {"run": synthetic_run, "overrides": overrides, "traffic": file}
+        said = train_all(folder / "log", processes, [job])
+        assert "warn" not in said.lower()
+        return json.loads(file.read_text())
+
+    return Lazily(train)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", CASES)
+SLOW = pytest.mark.slow
+FAST = [("data 2, ZeRO 2", "bf16"), ("data 2, ZeRO 3", "fp32"), ("pipe 2 x data 2, ZeRO 1", "fp32")]
+ALL = [
+    pytest.param(*case, marks=() if case in FAST else SLOW)
+    for case in product(CASES, ["fp32", "bf16"])
+]
+
+
+@pytest.mark.parametrize(("layout", "precision"), ALL)
 def test_half_the_layers_reduce_half_the_gradients(layout, precision, logged):
-    steps = logged[0][layout, precision]
+    steps = logged[layout, precision]
     # Of rank 0: two micro-batches each; ZeRO 2 and 3 reduce every one of them.
     times = 2 if "ZeRO 2" in layout or "ZeRO 3" in layout else 1
     outside = EMBEDDING if "pipe" in layout else 2 * EMBEDDING + 64
@@ -70,9 +69,9 @@ def test_half_the_layers_reduce_half_the_gradients(layout, precision, logged):
     assert len(set(reduced[:8])) == 1 and len(set(reduced[14:])) == 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=SLOW)])
 def test_zero_3_gathers_no_skipped_layer(precision, logged):
-    steps = logged[0]["data 2, ZeRO 3", precision]
+    steps = logged["data 2, ZeRO 3", precision]
     # A process sends its half of each parameter: once in a micro-batch, or, as long as the order of
     # the layers is new, in the forward and again in the backward of the first of two.
     value_bytes = 4 if precision == "fp32" else 2
@@ -82,7 +81,3 @@ def test_zero_3_gathers_no_skipped_layer(precision, logged):
         new = 1.5 if steps[i] != steps[i - 1] or i < 8 else 1
         assert step["all_gather_into_tensor"] in (once, pytest.approx(new * once, rel=0.001))
     assert steps[8]["all_gather_into_tensor"] > 1.4 * steps[9]["all_gather_into_tensor"]
-
-
-def test_nothing_warns(logged):
-    assert "warn" not in logged[1].lower()

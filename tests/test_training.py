@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import est_ds
+from conftest import est_ds, train
 from reference import assert_close, plain_adamw
 
 from est_ds.config.run_file import load_run
@@ -40,9 +40,9 @@ def test_tied_embedding_in_a_pipeline_equals_one_process(zero, tiny_run, tmp_pat
     losses, norms = [], []
     for pipe in (1, 2):
         run_dir = tmp_path / f"run{pipe}"
-        done = est_ds(
-            "train", tiny_run, f"run_dir={run_dir}", f"model={model}",
-            f"parallel.pipe={pipe}", f"parallel.zero={zero}", "--processes", str(pipe),
+        done = train(
+            tiny_run, f"run_dir={run_dir}", f"model={model}",
+            f"parallel.pipe={pipe}", f"parallel.zero={zero}", processes=pipe,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         steps, _ = read_metrics(run_dir)
@@ -56,7 +56,7 @@ def test_stopped_and_resumed_run_equals_the_run_that_never_stopped(trained, tmp_
     # Back to the checkpoint inside phase 1, as if the node had been lost before the next one.
     run_dir = shutil.copytree(trained, tmp_path / "run")
     (run_dir / "checkpoints" / "latest").write_text("step_00000005\n")
-    again = est_ds("train", run_dir)
+    again = train(run_dir, processes=4)
     assert again.returncode == 0, again.stderr
     assert "resuming at step 5 of 20" in again.stdout
     kept = ("step", "loss", "grad_norm", "lr", "tokens", "plan_digest", "data_digest")

@@ -1,7 +1,7 @@
-"""Trains many runs in one start of processes: what costs most in a test of layouts is the start.
+"""Trains many runs in one start of forked processes.
 
-As a script it is one rank: it reads jobs from a JSON file and runs them one after the other,
-each through `est_ds.training.loop.train`, as `est-ds train` does inside a launcher.
+Each is a rank that runs jobs one after the other through `est_ds.training.loop.train`, as
+`est-ds train` does inside a launcher.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from forks import fork, wait
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +36,7 @@ def start(
     """Runs jobs in one group of gloo processes; returns exit codes and logs of the ranks.
 
     Args:
-        folder: where the jobs' file and the log go.
+        folder: where the logs go.
         jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
             the bytes that rank 0 communicates in every step are written there, if the overrides
             turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
@@ -46,40 +48,38 @@ def start(
             `sums_no_ties` DeepSpeed itself sums the gradients of tied parameters.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs, default=str))
+    jobs = json.loads(json.dumps(jobs, default=str))
+    logs = [folder / f"rank{rank}.log" for rank in range(processes)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    ranks = [
+        fork(run_jobs, (jobs,), (log, log), ROOT, environment)
+        for log, environment in zip(logs, launched(processes))
+    ]
+    return wait(ranks, timeout_s), [log.read_text() for log in logs]
+
+
+def launched(processes: int, **more: str) -> Iterator[dict[str, str]]:
+    """The environment of every rank, as a launcher on this machine gives it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    logs = [folder / f"rank{rank}.log" for rank in range(processes)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(file)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout_s) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return codes, [log.read_text() for log in logs]
+    for rank in range(processes):
+        yield {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(processes),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            **more,
+        }
 
 
-def main(file: str) -> None:
+def run_jobs(jobs: list[dict]) -> None:
+    """What one rank does."""
     from est_ds.config.run_file import load_run
     from est_ds.engine.start import leave_processes, start_processes
     from est_ds.ranks.world import World, say
@@ -90,7 +90,7 @@ def main(file: str) -> None:
     build = training.build_engine
     meeting = start_processes(world)  # once for all jobs
     training.start_processes = lambda *_: meeting
-    for job in json.loads(Path(file).read_text()):
+    for job in jobs:
         say(f"=== {job['overrides']}")
         if groups := sys.modules.get("deepspeed.utils.groups"):
             groups.mpu = None  # a pipeline's, which a plain engine after it would take for its own
@@ -192,7 +192,3 @@ def _counted(build, traffic: list[dict[str, int]], *arguments):
 
     engine.train_batch = counting
     return engine
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

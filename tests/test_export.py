@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import TINY_MODEL
+from cases.tiny import TINY_MODEL
 from test_objectives_training import BERT, T5
 from torch.nn.functional import cross_entropy
 from workers import train_all

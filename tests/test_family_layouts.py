@@ -13,7 +13,6 @@ import pytest
 import yaml
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
 from reference import Reference, plain_adamw
-from test_layouts import synthetic_run  # noqa: F401  a fixture
 from test_slicing_reference import CASES
 from workers import start
 
@@ -74,7 +73,7 @@ def largest(found: list[float], expected: list[float]) -> float:
 
 
 @pytest.fixture(scope="module")
-def two_stages(synthetic_run, tmp_path_factory):  # noqa: F811
+def two_stages(synthetic_run, tmp_path_factory):
     """The folder of a tied bf16 run of every family, of one without our summing, and its logs."""
     folder = tmp_path_factory.mktemp("two_stages")
     jobs = [
@@ -94,7 +93,7 @@ def two_stages(synthetic_run, tmp_path_factory):  # noqa: F811
     return folder, logs
 
 
-def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):  # noqa: F811
+def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):
     folder, _ = two_stages
     for model in TIED:
         expected = reference_of(synthetic_run, folder, model, "bf16")
@@ -116,7 +115,7 @@ def test_copies_that_differ_end_the_run_before_it_is_saved(two_stages):
 
 
 @pytest.fixture(scope="module", params=BOUNDS)
-def table(request, synthetic_run, tmp_path_factory):  # noqa: F811
+def table(request, synthetic_run, tmp_path_factory):
     """Run directories by model and layout, and what they must equal by model."""
     precision = request.param
     folder = tmp_path_factory.mktemp(precision)

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from est_ds.config.sections import Optimizer, RunConfig
@@ -25,6 +22,7 @@ from est_ds.data.objectives.loss import Labels
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
 from est_ds.engine.inactive import FreezingAdamW
+from est_ds.engine.patches import zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.errors import naming
 from est_ds.plans.growth import Growth
@@ -114,18 +112,6 @@ class Engine(ABC):
         """
         return float(self.deepspeed.get_global_grad_norm())
 
-    def clip_over(self, group: Any | None) -> None:
-        """Replaces DeepSpeed's clipping without ZeRO, which clips every pipe stage by its own norm,
-        does not say the norm, and steps whatever it is.
-
-        Args:
-            group: the processes that hold the pipe stages of this replica; None: this one alone.
-        """
-        if self.config.parallel.zero == 0:
-            engine = self.deepspeed
-            engine.clip_fp32_gradients = lambda: None
-            engine.optimizer.step = partial(_clipped_step, engine, group, engine.optimizer.step)
-
     def grow(self, growth: Growth) -> None:
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
         grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
@@ -152,40 +138,13 @@ class Engine(ABC):
             self.deepspeed.monitor.write_events([(k, v, samples) for k, v in events.items()])
 
 
-def _clipped_step(engine: Any, group: Any | None, step: Callable[[], None]) -> None:
-    gradients = [
-        p.grad
-        for p in engine.module.parameters()
-        if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)
-    ]
-    squares = torch.nn.utils.get_total_norm(gradients) ** 2
-    if group is not None:
-        dist.all_reduce(squares, group=group)
-    norm = engine._global_grad_norm = squares.sqrt()
-    if not norm.isfinite():
-        return
-    if limit := engine.gradient_clipping():
-        torch.nn.utils.clip_grads_with_norm_(engine.module.parameters(), limit, norm)
-    step()
-
-
 def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
     """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`."""
     import deepspeed
-    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 
     # DeepSpeed casts the whole module to bf16; rotary frequencies must survive that.
     buffers = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
-    with ExitStack() as stack:
-        stack.enter_context(quiet())
-        if config.parallel.zero:
-            # For bf16 and ZeRO 1 DeepSpeed would take its BF16_Optimizer, which reduces the
-            # gradients of skipped layers too and fails where a pipe stage skips all its layers.
-            # Its ZeRO optimizer does the same with fp32 accumulation, without either.
-            choose = patch.object(
-                DeepSpeedEngine, "_do_optimizer_sanity_check", lambda *_: ZERO_OPTIMIZATION
-            )
-            stack.enter_context(choose)
+    with quiet(), zero_optimizer_for_bf16() if config.parallel.zero else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adamw(module.parameters(), config.optimizer),

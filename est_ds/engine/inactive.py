@@ -13,12 +13,8 @@ gradient that a parameter had stays and is applied again at every step.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
-
-from est_ds.config.sections import Parallel
 
 
 class FreezingAdamW(torch.optim.AdamW):
@@ -45,18 +41,3 @@ def fill_missing_gradients(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-
-
-def forget_gradients(optimizer: Any, parallel: Parallel) -> None:
-    """After a step: zeroes what DeepSpeed's ZeRO optimizer keeps of its gradients."""
-    if parallel.offload:
-        groups = (
-            optimizer.fp32_partitioned_groups_flat
-            if parallel.zero == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
-        for group in groups:
-            group.grad.zero_()
-        optimizer.norm_for_param_grads.clear()
-    if parallel.zero == 3:
-        optimizer.grad_partitions_flat_buffer.zero_()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 
+from est_ds.engine.patches import replace_instructions
 from est_ds.ranks.gather import gathered
 
 
@@ -47,13 +48,9 @@ class PipeClock:
         self._stage, self._num_stages = engine.stage_id, engine.num_stages
         self._marks: list[tuple[Any, Any]] = []
         self._busy_s = self._total_s = 0.0
-        engine._INSTRUCTION_MAP = {
-            **engine._INSTRUCTION_MAP,
-            **{
-                kind: self._timed(engine._INSTRUCTION_MAP[kind])
-                for kind in (ForwardPass, BackwardPass)
-            },
-        }
+        passes = (ForwardPass, BackwardPass)
+        timed = {kind: self._timed(engine._INSTRUCTION_MAP[kind]) for kind in passes}
+        replace_instructions(engine, timed)
 
     def step_done(self, step_s: float) -> None:
         """Takes in a step, after its loss was read."""

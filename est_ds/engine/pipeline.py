@@ -15,6 +15,7 @@ from est_ds.design import Planned
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.inactive import fill_missing_gradients
+from est_ds.engine.patches import clip_over_stages
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config
 from est_ds.engine.ties import Ties
@@ -113,7 +114,8 @@ class PipelineEngine(base.Engine):
         self._clock = PipeClock(self.deepspeed)
         grid = self.deepspeed.grid
         self.compile_layers()
-        self.clip_over(grid.get_pipe_parallel_group())
+        if config.parallel.zero == 0:
+            clip_over_stages(self.deepspeed, grid.get_pipe_parallel_group())
         self.replica = grid.get_data_parallel_rank()
         named = self.pipeline.parameters_by_common_name()
         is_first = {n: not getattr(p, "ds_pipe_replicated", False) for n, p in named.items()}

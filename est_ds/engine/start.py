@@ -15,6 +15,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from est_ds.engine.patches import compile_nothing_at_start
 from est_ds.ranks.meeting import Meeting, choose_interface, meet
 from est_ds.ranks.world import World
 
@@ -51,10 +52,7 @@ def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
 
         logger.setLevel(logging.ERROR)
         logging.getLogger("torch").setLevel(logging.ERROR)
-        if os.environ.get("DS_ACCELERATOR") == "cpu":
-            # Its shared-memory reduction compiles C++ for a minute at the first start, and hangs
-            # every later start if that is interrupted.
-            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    compile_nothing_at_start()
     meeting = meet(world, limit_s)
     if (interface := choose_interface(os.environ, meeting)) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -19,6 +19,7 @@ from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor, nn
 
 from est_ds.engine.fragments import STATES, Fragments
+from est_ds.engine.patches import replace_instructions
 from est_ds.errors import Failure
 
 AT_ONCE = 1 << 22  # elements that a digest takes up at a time
@@ -80,7 +81,7 @@ class Ties:
         Args:
             engine: DeepSpeed's pipeline engine.
         """
-        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: self.sum_gradients}
+        replace_instructions(engine, {ReduceTiedGrads: self.sum_gradients})
 
     def sum_gradients(self, engine: Any) -> None:
         """Gives the copies of the first replica the sum of all gradients, the others zero."""

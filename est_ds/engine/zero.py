@@ -13,7 +13,7 @@ from est_ds.config.sections import RunConfig
 from est_ds.design import Planned
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
-from est_ds.engine.inactive import forget_gradients
+from est_ds.engine.patches import clip_over_stages, forget_gradients, forget_order
 from est_ds.engine.settings import deepspeed_config
 from est_ds.ranks.world import World
 from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise
@@ -46,7 +46,8 @@ class ZeroEngine(base.Engine):
         self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
         self.deepspeed = base.start_deepspeed(model, config, settings)
         self.compile_layers()
-        self.clip_over(None)
+        if config.parallel.zero == 0:
+            clip_over_stages(self.deepspeed, None)
         self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None
         self.fragments = Fragments(
             self.deepspeed, dict(model.named_parameters()), self.replica, self.num_replicas
@@ -62,7 +63,8 @@ class ZeroEngine(base.Engine):
             total += loss.detach() / count
             self.deepspeed.backward(loss)
             self.deepspeed.step()
-        forget_gradients(self.deepspeed.optimizer, self.config.parallel)
+        parallel = self.config.parallel
+        forget_gradients(self.deepspeed.optimizer, parallel.zero, parallel.offload)
         return self._mean_over_replicas(total)
 
     @torch.no_grad()
@@ -79,9 +81,7 @@ class ZeroEngine(base.Engine):
             return
         runs = (self.deepspeed.training, self.subnetwork.skipped)
         if runs != self._traced:
-            coordinator = self.deepspeed.optimizer.parameter_offload.get_param_coordinator()
-            if not coordinator.is_invalid_trace():
-                coordinator._invalidate_trace()
+            forget_order(self.deepspeed.optimizer)
             self._traced = runs
 
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:

@@ -10,7 +10,7 @@ from conftest import train
 from reference import assert_close
 
 from est_ds.config.run_file import load_run
-from est_ds.engine.base import adamw
+from est_ds.engine.optimizer import adamw
 from est_ds.plans.lr import learning_rate
 from est_ds.run.metrics import read_metrics
 from est_ds.run.prepare import prepare

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from est_ds.config.sections import Optimizer, RunConfig
+from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Inputs
 from est_ds.data.objectives.loss import Labels
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
-from est_ds.engine.inactive import FreezingAdamW
+from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.errors import naming
@@ -33,27 +33,6 @@ if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the proc
     from est_ds.engine.pipe_clock import PipeShares
 
 MicroBatch = tuple[Inputs, Labels]
-
-
-def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with two groups: matrices decay, norms and biases do not.
-
-    Every pipe stage has both groups, even if one held nothing: DeepSpeed reduces norms group by
-    group, and hangs where stages differ in their number.
-    """
-    matrices, vectors = [], []
-    for parameter in parameters:
-        # ZeRO 3 has flattened what it has cut into shares.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) >= 2 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    kind = FreezingAdamW if settings.inactive == "freeze" else torch.optim.AdamW
-    return kind(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
 
 
 class Engine(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from est_ds.design import Planned
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
-from est_ds.engine.inactive import fill_missing_gradients
+from est_ds.engine.optimizer import fill_missing_gradients
 from est_ds.engine.patches import clip_over_stages
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config

@@ -13,8 +13,16 @@ gradient that a parameter had stays and is applied again at every step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
+
+from est_ds.config.sections import Optimizer
+
+if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
+    pass
 
 
 class FreezingAdamW(torch.optim.AdamW):
@@ -41,3 +49,24 @@ def fill_missing_gradients(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with two groups: matrices decay, norms and biases do not.
+
+    Every pipe stage has both groups, even if one held nothing: DeepSpeed reduces norms group by
+    group, and hangs where stages differ in their number.
+    """
+    matrices, vectors = [], []
+    for parameter in parameters:
+        # ZeRO 3 has flattened what it has cut into shares.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    kind = FreezingAdamW if settings.inactive == "freeze" else torch.optim.AdamW
+    return kind(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+    )

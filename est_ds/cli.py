@@ -12,7 +12,7 @@ from typing import NoReturn
 import est_ds
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
-from est_ds.ranks.world import World, end_with_starter, launched, say
+from est_ds.ranks.world import PORT, World, end_with_starter, launched, say
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -184,7 +184,7 @@ def _many_nodes(sub: argparse.ArgumentParser) -> None:
         "--nodes", type=_positive, metavar="N", help="this is one of N nodes; no ssh is used"
     )
     group.add_argument("--node-rank", type=_natural, metavar="R", help="which one: 0 to N-1")
-    group.add_argument("--master", metavar="HOST[:PORT]", help="where node 0 is (port: 29500)")
+    group.add_argument("--master", metavar="HOST[:PORT]", help=f"where node 0 is (port: {PORT})")
 
 
 def _natural(text: str) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -30,6 +31,17 @@ class Diverged(Failure):
 
 class LocalFailure(RuntimeError):
     """As `Failure`, but of this process alone: the watchdog tells the others, and ends all."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns the question with the nearest known word, and a space; nothing if none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Returns a size as people read it: 1.5 GB."""
+    return f"{num_bytes / 1e9:.3g} GB"
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from est_ds.checkpoints.state import State
 from est_ds.checkpoints.store import Store, tag_of
 from est_ds.disk import describe, replace_text, sync_file, sync_folder
 from est_ds.engine.base import Engine
-from est_ds.errors import Failure
+from est_ds.errors import Failure, gigabytes
 from est_ds.ranks.gather import gathered, gathered_on_rank_0, of_rank_0
 
 LAST_WAIT_S = 60.0  # for a write that is under way when training fails
@@ -94,8 +94,8 @@ class Saver:
         free = self._on_rank_0(self._free_bytes)
         if free < self._total_bytes:
             raise Failure(
-                f"a checkpoint takes {_gb(self._total_bytes)} and {self._store.folder} has "
-                f"{_gb(free)} free; make room there, or lower checkpoint.keep_last, and start the "
+                f"a checkpoint takes {gigabytes(self._total_bytes)} and {self._store.folder} has "
+                f"{gigabytes(free)} free; make room there, or lower checkpoint.keep_last, and start the "
                 f"run again: it resumes from its last checkpoint."
             )
 
@@ -258,7 +258,3 @@ class Saver:
 def _folder_identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
 from est_ds.config.sections import RunConfig
-from est_ds.errors import UserError
+from est_ds.errors import UserError, did_you_mean
 
 # Keys of `deepspeed:` that est_ds owns, and the field to use instead.
 OWNED = {
@@ -153,8 +152,7 @@ def _check_keys(
 ) -> None:
     for key in section:
         if key not in works and key not in refused:
-            near = difflib.get_close_matches(str(key), works, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(key, works)
             raise UserError(
                 f"{where}.{key} is not passed on to DeepSpeed; {hint}Passed on are: "
                 f"{', '.join(works)}."

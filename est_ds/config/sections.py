@@ -48,6 +48,13 @@ class Batch(Strict):
             )
         return self.global_ // share
 
+    def equation(self, data_parallel: int) -> str:
+        """Returns the batch equation with its numbers."""
+        return (
+            f"global_batch {self.global_} = micro_batch {self.micro} x accumulation "
+            f"{self.accumulation(data_parallel)} x data_parallel {data_parallel}"
+        )
+
 
 class Parallel(Strict):
     """Pipe stages, and the ZeRO stage that shards over the replicas.
@@ -321,6 +328,10 @@ class RunConfig(Strict):
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of every layer
     deepspeed: dict[str, Any] = {}
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_ * self.data.sequence
 
     def data_parallel(self, processes: int) -> int:
         """Replicas of the model: processes / pipe.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal, TypeVar
 
 from pydantic import (
@@ -11,7 +10,7 @@ from pydantic import (
     ValidationError,
 )
 
-from est_ds.errors import UserError
+from est_ds.errors import UserError, did_you_mean
 
 
 class Strict(BaseModel):
@@ -46,8 +45,7 @@ def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
     field = ".".join(([where] if where else []) + location)
     if error["type"] == "extra_forbidden":
         known = _keys_beside(kind, error["loc"])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(location[-1], known)
         return f"unknown key {field!r}; {hint}Known here: {', '.join(known)}."
     if error["type"] == "missing":
         return f"{field} is missing; add it to the run file."

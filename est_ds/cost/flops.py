@@ -44,30 +44,32 @@ class Bytes:
     model: float
 
 
-def flops_by_layer(
-    shape: ModelShape,
-    loads: Sequence[Load],
-    *,
-    tokens: float,
-    sequence: int,
-    target_tokens: float | None = None,
-    target_sequence: int | None = None,
-) -> tuple[list[Flops], float]:
-    """FLOPs of forward and backward over `tokens` tokens in sequences of `sequence`.
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much a step reads.
 
-    Args:
+    Attributes:
+        tokens: of all sequences.
+        sequence: tokens of a sequence.
         target_tokens: tokens of an encoder-decoder's target stream (default: as many).
         target_sequence: their sequence length (default: the same).
-
-    Returns:
-        Of every layer, and of the output head.
     """
-    source = tokens, sequence
-    target = source
+
+    tokens: float
+    sequence: int
+    target_tokens: float | None = None
+    target_sequence: int | None = None
+
+
+def flops_by_layer(
+    shape: ModelShape, loads: Sequence[Load], size: Size
+) -> tuple[list[Flops], float]:
+    """Returns the FLOPs of forward and backward of every layer, and of the output head."""
+    source = target = (size.tokens, size.sequence)
     if shape.encoder_layers:
         target = (
-            tokens if target_tokens is None else target_tokens,
-            sequence if target_sequence is None else target_sequence,
+            size.tokens if size.target_tokens is None else size.target_tokens,
+            size.sequence if size.target_sequence is None else size.target_sequence,
         )
     projections, scores = [0.0] * shape.num_layers, [0.0] * shape.num_layers
     for i, part, chance, units, groups in _parts(shape, loads):
@@ -88,15 +90,15 @@ def flops_by_layer(
     return layers, FORWARD_AND_BACKWARD * head
 
 
-def step_flops(shape: ModelShape, loads: Sequence[Load], **size) -> Flops:
-    """FLOPs of a step; the sizes are those of `flops_by_layer`."""
-    layers, head = flops_by_layer(shape, loads, **size)
+def step_flops(shape: ModelShape, loads: Sequence[Load], **size: float | None) -> Flops:
+    """Returns the FLOPs of a step; `size` is that of `Size`."""
+    layers, head = flops_by_layer(shape, loads, Size(**size))
     blocks = sum(layer.blocks for layer in layers)
     return Flops(blocks, sum(layer.model for layer in layers) + head)
 
 
-def dense_flops(shape: ModelShape, **size) -> Flops:
-    """FLOPs of a step of the full model; the sizes are those of `flops_by_layer`."""
+def dense_flops(shape: ModelShape, **size: float | None) -> Flops:
+    """Returns the FLOPs of a step of the full model; `size` is that of `Size`."""
     return step_flops(shape, full_loads(shape), **size)
 
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 from operator import le
 
 from est_ds.config.sections import Parallel
-from est_ds.cost.flops import flops_by_layer
+from est_ds.cost.flops import Size, flops_by_layer
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 
@@ -20,7 +20,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
     kept layers over runs, a stage holds whole runs, and as many as any other.
 
     Args:
-        size: of a micro-batch, as `flops.flops_by_layer` takes it.
+        size: of a micro-batch, that of `flops.Size`.
 
     Raises:
         UserError: there are too few layers, or the cuts do not fall on ends of runs.
@@ -50,7 +50,7 @@ def stage_costs(
     method: Method, phase: int, cuts: list[int], **size: float | None
 ) -> list[float]:
     """Mean model FLOPs of every pipe stage in the steps of a phase."""
-    layers, head = flops_by_layer(method.shape, method.mean_loads(phase), **size)
+    layers, head = flops_by_layer(method.shape, method.mean_loads(phase), Size(**size))
     starts = [0, *cuts[:-1]]
     costs = [sum(x.model for x in layers[a:b]) for a, b in zip(starts, cuts)]
     costs[-1] += head
@@ -89,7 +89,7 @@ def _schedule_costs(method: Method, **size: float | None) -> list[list[float]]:
     """Model FLOPs of every layer over the steps of every phase, the head's with the last layer's."""
     costs = []
     for i, phase in enumerate(method.phases):
-        layers, head = flops_by_layer(method.shape, method.mean_loads(i), **size)
+        layers, head = flops_by_layer(method.shape, method.mean_loads(i), Size(**size))
         steps = phase.until_step - phase.from_step
         costs.append([steps * layer.model for layer in layers])
         costs[-1][-1] += steps * head

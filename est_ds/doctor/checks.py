@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from est_ds.launch.hosts import PORT
+from est_ds.errors import gigabytes
+from est_ds.ranks.world import PORT
 
 SLOW_GPU = 0.85  # of the median
 BUSY_GPU = 0.9  # of the memory that is free
@@ -104,7 +105,7 @@ def _gpus(node: Node, first: Node) -> Iterator[Finding]:
             what = f"{where} is {gpu['name']}, and {expected[0]['name']} on {first.name}"
             yield Finding(node.name, False, what, "the slowest sets the pace: use nodes alike")
         if gpu["free_bytes"] is not None and gpu["free_bytes"] < BUSY_GPU * gpu["total_bytes"]:
-            what = f"{where}: {_gb(gpu['free_bytes'])} of {_gb(gpu['total_bytes'])} free"
+            what = f"{where}: {gigabytes(gpu['free_bytes'])} of {gigabytes(gpu['total_bytes'])} free"
             yield Finding(node.name, False, what, "end what uses it: nvidia-smi names it")
         if gpu["flops"] and gpu["flops"] < SLOW_GPU * usual:
             what = f"{where}: {gpu['flops'] / 1e12:.0f} TFLOP/s, the usual is {usual / 1e12:.0f}"
@@ -148,10 +149,10 @@ def _run(node: Node, first: Node) -> Iterator[Finding]:
         mend = "choose another run_dir, or change its owner"
         yield Finding(node.name, True, f"{run['folder']} cannot be written", mend)
     elif run["free_bytes"] < one:
-        what = f"{_gb(run['free_bytes'])} free in {run['folder']}, a checkpoint takes {_gb(one)}"
+        what = f"{gigabytes(run['free_bytes'])} free in {run['folder']}, a checkpoint takes {gigabytes(one)}"
         yield Finding(node.name, True, what, "make room")
     elif run["free_bytes"] < (kept := one * ((run["keep"] or 5) + 1)):
-        what = f"{_gb(run['free_bytes'])} free in {run['folder']}, all checkpoints take {_gb(kept)}"
+        what = f"{gigabytes(run['free_bytes'])} free in {run['folder']}, all checkpoints take {gigabytes(kept)}"
         yield Finding(node.name, False, what, "make room, or lower checkpoint.keep_last")
 
 
@@ -159,7 +160,7 @@ def _system(node: Node, first: Node) -> Iterator[Finding]:
     shm, gpus = node.facts["shm_bytes"], len(node.facts["gpus"])
     if gpus > 1 and shm is not None and shm < 2**30:
         mend = "in Docker --ipc=host or --shm-size=16g; in Kubernetes an emptyDir of medium Memory"
-        yield Finding(node.name, True, f"/dev/shm holds {_gb(shm)}: NCCL needs more", mend)
+        yield Finding(node.name, True, f"/dev/shm holds {gigabytes(shm)}: NCCL needs more", mend)
     if node.facts["open_files"] < FEW_FILES and gpus:
         what = f"{node.facts['open_files']} open files are allowed"
         yield Finding(node.name, False, what, f"ulimit -n {FEW_FILES * 16}")
@@ -193,9 +194,5 @@ def _network(nodes: list[Node]) -> Iterator[Finding]:
             what = "run_dir is not the same folder as on node 0"
             yield Finding(node.name, True, what, "put it on storage that all nodes share")
         if node.name in links and links[node.name] < SLOW_LINK * usual:
-            what = f"{_gb(links[node.name])}/s to node 0, the usual is {_gb(usual)}/s"
+            what = f"{gigabytes(links[node.name])}/s to node 0, the usual is {gigabytes(usual)}/s"
             yield Finding(node.name, False, what, "look at its cable, switch port or placement")
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from est_ds.doctor.checks import Finding, Node
+from est_ds.errors import gigabytes
 
 
 def show(nodes: list[Node], findings: list[Finding]) -> None:
@@ -50,14 +51,14 @@ def _rows(nodes: list[Node]) -> list[tuple[str, list[str]]]:
         row("driver", lambda n: n.facts["driver"]),
         row("GPUs", _gpus),
         row("cores", lambda n: str(n.facts["cores"])),
-        row("memory", lambda n: _gb(n.facts["memory_bytes"])),
+        row("memory", lambda n: gigabytes(n.facts["memory_bytes"])),
         row("interface", _interface),
         row("run file", lambda n: n.facts.get("run", {}).get("config")),
         row("training corpus", lambda n: n.facts.get("run", {}).get("corpus", {}).get("train")),
         row("held-out corpus", lambda n: n.facts.get("run", {}).get("corpus", {}).get("valid")),
         row("free for run_dir", _free),
         row("clock", lambda n: n.network and f"{n.network['skew_s'] * 1e3:+.1f} ms"),
-        row("all-reduce", lambda n: n.network and f"{_gb(n.network['all_reduce'])}/s"),
+        row("all-reduce", lambda n: n.network and f"{gigabytes(n.network['all_reduce'])}/s"),
         row("with node 0", _link),
     ]
 
@@ -70,7 +71,7 @@ def _gpus(node: Node) -> str:
     memory = min(gpu["total_bytes"] for gpu in gpus)
     speeds = [gpu["flops"] for gpu in gpus if gpu["flops"]]
     speed = f", {min(speeds) / 1e12:.0f} TFLOP/s" if speeds else ""
-    return f"{len(gpus)} x {', '.join(names)}, {_gb(memory)}{speed}"
+    return f"{len(gpus)} x {', '.join(names)}, {gigabytes(memory)}{speed}"
 
 
 def _interface(node: Node) -> str | None:
@@ -82,14 +83,10 @@ def _interface(node: Node) -> str | None:
 
 def _free(node: Node) -> str | None:
     run = node.facts.get("run", {})
-    return _gb(run["free_bytes"]) if "free_bytes" in run else None
+    return gigabytes(run["free_bytes"]) if "free_bytes" in run else None
 
 
 def _link(node: Node) -> str | None:
     if not node.network or node.network["bandwidth"] is None:
         return None
-    return f"{_gb(node.network['bandwidth'])}/s, {node.network['latency_s'] * 1e6:.0f} us"
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+    return f"{gigabytes(node.network['bandwidth'])}/s, {node.network['latency_s'] * 1e6:.0f} us"

@@ -23,6 +23,7 @@ from est_ds.doctor.table import show
 from est_ds.errors import UserError
 from est_ds.launch import hosts
 from est_ds.ranks.gather import gathered
+from est_ds.ranks.world import PORT
 
 VISIT_S = 240.0
 
@@ -75,7 +76,7 @@ def _over_ssh(given: Namespace) -> list[Node]:
     """Asks every host for its facts, then those that answered measure what is between them."""
     slots = hosts.read_hostfile(given.hostfile)
     nodes = [Node(name, number) for name, number in slots.items()]
-    address, port = hosts.split_address(given.master) if given.master else (None, hosts.PORT)
+    address, port = hosts.split_address(given.master) if given.master else (None, PORT)
     address = address or hosts.address_of(list(slots)) or nodes[0].name
     task = {"run": given.run, "overrides": given.overrides, "master": address}
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from est_ds.engine.patches import compile_nothing_at_start
 from est_ds.ranks.meeting import Meeting, choose_interface, meet
-from est_ds.ranks.world import World
+from est_ds.ranks.world import PORT, World
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
+    os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else str(PORT))
     # DeepSpeed 0.19 calls what torch 2.13 will rename; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     with quiet():

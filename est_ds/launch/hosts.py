@@ -12,8 +12,8 @@ from pathlib import Path
 
 from est_ds.errors import UserError
 from est_ds.ranks.meeting import own_address
+from est_ds.ranks.world import PORT
 
-PORT = 29500
 LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
 TRAVELLING = (
     "NCCL_", "PYTHON", "UCX_",
@@ -71,7 +71,7 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon:
         return address, PORT
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--master {address!r}: write HOST or HOST:PORT, as in node0:29500.")
+        raise UserError(f"--master {address!r}: write HOST or HOST:PORT, as in node0:{PORT}.")
     return host, int(port)
 
 

@@ -17,6 +17,7 @@ import torch
 from est_ds.config.sections import RunConfig
 from est_ds.errors import UserError
 from est_ds.launch import hosts
+from est_ds.ranks.world import PORT
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def over_ssh(hostfile: str, master: str | None) -> Launch:
                 f"--hostfile needs {tool} on this machine; install it (Debian: {package}), or start "
                 f"every node by itself (--nodes; launch/README.md)."
             )
-    address = hosts.split_address(master) if master else (hosts.address_of(list(slots)), hosts.PORT)
+    address = hosts.split_address(master) if master else (hosts.address_of(list(slots)), PORT)
     return Launch(slots, address, by_ssh=True)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 # Process id of the `est-ds` that started the launcher on this machine.
 STARTER = "EST_DS_STARTER"
+PORT = 29500  # where rank 0 listens, if nothing else is said
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class RunFiles:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.batch.global_ * self.config.data.sequence
+        return self.config.tokens_per_step
 
     def lines_of(self, phase: int) -> list[dict[str, Any]]:
         """The training lines of a phase, told by step since names may repeat."""

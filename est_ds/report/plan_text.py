@@ -37,7 +37,7 @@ _NOTE = (
 
 def _facts(plan: RunPlan) -> list[tuple[str, str]]:
     config, shape = plan.planned.config, plan.planned.method.shape
-    tokens = config.batch.global_ * config.data.sequence
+    tokens = config.tokens_per_step
     fractions = plan.json["saved"]
     dense = config.steps * plan.dense_step_flops
     cost = dense * (1.0 - fractions["model"])
@@ -53,11 +53,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
         ),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
-        (
-            "batch",
-            f"global_batch {config.batch.global_} = micro_batch {config.batch.micro} x "
-            f"accumulation {accumulation} x data_parallel {replicas}",
-        ),
+        ("batch", config.batch.equation(replicas)),
         (
             "processes",
             f"{processes} = {pipe} pipe stage{'s' * (pipe > 1)} x {replicas} "
@@ -84,7 +80,7 @@ def _pipeline(plan: RunPlan, accumulation: int) -> str:
 
 def _phases(plan: RunPlan) -> Table:
     config, dense = plan.planned.config, plan.dense
-    tokens = config.batch.global_ * config.data.sequence
+    tokens = config.tokens_per_step
     table = Table(box=PLAIN, pad_edge=False)
     table.add_column("phase", vertical="bottom", overflow="fold")
     for name in (

@@ -30,7 +30,7 @@ class Run(Planned):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.batch.global_ * self.config.data.sequence
+        return self.config.tokens_per_step
 
     @property
     def directory(self) -> Path:

@@ -184,14 +184,11 @@ def _remaining(run: Run, start: int) -> Callable[[int], float]:
 
 def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
     config = run.config
-    accumulation = config.batch.accumulation(engine.num_replicas)
     lines = [
         f"{'resuming at' if start else 'starting at'} step {start} of {config.steps}: "
         f"{run.processes} processes = {config.parallel.pipe} pipe stages x {engine.num_replicas} "
         f"replicas, ZeRO {config.parallel.zero}, {config.precision}",
-        f"global_batch {config.batch.global_} = micro_batch {config.batch.micro} x accumulation "
-        f"{accumulation} x data_parallel {engine.num_replicas} sequences of "
-        f"{config.data.sequence} tokens",
+        f"{config.batch.equation(engine.num_replicas)} sequences of {config.data.sequence} tokens",
     ]
     return lines + _corpora(run)
 

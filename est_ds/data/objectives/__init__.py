@@ -6,7 +6,6 @@ sample): neither layout nor history enters.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from est_ds.config.strict import checked
@@ -14,7 +13,7 @@ from est_ds.data.objectives.base import Settings
 from est_ds.data.objectives.causal import CausalSettings
 from est_ds.data.objectives.mlm import MlmSettings
 from est_ds.data.objectives.ul2 import Ul2Settings
-from est_ds.errors import UserError
+from est_ds.errors import UserError, did_you_mean
 
 OBJECTIVES: dict[str, type[Settings]] = {
     "causal": CausalSettings,
@@ -36,10 +35,8 @@ def objective_settings(
     """
     name = section.get("name")
     if name not in OBJECTIVES:
-        near = difflib.get_close_matches(str(name), OBJECTIVES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(
-            f"objective.name={name!r} is not known; {hint}Known are {', '.join(OBJECTIVES)}."
+            f"objective.name={name!r} is not known; {did_you_mean(name, OBJECTIVES)}Known are {', '.join(OBJECTIVES)}."
         )
     settings = checked(OBJECTIVES[name], section, where="objective")
     if head not in settings.heads:

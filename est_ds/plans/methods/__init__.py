@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from est_ds.config.strict import checked
-from est_ds.errors import UserError
+from est_ds.errors import UserError, did_you_mean
 from est_ds.plans.methods.base import Method
 from est_ds.plans.methods.decay_drop import DecayDrop
 from est_ds.plans.methods.est import Est
@@ -38,9 +37,8 @@ def build_method(section: dict[str, Any], *, seed: int, steps: int, shape: Model
     """
     name = section.get("name")
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise UserError(f"method.name={name!r}: use one of {', '.join(METHODS)}{hint}")
+        hint = did_you_mean(name, METHODS)
+        raise UserError(f"method.name={name!r}: {hint}use one of {', '.join(METHODS)}.")
     method = METHODS[name]
     settings = checked(method.Settings, section, "method")
     return method(settings, seed=seed, steps=steps, shape=shape)

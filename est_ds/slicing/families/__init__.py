@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from est_ds.errors import UserError
+from est_ds.errors import UserError, did_you_mean
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.bert import Bert
 from est_ds.slicing.families.gpt2 import Gpt2
@@ -53,9 +52,8 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
             raise UserError(f"model.{key} is set by est_ds; remove it and set precision instead.")
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown key 'model.{key}' for model_type {model_type!r}{hint}")
+            hint = did_you_mean(key, known).strip() or "see the class's documentation"
+            raise UserError(f"unknown key 'model.{key}' for model_type {model_type!r}; {hint}")
     family.check_section(section)
     try:
         config = AutoConfig.for_model(model_type, **section)

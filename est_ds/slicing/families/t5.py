@@ -61,13 +61,12 @@ class SkippableBlock(Skippable):
         hidden_states,
         attention_mask=None,
         position_bias=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        encoder_decoder_position_bias=None,
+        *of_encoder,  # its states, their mask, and the bias of the attention to them
         **other,
     ):
         bias = _bias_to_share(self.layer[0].SelfAttention, hidden_states, position_bias)
-        return hidden_states, bias, encoder_decoder_position_bias
+        cross_bias = of_encoder[2] if len(of_encoder) > 2 else None
+        return hidden_states, bias, other.get("encoder_decoder_position_bias", cross_bias)
 
 
 class SkippableSelfAttention(Skippable):

@@ -120,12 +120,12 @@ def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
     script = (
         "import resource, sys, time\n"
         "from est_ds.config.sections import RunConfig\n"
-        "from est_ds.report.estimate import plan_report\n"
+        "from est_ds.report.plan_text import plan_report\n"
         "config = RunConfig.model_validate_json(sys.argv[1])\n"
-        "start = time.monotonic()\n"
+        "start = time.process_time()\n"
         "print(plan_report(config, as_json=True))\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(time.monotonic() - start, peak, 'deepspeed' in sys.modules, file=sys.stderr)\n"
+        "print(time.process_time() - start, peak, 'deepspeed' in sys.modules, file=sys.stderr)\n"
     )
     arguments = [sys.executable, "-c", script, config.model_dump_json(by_alias=True)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)

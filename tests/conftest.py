@@ -111,3 +111,11 @@ def trained(tiny_run, tmp_path_factory) -> Path:
     (run_dir / "stdout.txt").write_text(done.stdout)
     (run_dir / "stderr.txt").write_text(done.stderr)
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def fast_exports(corpus, tmp_path_factory) -> dict[tuple, Path]:
+    """Finished runs to export, by (model, objective, precision)."""
+    from exports import FAST, train_cells
+
+    return train_cells(tmp_path_factory.mktemp("exports"), corpus, FAST)

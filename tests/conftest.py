@@ -171,3 +171,11 @@ def job(cluster, tiny_run, tmp_path):
     job = Job(cluster, tiny_run, tmp_path / "run")
     yield job
     signal_all(job.left(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def fast_exports(corpus, tmp_path_factory) -> dict[tuple, Path]:
+    """Finished runs to export, by (model, objective, precision)."""
+    from exports import FAST, train_cells
+
+    return train_cells(tmp_path_factory.mktemp("exports"), corpus, FAST)

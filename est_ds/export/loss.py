@@ -54,12 +54,7 @@ def check_loss(
     fingerprints = {name: held.corpus.fingerprint for name, held in windows.items()}
     if index.state["held_out"] != fingerprints:
         return "held-out loss: not compared, since the held-out corpora (data.valid) are others now"
-    count, micro = then.evaluate.sequences, planned.config.batch.micro
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reloaded.to(device)
-    losses = [_mean_loss(reloaded, planned.family, w, count, micro) for w in windows.values()]
-    reloaded.to("cpu")
-    found = sum(losses) / len(losses)
+    found = _mean_of_corpora(reloaded, planned, windows, then.evaluate.sequences)
     tolerance = TOLERANCE[planned.config.precision]
     if not abs(found - reported) <= tolerance * abs(reported):
         raise Failure(
@@ -81,6 +76,25 @@ def _reported(index: Index, run_dir: Path) -> float | None:
     _, evaluations = read_metrics(run_dir)
     at = [e["eval_loss"] for e in evaluations if e["step"] == index.step - 1]
     return at[-1] if at else None
+
+
+def _mean_of_corpora(
+    model: nn.Module, planned: Planned, windows: dict[str, Windows], count: int
+) -> float:
+    """On a GPU, if there is one with room for it."""
+    for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        try:
+            model.to(device)
+            losses = [
+                _mean_loss(model, planned.family, held, count, planned.config.batch.micro)
+                for held in windows.values()
+            ]
+            break
+        except torch.OutOfMemoryError:
+            if device == "cpu":
+                raise
+    model.to("cpu")
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()

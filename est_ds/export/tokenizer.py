@@ -36,9 +36,7 @@ def write_tokenizer(folder: Path, source: str, objective: Objective) -> tuple[An
     """
     from transformers import AutoTokenizer
 
-    for file in tokenizer_files(source):
-        shutil.copyfile(file, folder / file.name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _copied(source, folder)
     if not objective.own_tokens:
         return tokenizer, []
     names = _add_tokens(tokenizer, objective)
@@ -54,6 +52,36 @@ def write_tokenizer(folder: Path, source: str, objective: Objective) -> tuple[An
         for file in Path(beside).iterdir():
             shutil.copyfile(file, folder / file.name)
     return AutoTokenizer.from_pretrained(folder), []
+
+
+def _copied(source: str, folder: Path) -> Any:
+    """Copies a tokenizer into a model's folder, and returns it as transformers loads it there.
+
+    Beside the config.json of some model types transformers takes a class of its own, whatever the
+    file says, which reads a tokenizer.json otherwise; but where the file names code, which is not
+    run, it takes the class that the file names.
+    """
+    from transformers import AutoTokenizer
+
+    files = tokenizer_files(source)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    wanted = AutoTokenizer.from_pretrained(files[0].parent)
+    for more in ({}, {"auto_map": {"AutoTokenizer": [None, None]}}):
+        loaded = AutoTokenizer.from_pretrained(folder)
+        if _definition(loaded) == _definition(wanted):
+            break
+        wanted.save_pretrained(folder)
+        settings = json.loads((folder / _CONFIG).read_text())
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **more}
+        (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _definition(loaded: Any) -> dict[str, Any]:
+    # Every call sets these anew.
+    definition = json.loads(loaded.backend_tokenizer.to_str())
+    return definition | {"truncation": None, "padding": None}
 
 
 def _add_tokens(tokenizer: Any, objective: Objective) -> dict[int, str]:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import est_ds, refused, train
+from packings import pack
 
 from est_ds.config.run_file import load_run
 from est_ds.run.directory import lock_run_dir
+from est_ds.run.prepare import prepare
 
 # Overrides of the tiny run, and what the error must name.
 REFUSED = {
@@ -251,3 +253,41 @@ def test_error_inside_the_launcher_is_said_once(tiny_run, tmp_path):
 
 def test_nothing_of_the_refused_runs_is_left(tiny_run):
     assert sorted(p.name for p in Path(tiny_run).parent.iterdir()) == ["tiny.yaml"]
+
+
+def foreign_copy(corpus, folder):
+    """The training corpus as made elsewhere, in the field `data.train`."""
+    for ending in ("bin", "idx"):
+        shutil.copy(corpus / f"train.{ending}", folder)
+    return f"data.train={folder}/train"
+
+
+def test_a_token_that_the_model_lacks_is_named_with_its_corpus(tiny_run, corpus, tmp_path, capsys):
+    train = foreign_copy(corpus, tmp_path)
+    with (tmp_path / "train.bin").open("r+b") as f:
+        f.write((777).to_bytes(2, "little"))
+    error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", train)
+    assert f"corpus {tmp_path}/train: it holds the token 777" in error and "vocab_size=512" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("relies", ["data.documents=separate", "data.shuffle=documents"])
+def test_documents_that_go_backwards_are_refused(relies, tiny_run, corpus, tmp_path, capsys):
+    train = foreign_copy(corpus, tmp_path)
+    run = [tiny_run, f"run_dir={tmp_path / 'run'}", train]
+    with (tmp_path / "train.idx").open("r+b") as f:
+        f.seek(-16, 2)
+        f.write((10**9).to_bytes(8, "little"))
+    prepare(load_run(run[0], run[1:]), 4)  # does not ask where documents begin
+    assert "train.idx: its entries" in refused(capsys, "train", *run, relies)
+    assert not (tmp_path / "run").exists()
+
+
+def test_corpora_with_and_without_bos_are_refused(tiny_run, corpus, tmp_path, capsys):
+    text, tokenizer = corpus / "text.valid.jsonl", corpus / "tokenizer"
+    pack(text, tokenizer, tmp_path / "valid", "--no-bos")
+    capsys.readouterr()
+    mixed = ", ".join(f"{{corpus: {p}, weight: 1}}" for p in (corpus / "train", tmp_path / "valid"))
+    for field in (f"data.valid={tmp_path}/valid", f"data.train=[{mixed}]"):
+        error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", field)
+        assert "valid was packed with bos=None" in error and "bos=1" in error

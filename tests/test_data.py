@@ -16,7 +16,7 @@ from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIn
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Batches, Windows
 from est_ds.data.order import positions
-from est_ds.errors import UserError
+from est_ds.errors import LocalFailure, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPE_CODE_AT = 17  # after magic (9 bytes) and version (8)
@@ -181,12 +181,67 @@ def test_manifest_facts_reach_the_corpus(prefix, tmp_path):
 def test_a_model_with_too_small_a_vocabulary_is_refused(prefix, stream):
     foreign = Corpus.open(prefix)
     foreign.check_vocabulary(int(stream.max()) + 1)
-    with pytest.raises(UserError, match=f"vocab_size={stream.max()} is smaller"):
+    with pytest.raises(UserError, match=f"holds the token {stream.max()}, but model vocab_size"):
         foreign.check_vocabulary(int(stream.max()))
     write_manifest(prefix)
     Corpus.open(prefix).check_vocabulary(700)
     with pytest.raises(UserError, match="vocab_size=699 is smaller than the vocabulary 700"):
         Corpus.open(prefix).check_vocabulary(699)
+
+
+@pytest.fixture
+def odd_token(tmp_path):
+    """A corpus made elsewhere with one large token where no probe looks; its prefix."""
+    tokens = np.ones(3_000_000, np.uint16)
+    tokens[2_020_001] = 9_999
+    return write_corpus(tmp_path / "odd", np.split(tokens, [1_000_000]))
+
+
+def test_a_token_above_the_vocabulary_is_found_wherever_it_is_and_remembered(odd_token):
+    says = "odd: it holds the token 9999, but model vocab_size=9999 is smaller; use at least 10000"
+    with pytest.raises(UserError, match=says):
+        Corpus.open(odd_token).check_vocabulary(9_999)
+    Corpus.open(odd_token).check_vocabulary(10_000)
+    remembered = Path(f"{odd_token}.range.json")
+    content = json.loads(remembered.read_text())
+    assert (content["smallest"], content["largest"]) == (1, 9_999)
+    remembered.write_text(json.dumps(content | {"largest": 7}))
+    Corpus.open(odd_token).check_vocabulary(8)  # is believed, and the tokens not read
+    os.utime(f"{odd_token}.bin")
+    with pytest.raises(UserError, match="the token 9999"):
+        Corpus.open(odd_token).check_vocabulary(8)
+
+
+def test_a_token_above_the_vocabulary_that_nobody_looked_for_is_named_when_it_is_read(
+    odd_token, monkeypatch
+):
+    monkeypatch.setattr("est_ds.data.token_range._FORGOTTEN_BYTES", 0)
+    monkeypatch.setattr("est_ds.data.token_range.os.access", lambda *_: False)
+    corpus = Corpus.open(odd_token)
+    with pytest.raises(UserError, match="the token 1, but model vocab_size=1"):
+        corpus.check_vocabulary(1)  # what probes see
+    corpus.check_vocabulary(9_999)
+    assert corpus.window(0, 1_000_000).max() == 1
+    with pytest.raises(LocalFailure, match="odd: it holds the token 9999, but model"):
+        corpus.window(2_020_000, 10)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "says"),
+    [([0, 2, 1, 3], "document 2"), ([0, 9, 2, 3], "document 2"), ([0, -1, 2, 3], "document 1")],
+)
+def test_documents_that_go_backwards_are_refused_where_they_are_relied_on(
+    tmp_path, boundaries, says
+):
+    prefix = write_corpus(tmp_path / "c", [[1, 2], [3], [4, 5]])
+    Corpus.open(prefix).check_boundaries()
+    with open(f"{prefix}.idx", "r+b") as file:
+        file.seek(-8 * len(boundaries), os.SEEK_END)
+        file.write(np.array(boundaries, "<i8").tobytes())
+    corpus = Corpus.open(prefix)
+    assert corpus.window(0, 5).tolist() == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match=f"c.idx: .* without a gap .* {says}\\)"):
+        corpus.check_boundaries()
 
 
 def test_fingerprint_follows_the_contents_not_the_path(prefix, tmp_path, documents):

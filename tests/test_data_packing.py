@@ -186,7 +186,9 @@ def test_a_hugging_face_tokenizer_packs_as_the_library_encodes(
     assert (corpus.manifest.bos_id, corpus.manifest.eos_id) == (None, end)
     corpus.check_tokenizer(gpt2_like)
     assert main(["verify", "--out", str(tmp_path / "c"), "--tokenizer", str(gpt2_like)]) == 0
-    assert "no BOS around documents; 100 % of the documents end with EOS" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no BOS around documents; 100 % of the documents end with EOS" in said
+    assert "0 % of the tokens unknown" in said  # its unknown token is its EOS
 
 
 def test_special_tokens_spelled_in_a_text_stay_text(gpt2_like, tokenizer, tmp_path):
@@ -296,7 +298,7 @@ def test_a_corpus_of_megatron_reads_token_by_token(tmp_path, code, dtype):
         ([[1, 1, 5, 2], [1, 6, 2]], "1 documents start with two BOS (1)"),
         ([[1, 5, 2], [1, 6, 2, 2]], "1 documents end with two EOS (2)"),
         ([[1, 5, 2, 7, 2], [1, 6, 2]], "EOS (2) stands 1 times inside documents"),
-        ([[1, 5, 0, 2], [1, 6, 2]], "of the tokens unknown (0), more than --max-unknown"),
+        ([[1, 5, 0, 2], [1, 6, 2]], "14.2857 % of the tokens unknown (0), more than --max-unknown"),
         ([[1, 5, 2], [1, 600, 2]], "token 600 is outside the vocabulary 512"),
         ([[1, 5, 2], [1, 6, 2]], None),
         ([[5, 2], [6, 2]], None),

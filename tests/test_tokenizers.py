@@ -21,8 +21,8 @@ from est_ds.errors import UserError
 
 CODE = (ROOT / "est_ds" / "config.py").read_text()
 TEXTS = [
-    "hello  world", " leading", "x = 1\n\n\treturn 12345  ", "<|im_start|>user\n    hello", "</s><s>",
-    "ﬁ ½ É e\u0301 好 😀 \u2581a", "a</s>b [MASK] <unk>", CODE[:3000],
+    "hello  world", " leading", "x = 1\n\n\treturn 12345  ", "<|im_start|>user\n    hello",
+    "</s><s>", "ﬁ ½ É e\u0301 好 😀 \u2581a", "a</s>b [MASK] <unk>", CODE[:3000],
 ]  # fmt: skip
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
 LLAMA = {
@@ -227,7 +227,8 @@ def test_everything_that_changes_ids_changes_the_fingerprint(source, tmp_path):
     corpus, config = Corpus.open(tmp_path / "c"), folder / "tokenizer_config.json"
     before = json.loads(config.read_text())
     model = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    written = f"tokenizer.model {model}\ntokenizer_config.json {json.dumps(before, sort_keys=True)}\n"
+    settings = json.dumps(before, sort_keys=True)
+    written = f"tokenizer.model {model}\ntokenizer_config.json {settings}\n"
     assert corpus.manifest.tokenizer_fingerprint == hashlib.sha256(written.encode()).hexdigest()
     for change in ({"eos_token": "<unk>"}, {"add_prefix_space": False}):
         write_config(folder, **before | change)
@@ -248,12 +249,16 @@ def test_everything_that_changes_ids_changes_the_fingerprint(source, tmp_path):
 # training
 
 
+def train(folder, *more):
+    paths = ("--input", str(folder / "a.txt"), "--out", str(folder / "tok"))
+    assert main(["tokenizer", *paths, *more]) == 0
+
+
 def test_text_around_a_reserved_character_is_trained_on(tmp_path):
     """sentencepiece leaves out every text that holds U+2585."""
     lines = [f"zebraquagga {i} \u2585 zebraquagga\n" for i in range(300)]
     (tmp_path / "a.txt").write_text("".join(lines) + CODE[:3000])
-    arguments = ["--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "tok"), "--vocab", "400"]
-    assert main(["tokenizer", *arguments]) == 0
+    train(tmp_path, "--vocab", "400")
     model = load_processor(tmp_path / "tok" / "tokenizer.model")
     assert len(model.encode("zebraquagga")) == 1
     assert model.decode(model.encode("a \u2585 b")) == "a \u2585 b"
@@ -263,5 +268,4 @@ def test_a_unigram_is_trained_on_text_that_holds_sentencepieces_space(tmp_path):
     draws = random.Random(0)
     lines = ["".join(draws.choice("ab\u2581 ") for _ in range(60)) for _ in range(400)]
     (tmp_path / "a.txt").write_text("\n".join(lines) + CODE[:6000])
-    arguments = ["--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "tok"), "--vocab", "350"]
-    assert main(["tokenizer", *arguments, "--model-type", "unigram"]) == 0
+    train(tmp_path, "--vocab", "350", "--model-type", "unigram")

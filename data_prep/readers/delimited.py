@@ -128,10 +128,11 @@ class DelimitedPiece(Piece):
 
 def _advice(value: object, field: str) -> str:
     """Which field of a JSON object is meant, if it may be another."""
-    texts = {k: v for k, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
+    fields = value if isinstance(value, dict) else {}
+    texts = {name: len(text) for name, text in fields.items() if isinstance(text, str)}
     if field in texts or not texts:
         return f'each line must be a JSON object with a string field "{field}"; '
-    longest = max(texts, key=lambda name: len(texts[name]))
+    longest = max(texts, key=texts.get)
     return f"name the field with the text (--text {longest}, or `text:` of the source), "
 
 

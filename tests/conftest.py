@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import slices
 import yaml
 from cases.tiny import TINY_RUN
 from forks import fork, wait
@@ -21,6 +22,20 @@ from namespaces import Job, signal_all
 from workers import launched
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    help = "only the slice of the selected tests that the hash of a commit chooses, shuffled"
+    parser.addoption("--slice", metavar="COMMIT", help=help)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if commit := config.getoption("slice"):
+        by_name = {item.nodeid: item for item in items}
+        items[:] = [by_name.pop(name) for name in slices.chosen(list(by_name), commit)]
+        config.hook.pytest_deselected(items=list(by_name.values()))
+        print(f"slice {slices.slice_of(commit)} of {slices.SLICES}: {len(items)} tests")
 
 
 def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):

@@ -17,8 +17,6 @@ from est_ds.errors import Diverged, Failure, UserError
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if runtime.launched():
-        preempt.heed_signals()
     try:
         parsed = _parse(arguments)
         parsed.verb(parsed, arguments)
@@ -46,7 +44,10 @@ def _leave(code: int) -> NoReturn:
 
 def _complain(kind: str, error: Exception) -> None:
     """Once on every host: what is wrong may be wrong on one of them only."""
-    world = runtime.world()
+    try:
+        world = runtime.world()
+    except UserError:  # nobody knows which process this is
+        world = runtime.World(0, 1, 0)
     if world.is_first or world.local_rank == 0:
         host = "" if world.is_first else f"{socket.gethostname()}: "
         print(f"est-ds: {kind}: {host}{error}", file=sys.stderr, flush=True)
@@ -210,6 +211,11 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    if runtime.launched():
+        preempt.heed_signals()
+        runtime.meeting_place(runtime.world())
+    else:
+        preempt.end_on_signals()
     from est_ds.checkpoints.store import Store
     from est_ds.run_file import load_run
     from est_ds.engine.setup import leave_processes

@@ -14,6 +14,7 @@ from est_ds.checkpoints.store import Store
 from est_ds.data.prefetch import Prefetched
 from est_ds.divergence import History
 from est_ds.engine.base import Engine
+from est_ds.engine.before_training import BeforeTraining
 from est_ds.engine.build import build_engine
 from est_ds.engine.checkpoint import Saver, choose_checkpoint, load_checkpoint
 from est_ds.engine.layout import bubble, imbalance, stage_costs
@@ -49,16 +50,17 @@ def train(run: Run, world: World) -> None:
     """
     config = run.config
     lock = lock_run_dir(config) if world.is_first else None
-    meeting = start_processes(world, config.watchdog.limit_s)
-    with Watchdog(meeting, world, config.watchdog.limit_s) as watchdog:
-        if config.data.verify == "hashes":
-            check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))
-        _train(run, world, watchdog)
+    with BeforeTraining(world) as before:
+        meeting = start_processes(world, config.watchdog.limit_s, before.reached)
+        with Watchdog(meeting, world, config.watchdog.limit_s) as watchdog:
+            if config.data.verify == "hashes":
+                check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))
+            _train(run, world, watchdog, before)
     if lock:
         lock.close()
 
 
-def _train(run: Run, world: World, watchdog: Watchdog) -> None:
+def _train(run: Run, world: World, watchdog: Watchdog, before: BeforeTraining) -> None:
     config, method, directory = run.config, run.method, run.directory
     store = Store(directory / "checkpoints")
     resumed = choose_checkpoint(store, config.resume)
@@ -92,6 +94,7 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
     loader = Prefetched(run.train, config.steps, **share)
     with progress, loader, Saver(engine, store) as saver:
         saver.check_space()
+        before.begin()
         if state.get("evaluation_due"):  # a notice cut it short
             losses = evaluate(run, engine, start - 1)
             _report_evaluation(run, engine, metrics, progress, start - 1, losses)

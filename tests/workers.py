@@ -88,7 +88,12 @@ def main(file: str) -> None:
     world = runtime.world()
     build = training.build_engine
     meeting = start_processes(world)  # once for all jobs
-    training.start_processes = lambda *_: meeting
+
+    def meet_again(world, limit_s, reached):
+        reached(meeting.store)
+        return meeting
+
+    training.start_processes = meet_again
     for job in json.loads(Path(file).read_text()):
         runtime.say(f"=== {job['overrides']}")
         if groups := sys.modules.get("deepspeed.utils.groups"):

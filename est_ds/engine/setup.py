@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from est_ds.engine.rendezvous import Meeting, choose_interface, meet
-from est_ds.runtime import World
+from est_ds.runtime import World, meeting_place
 
 
 @contextlib.contextmanager
@@ -27,11 +27,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
+def start_processes(
+    world: World, limit_s: float = 600.0, reached: Callable[[dist.Store], None] | None = None
+) -> Meeting:
     """Joins the process group that the launcher described: gloo on CPU, NCCL on GPUs.
 
     Args:
         limit_s: how long to wait for the other processes.
+        reached: is given the store as soon as rank 0 answers.
 
     Raises:
         Failure: some do not come, or rank 0 cannot be reached.
@@ -39,10 +42,14 @@ def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
+    address, port = meeting_place(world)
+    numbers = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    meeting = meet(world, limit_s, reached)
+    if (interface := choose_interface(os.environ, meeting)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    os.environ["MASTER_PORT"] = str(meeting.port)
     # DeepSpeed 0.19 calls what torch 2.13 will rename; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     with quiet():
@@ -55,13 +62,8 @@ def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
             # Its shared-memory reduction compiles C++ for a minute at the first start, and hangs
             # every later start if that is interrupted.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-    meeting = meet(world, limit_s)
-    if (interface := choose_interface(os.environ, meeting)) is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-    os.environ["MASTER_PORT"] = str(meeting.port)
-    # As under torchrun: the group joins a store that is there, instead of opening one.
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    with quiet():
+        # As under torchrun: the group joins a store that is there, instead of opening one.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         # Longer than the watchdog waits, which says more than gloo or NCCL.
         deepspeed.init_distributed(timeout=timedelta(seconds=2 * limit_s + 60))
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]

@@ -12,14 +12,12 @@ from typing import NoReturn
 import est_ds
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
-from est_ds.ranks.world import PORT, World, end_with_starter, launched, say
+from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if launched():
-        preempt.heed_signals()
     try:
         parsed = _parse(arguments)
         parsed.verb(parsed, arguments)
@@ -47,7 +45,10 @@ def _leave(code: int) -> NoReturn:
 
 def _complain(kind: str, error: Exception) -> None:
     """Once on every host: what is wrong may be wrong on one of them only."""
-    world = World.from_environment()
+    try:
+        world = World.from_environment()
+    except UserError:  # nobody knows which process this is
+        world = World(0, 1, 0)
     if world.is_first or world.local_rank == 0:
         host = "" if world.is_first else f"{socket.gethostname()}: "
         print(f"est-ds: {kind}: {host}{error}", file=sys.stderr, flush=True)
@@ -218,6 +219,11 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    if launched():
+        preempt.heed_signals()
+        meeting_place(World.from_environment())
+    else:
+        preempt.end_on_signals()
     from est_ds.checkpoints.store import Store
     from est_ds.config.run_file import load_run
     from est_ds.engine.start import leave_processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from conftest import est_ds, refused, train
 from packings import pack
 
 from est_ds.config.run_file import load_run
+from est_ds.errors import UserError
+from est_ds.ranks.world import World, meeting_place
 from est_ds.run.directory import lock_run_dir
 from est_ds.run.prepare import prepare
 
@@ -245,10 +248,59 @@ def test_compiling_without_a_compiler_is_refused(tiny_run, tmp_path, capsys, mon
 def test_error_inside_the_launcher_is_said_once(tiny_run, tmp_path):
     # RANK is set as by a launcher of the user's own; the process is the second of two.
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'r'}", "batch.micro=3", **launched)
     assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
     done = est_ds("train", tiny_run, "batch.micro=3", **{**launched, "RANK": "0", "LOCAL_RANK": "0"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_empty_rank_in_the_environment_is_one_clear_error(tiny_run, tmp_path):
+    done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'r'}", RANK="", WORLD_SIZE="1")
+    assert done.returncode == 2 and "RANK is '' in the environment" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "r").exists()
+
+
+WELL_LAUNCHED = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("RANK", "", "RANK is ''"),
+        ("RANK", "one", "RANK is 'one'"),
+        ("RANK", "2", "RANK is '2'"),
+        ("RANK", "-1", "a whole number from 0 to 1"),
+        ("WORLD_SIZE", None, "WORLD_SIZE is not set"),
+        ("WORLD_SIZE", "0", "a whole number from 1 to"),
+        ("WORLD_SIZE", "2.0", "WORLD_SIZE is '2.0'"),
+        ("WORLD_SIZE", "9" * 5000, "WORLD_SIZE is '999"),
+        ("LOCAL_RANK", None, "LOCAL_RANK is not set"),
+        ("LOCAL_RANK", " 1", "LOCAL_RANK is ' 1'"),
+        ("MASTER_PORT", None, "MASTER_PORT is not set"),
+        ("MASTER_PORT", "65536", "a whole number from 1 to 65535"),
+        ("MASTER_PORT", "0", "MASTER_PORT is '0'"),
+        ("MASTER_ADDR", None, "MASTER_ADDR is not set"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is ''"),
+    ],
+)
+def test_what_a_launcher_has_set_wrong_is_named(name, text, said, monkeypatch):
+    for key, value in (WELL_LAUNCHED | {name: text}).items():
+        monkeypatch.delenv(key, raising=False) if value is None else monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match=re.escape(said)) as error:
+        meeting_place(World.from_environment())
+    assert "Unset RANK" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_a_launcher_sets_is_read_and_counts_only_with_a_rank(monkeypatch):
+    for key, value in WELL_LAUNCHED.items():
+        monkeypatch.setenv(key, value)
+    assert World.from_environment() == World(1, 2, 1)
+    assert meeting_place(World.from_environment()) == ("node0", 29500)
+    monkeypatch.delenv("RANK")
+    assert World.from_environment() == World(0, 1, 0)
 
 
 def test_nothing_of_the_refused_runs_is_left(tiny_run):

@@ -248,3 +248,21 @@ def test_doctor_measures_between_hosts_and_names_the_one_that_is_not_there(job):
         for rank in (0, 1)
     ]
     assert [node.wait(120) for node in nodes] == [0, 0], [node.text for node in nodes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["node7", "10.77.0.99"], ids=["unknown", "unreachable"])
+@pytest.mark.parametrize("delay_s", [0, 25])  # the ranks have just started; they wait
+def test_notice_while_hosts_wait_for_one_that_is_not_there_ends_all_with_75(delay_s, missing, job):
+    hostfile = str(job.cluster.hostfile(2, "node0", missing))
+    where = ("watchdog.limit_s=300", "--hostfile", hostfile, "--master", "node0")
+    started, first = job.cluster.est_ds(*job.arguments, *where), job.cluster.hosts[0]
+    wait_until(lambda: started.process.poll() is not None or first.ranks(), 90)
+    time.sleep(delay_s)
+    began = time.monotonic()
+    started.notify(signal.SIGTERM)
+    assert started.wait(90) == 75, started.text
+    print(f"SIGTERM while a host is not there, to exit: {time.monotonic() - began:.1f} s")
+    assert not job.left()
+    assert "pre-empted before the first step" in started.text
+    assert not (job.run_dir / "config.yaml").exists()

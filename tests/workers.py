@@ -81,23 +81,27 @@ def launched(processes: int, **more: str) -> Iterator[dict[str, str]]:
 def run_jobs(jobs: list[dict]) -> None:
     """What one rank does."""
     from est_ds.config.run_file import load_run
+    from est_ds.engine.build import build_engine
     from est_ds.engine.start import leave_processes, start_processes
     from est_ds.ranks.world import World, say
     from est_ds.run.prepare import prepare
-    from est_ds.training import loop as training
+    from est_ds.training.loop import train
 
     world = World.from_environment()
-    build = training.build_engine
     meeting = start_processes(world)  # once for all jobs
-    training.start_processes = lambda *_: meeting
+
+    def meet_again(world, limit_s, reached):
+        reached(meeting.store)
+        return meeting
+
     for job in jobs:
         say(f"=== {job['overrides']}")
         if groups := sys.modules.get("deepspeed.utils.groups"):
             groups.mpu = None  # a pipeline's, which a plain engine after it would take for its own
         traffic: list[dict[str, int]] = []
-        training.build_engine = partial(_counted, build, traffic) if "traffic" in job else build
+        build = partial(_counted, build_engine, traffic) if "traffic" in job else build_engine
         if "poison" in job:
-            training.build_engine = partial(_poisoned, build, job["poison"])
+            build = partial(_poisoned, build_engine, job["poison"])
         if "sums_no_ties" in job:
             from est_ds.engine.ties import Ties
 
@@ -114,7 +118,7 @@ def run_jobs(jobs: list[dict]) -> None:
         run = prepare(load_run(job["run"], job["overrides"]), world.size)
         if "odd_from" in job and world.rank == world.size - 1:
             _draw_otherwise(run.method, job["odd_from"])
-        training.train(run, world)
+        train(run, world, join=meet_again, build=build)
         if "traffic" in job and world.is_first:
             Path(job["traffic"]).write_text(json.dumps(traffic))
     leave_processes()

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from est_ds.engine.patches import compile_nothing_at_start
 from est_ds.ranks.meeting import Meeting, choose_interface, meet
-from est_ds.ranks.world import PORT, World
+from est_ds.ranks.world import World, meeting_place
 
 
 @contextlib.contextmanager
@@ -28,11 +28,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
+def start_processes(
+    world: World, limit_s: float = 600.0, reached: Callable[[dist.Store], None] | None = None
+) -> Meeting:
     """Joins the process group that the launcher described: gloo on CPU, NCCL on GPUs.
 
     Args:
         limit_s: how long to wait for the other processes.
+        reached: is given the store as soon as rank 0 answers.
 
     Raises:
         Failure: some do not come, or rank 0 cannot be reached.
@@ -40,10 +43,14 @@ def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
-        os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else str(PORT))
+    address, port = meeting_place(world)
+    numbers = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    meeting = meet(world, limit_s, reached)
+    if (interface := choose_interface(os.environ, meeting)) is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    os.environ["MASTER_PORT"] = str(meeting.port)
     # DeepSpeed 0.19 calls what torch 2.13 will rename; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     with quiet():
@@ -52,14 +59,9 @@ def start_processes(world: World, limit_s: float = 600.0) -> Meeting:
 
         logger.setLevel(logging.ERROR)
         logging.getLogger("torch").setLevel(logging.ERROR)
-    compile_nothing_at_start()
-    meeting = meet(world, limit_s)
-    if (interface := choose_interface(os.environ, meeting)) is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-    os.environ["MASTER_PORT"] = str(meeting.port)
-    # As under torchrun: the group joins a store that is there, instead of opening one.
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    with quiet():
+        compile_nothing_at_start()
+        # As under torchrun: the group joins a store that is there, instead of opening one.
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         # Longer than the watchdog waits, which says more than gloo or NCCL.
         deepspeed.init_distributed(timeout=timedelta(seconds=2 * limit_s + 60))
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]

@@ -32,6 +32,7 @@ from est_ds.ranks.world import STARTER
 HOST_FAILED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 # DeepSpeed's log of every host's processes: over ssh it cannot be told to be quiet.
 CHATTER = re.compile(r"(\S+: )?\[[-\d :,]+\] \[(INFO|ERROR)\] \[launch\.py:")
+SSH_FAILED = 255  # ssh's own exit code; of the processes it is none
 POLL_S = 0.005
 # Of the processes, when all end alike: done, wrong input, diverged, pre-empted. The rest is 1.
 PASSED_ON = (0, 2, 3, preempt.EXIT_CODE)
@@ -95,6 +96,8 @@ def start(
         return 128 + signal.SIGKILL
     if signals.ended_by is not None:
         return 128 + signals.ended_by
+    if guard.all_obeyed:
+        return preempt.EXIT_CODE
     return code if code in PASSED_ON else 1
 
 
@@ -108,6 +111,7 @@ class _Guard:
         self._signals = signals
         self._listeners: list[threading.Thread] = []
         self._failed = threading.Event()
+        self._codes: dict[str, int] = {}  # of hosts that have failed, as pdsh says
         self.was_killed = False
         signals.end = self._end
         if signals.ended_by is not None:  # it came before
@@ -134,9 +138,18 @@ class _Guard:
         _signal_group(self._launcher, signal.SIGKILL)  # whatever outlived the launcher
         for listener in self._listeners:
             listener.join(5.0)
-        if self._where.by_ssh and code != 0:
+        if self._where.by_ssh and code != 0 and not self.all_obeyed:
             ssh.kill(self._where.slots, self._where.name)
         return code
+
+    @property
+    def all_obeyed(self) -> bool:
+        """Whether the hosts' processes ended because of a notice, where there were any.
+
+        pdsh gives the largest code of all, which is ssh's where a host cannot be reached.
+        """
+        codes = set(self._codes.values())
+        return self._signals.noticed and bool(codes) and codes <= {preempt.EXIT_CODE, SSH_FAILED}
 
     def _end(self) -> None:
         _signal_group(self._launcher, signal.SIGTERM)
@@ -148,7 +161,10 @@ class _Guard:
                 time.sleep(0.1)
                 continue
             if self._where.by_ssh:
-                ssh.notify(self._where.slots, self._where.name)
+                # Not those that have ended, or never answered, for whom pdsh would wait.
+                left = [host for host in self._where.slots if host not in self._codes]
+                if left:
+                    ssh.notify(left, self._where.name)
             else:
                 _signal_group(self._launcher, signal.SIGUSR1)
             time.sleep(1.0)
@@ -156,7 +172,8 @@ class _Guard:
     def _listen(self, source: TextIO, to: TextIO) -> None:
         """Passes on what the hosts say, and hears when one of them has failed."""
         for line in source:
-            if HOST_FAILED.search(line):
+            if found := HOST_FAILED.search(line):
+                self._codes[found[1]] = int(found[2])
                 self._failed.set()
             elif not CHATTER.match(line):
                 to.write(line)

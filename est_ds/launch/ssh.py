@@ -10,6 +10,8 @@ SSH_OPTIONS = (
     "-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4"
 )
 HERE = "est-ds-is-here"
+# In /proc/PID/status, of a process that has a handler for signal 10: bit 9 of a hex number.
+CATCHES_USR1 = "^SigCgt:.*[2367abef]..$"
 
 
 def with_ssh_options(environment: Mapping[str, str]) -> dict[str, str]:
@@ -42,8 +44,15 @@ def answering(hosts: Iterable[str]) -> list[str]:
 
 
 def notify(hosts: Iterable[str], start: str) -> None:
-    """Sends a notice of pre-emption to the training processes of a start."""
-    on_hosts(hosts, f"pkill -USR1 -f '[-]m est_ds[.]cli .*start[=]{start}'")
+    """Sends a notice of pre-emption to the training processes of a start.
+
+    One that does not heed it yet is left out: it would die of it.
+    """
+    on_hosts(
+        hosts,
+        f"for p in $(pgrep -f '[-]m est_ds[.]cli .*start[=]{start}'); do "
+        f"grep -q '{CATCHES_USR1}' /proc/$p/status && kill -USR1 $p; done",
+    )
 
 
 def kill(hosts: Iterable[str], start: str) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import platform
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -23,11 +22,14 @@ import torch.distributed as dist
 
 import est_ds
 from est_ds.errors import Failure, UserError
-from est_ds.ranks.world import World
+from est_ds.ranks.world import World, meeting_place
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 CALL_S = 5.0  # for one request to a store that is there
 TOKEN = "est_ds/token"
+
+# Until the process ends: whatever group it joins later talks by them, and rank 0's is the server.
+_stores: list[dist.Store] = []
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,25 @@ def versions() -> dict[str, str]:
     return found | {name: version(name).partition("+")[0] for name in PACKAGES}
 
 
-def meet(world: World, limit_s: float) -> Meeting:
+def meet(
+    world: World, limit_s: float, reached: Callable[[dist.Store], None] | None = None
+) -> Meeting:
     """Waits until every process is there. Every process calls it.
 
     Args:
         limit_s: for how long.
+        reached: is given the store as soon as rank 0 answers.
 
     Raises:
         Failure: rank 0 cannot be reached, or processes are missing; it says which.
         UserError: processes run different versions.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = meeting_place(world)
     deadline = time.monotonic() + limit_s
     store = _serve(port) if world.is_first else _reach(world, address, port, limit_s)
+    _stores.append(store)
+    if reached:
+        reached(store)
     own = own_address(address)
     mine = {"host": socket.gethostname(), "address": own, "versions": versions()}
     try:

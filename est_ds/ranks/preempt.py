@@ -1,12 +1,16 @@
 """Pre-emption: after a notice to any process all of them stop at the same step.
 
 The notice is SIGTERM or SIGUSR1. A handler only notes it: the step under way ends as ever, then the
-processes agree, save, and exit with `EXIT_CODE`.
+processes agree, save, and exit with `EXIT_CODE`. Before the first step they end at once
+(`engine.before_training`).
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+from typing import NoReturn
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again. It is no signal's 128 + n.
 EXIT_CODE = 75
@@ -26,6 +30,28 @@ def heed_signals() -> None:
     """Notes the signals from now on, instead of dying of them."""
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: _received.append(received))
+
+
+def end_on_signals() -> None:
+    """Ends this process at the first of the signals, while it has started nothing."""
+    for number in SIGNALS:
+        signal.signal(number, lambda received, frame: end("pre-empted before anything was started"))
+
+
+def received() -> bool:
+    """Whether this process has got a notice."""
+    return bool(_received)
+
+
+def end(what: str | None) -> NoReturn:
+    """Ends this process at once, from any thread: there is nothing to save.
+
+    Args:
+        what: to be said; None: another process says it.
+    """
+    if what:  # not by print, which a signal handler may have interrupted
+        os.write(sys.__stdout__.fileno(), f"est-ds: {what}; start it again to go on.\n".encode())
+    os._exit(EXIT_CODE)
 
 
 def noticed() -> bool:

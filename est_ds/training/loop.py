@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from est_ds.checkpoints.index import Index
@@ -15,6 +16,8 @@ from est_ds.engine.build import build_engine
 from est_ds.engine.start import start_processes
 from est_ds.errors import Failure, UserError
 from est_ds.plans.lr import learning_rate
+from est_ds.ranks.before_training import BeforeTraining
+from est_ds.ranks.meeting import Meeting
 from est_ds.ranks.preempt import Preempted, noticed
 from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World
@@ -41,8 +44,18 @@ class Job:
     watchdog: Watchdog
 
 
-def train(run: Run, world: World) -> None:
+def train(
+    run: Run,
+    world: World,
+    *,
+    join: Callable[..., Meeting] = start_processes,
+    build: Callable[..., Engine] = build_engine,
+) -> None:
     """Trains a run from its latest checkpoint (or from the start) to its last step.
+
+    Args:
+        join: joins the process group.
+        build: builds the engine.
 
     Raises:
         UserError: the checkpoint does not fit the run, or a corpus was altered.
@@ -51,17 +64,21 @@ def train(run: Run, world: World) -> None:
     """
     config = run.config
     lock = lock_run_dir(config) if world.is_first else None
-    meeting = start_processes(world, config.watchdog.limit_s)
-    with Watchdog(meeting, world, config.watchdog.limit_s) as watchdog:
-        if config.data.verify == "hashes":
-            check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))
-        _train(run, world, watchdog)
+    limit_s = config.watchdog.limit_s
+    with BeforeTraining(world) as before:
+        meeting = join(world, limit_s, before.reached)
+        with Watchdog(meeting, world, limit_s) as watchdog:
+            if config.data.verify == "hashes":
+                check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))
+            _train(run, build, watchdog, before)
     if lock:
         lock.close()
 
 
-def _train(run: Run, world: World, watchdog: Watchdog) -> None:
-    config = run.config
+def _train(
+    run: Run, build: Callable[..., Engine], watchdog: Watchdog, before: BeforeTraining
+) -> None:
+    config, world = run.config, World.from_environment()
     store = Store(run.directory / "checkpoints")
     resumed = choose_checkpoint(store, config.resume)
     start = resumed.step if resumed else 0
@@ -69,7 +86,7 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
         check_state(run, resumed.state)
     if world.is_first:
         write_config(config)
-    engine = build_engine(run, world, run.directory / "tensorboard")
+    engine = build(run, world, run.directory / "tensorboard")
     if resumed:
         load_checkpoint(engine, store, resumed)
     share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
@@ -79,6 +96,7 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
         check_agreement(run, start)
         job = Job(run, engine, store, saver, loader, history, recorder, watchdog)
         saver.check_space()
+        before.begin()
         _begin(job, start, resumed)
         step = start
         while step < config.steps:

@@ -6,34 +6,55 @@ import difflib
 import os
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
     Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from est_ds import yaml12
 from est_ds.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Of a file or folder. `~` and `$VARIABLE` in it are replaced when a run file is read.
+PathText = Annotated[str, Field(min_length=1)]
 # Of a held-out corpus: part of the names of figures.
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 # A step (whole number) or a fraction of the run (a number with a point, at most 1.0).
 Position = Annotated[int, Field(ge=0)] | Share
 
 
+def _with_strict_scalars(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_strict_scalars(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {"strict": True} if schema.get("type") in ("int", "float", "bool") else {}
+    return {key: _with_strict_scalars(part) for key, part in schema.items()} | strict
+
+
 class Strict(BaseModel):
-    """Settings that refuse unknown keys and cannot change."""
+    """Settings that refuse unknown keys and values of another type, and cannot change.
+
+    A whole number passes where any number does; text, true and false are no numbers anywhere.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        # Not ConfigDict(strict=True), which would take no list for a tuple and no mapping for a
+        # section.
+        return _with_strict_scalars(handler(source))
 
 
 class Batch(Strict):
@@ -70,7 +91,7 @@ class Parallel(Strict):
     """
 
     pipe: Positive = 1
-    zero: Literal[0, 1, 2, 3] = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 1
     pipe_layers: list[Positive] | None = None
     offload: bool = False
     processes: Positive | None = None
@@ -98,7 +119,7 @@ class Parallel(Strict):
 class Part(Strict):
     """A corpus of a mixture (prefix of .bin and .idx), and its share of the sequences."""
 
-    corpus: str
+    corpus: PathText
     weight: Annotated[float, Field(gt=0.0)] | None = None
 
 
@@ -129,17 +150,17 @@ class Data(Strict):
     """
 
     train: Annotated[
-        Annotated[str, Tag("<prefix>")]
+        Annotated[PathText, Tag("<prefix>")]
         | Annotated[tuple[Part, ...], Field(min_length=1), Tag("<mixture>")],
         _either("<prefix>", "<mixture>"),
     ]
     phases: tuple[DataPhase, ...] = ()
     valid: Annotated[
-        Annotated[str, Tag("<prefix>")]
-        | Annotated[dict[CorpusName, str], Field(min_length=1), Tag("<names>")],
+        Annotated[PathText, Tag("<prefix>")]
+        | Annotated[dict[CorpusName, PathText], Field(min_length=1), Tag("<names>")],
         _either("<prefix>", "<names>"),
     ]
-    tokenizer: str
+    tokenizer: PathText
     sequence: Positive
     shuffle: Literal["sequences", "documents"] = "sequences"
     documents: Literal["joined", "separate"] = "joined"
@@ -205,6 +226,10 @@ class Data(Strict):
         return self
 
 
+# Below 1, since AdamW divides by 1 - beta ** step.
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class Optimizer(Strict):
     """AdamW; `lr` is the peak. Norms and biases do not decay.
 
@@ -213,7 +238,7 @@ class Optimizer(Strict):
     """
 
     lr: Annotated[float, Field(gt=0.0)]
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip: Annotated[float, Field(ge=0.0)] = 1.0
@@ -263,7 +288,7 @@ class Evaluate(Strict):
 class Watchdog(Strict):
     """Ends the run on all nodes when a process makes no progress for `limit_s` seconds."""
 
-    limit_s: Annotated[float, Field(ge=5.0)] = 600.0
+    limit_s: Annotated[float, Field(ge=5.0, le=1e9)] = 600.0
 
 
 class Divergence(Strict):
@@ -309,7 +334,7 @@ class RunConfig(Strict):
     """One run. The sections `model`, `method` and `objective` are checked by the family, the method
     and the objective."""
 
-    run_dir: str
+    run_dir: PathText
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Positive
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -351,11 +376,18 @@ class RunConfig(Strict):
         return {"pipe": self.parallel.pipe, "zero": self.parallel.zero, "replicas": replicas}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+        return yaml12.dump(self.model_dump(mode="json", by_alias=True))
 
 
 # Parts of a location that no run file has.
 UNION_TAGS = ("cosine", "wsd", "int", "float", "constrained-", "<")
+# After pydantic's own words, which say what a value is not.
+HINTS = {
+    "int_type": "; write a whole number, without quotes or a point",
+    "float_type": "; write a number, without quotes",
+    "bool_type": "; write true or false",
+    "string_type": "; put it in quotes",
+}
 M = TypeVar("M", bound=Strict)
 
 
@@ -384,7 +416,8 @@ def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], (dict, list)):
         return f"{field}: {message}."
-    return f"{field}={error['input']!r}: {message[0].lower()}{message[1:]}."
+    hint = HINTS.get(error["type"], "")
+    return f"{field}={error['input']!r}: {message[0].lower()}{message[1:]}{hint}."
 
 
 def _keys_beside(kind: Any, location: tuple) -> list[str]:

@@ -1,9 +1,9 @@
-"""What a run will do, before anything starts: phases, FLOPs, sizes, memory. Reads no data."""
+"""What a run will do, before anything starts: phases, FLOPs, sizes, memory."""
 
 from __future__ import annotations
 
 import json
-import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from est_ds.flops import dense_flops, phase_ratios, saved
 from est_ds.model import count_parameters, empty_model
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.plans.shape import Attention, ModelShape
-from est_ds.run import Planned, plan_run
+from est_ds.run import Planned, plan_run, unchecked_data
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class RunPlan:
         dense: what the full model holds.
         dense_step_flops: `model` FLOPs of a step of the full model.
         stage_parameters: parameters of every pipe stage; a tied one counts where it is held.
+        unchecked: paths of data that is not here, and so was not checked.
     """
 
     planned: Planned
@@ -63,45 +64,41 @@ class RunPlan:
     dense: Kept
     dense_step_flops: float
     stage_parameters: tuple[int, ...]
+    unchecked: tuple[str, ...]
 
 
-def plan_report(config: RunConfig, as_json: bool) -> str:
+def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> str:
     """The plan of a run as a table, or as the JSON document of `est-ds plan --json`.
 
     Every phase has `kept_layers` (of the model), `kept_heads` and `kept_columns` (of one kept
     layer), all as means over the phase's steps, and its FLOPs as ratios of the dense ones.
     `saved` is the fraction of the dense FLOPs of the whole run that is saved.
 
-    Raises:
-        UserError: the run file's model, method, schedule or layout do not fit together.
-    """
-    plan = make_plan(config)
-    if as_json:
-        return json.dumps(plan.json, indent=2)
-    from est_ds.report.plan_text import plan_tables
-
-    return plan_tables(plan)
-
-
-def plot_plan(config: RunConfig, file: str | os.PathLike) -> Path:
-    """Draws what is kept over time, and FLOPs against dense training.
-
     Args:
-        file: a path whose ending matplotlib knows (.png, .svg, .pdf).
+        plot: file to draw it into; its ending is one that matplotlib knows (.png, .svg, .pdf).
 
     Raises:
-        UserError: the run file does not fit together, or the file cannot be written.
+        UserError: the run file's model, method, schedule, layout or data do not fit together, or
+            the file cannot be written.
     """
     from est_ds.report.plan_figure import write_plan_figure
+    from est_ds.report.plan_text import layouts, plan_tables
 
-    return write_plan_figure(plan_run(config), Path(file))
+    layouts(config)  # the batch must fit the processes, whether a table shows it or not
+    plan = make_plan(config)
+    if as_json and plan.unchecked:
+        print(f"est-ds: not checked, since not here: {', '.join(plan.unchecked)}", file=sys.stderr)
+    text = json.dumps(plan.json, indent=2) if as_json else plan_tables(plan)
+    if plot:
+        write_plan_figure(plan, Path(plot))
+    return text
 
 
 def make_plan(config: RunConfig) -> RunPlan:
     """All figures of a run, from an empty model: seconds and no memory at any size.
 
     Raises:
-        UserError: the run file's model, method, schedule or layout do not fit together.
+        UserError: the run file's model, method, schedule, layout or data do not fit together.
     """
     planned = plan_run(config)
     method = planned.method
@@ -137,6 +134,7 @@ def make_plan(config: RunConfig) -> RunPlan:
         dense=mean_kept(method.shape, full_loads(method.shape)),
         dense_step_flops=dense_flops(method.shape, **size).model,
         stage_parameters=_stage_parameters(planned, model),
+        unchecked=tuple(unchecked_data(planned)),
     )
 
 

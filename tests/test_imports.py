@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
 LAYERS = [
-    {"errors", "config", "run_file", "locking", "runtime", "preempt", "remote"},
+    {"errors", "yaml12", "config", "run_file", "locking", "runtime", "preempt", "remote"},
     {"plans", "flops", "lr"},
     {"slicing", "data", "model", "checkpoints"},
     {"engine"},

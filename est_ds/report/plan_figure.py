@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from est_ds.errors import UserError
-from est_ds.flops import dense_flops, step_flops
-from est_ds.planning import mean_kept
+from est_ds.flops import step_flops
+from est_ds.planning import RunPlan, mean_kept
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
 from est_ds.report.style import BLACK, GREY, ORANGE, RED, SKY
@@ -20,13 +20,13 @@ from est_ds.run import Planned
 MAX_SAMPLES = 1000
 
 
-def write_plan_figure(planned: Planned, file: Path) -> Path:
+def write_plan_figure(plan: RunPlan, file: Path) -> Path:
     """Draws a plan into `file`.
 
     Raises:
         UserError: the file's ending names no picture format, or it cannot be written.
     """
-    figure = plan_figure(planned)
+    figure = plan_figure(plan)
     known = sorted(figure.canvas.get_supported_filetypes())
     try:
         if file.suffix.lower().lstrip(".") not in known:
@@ -45,8 +45,9 @@ def write_plan_figure(planned: Planned, file: Path) -> Path:
 
 
 @style.styled()
-def plan_figure(planned: Planned) -> Figure:
+def plan_figure(plan: RunPlan) -> Figure:
     """Two plots over the steps: fractions kept, and cumulative FLOPs."""
+    planned = plan.planned
     config, method = planned.config, planned.method
     figure = Figure(figsize=(7.6, 6.4), layout="constrained")
     kept, flops = figure.subplots(2, 1)
@@ -55,7 +56,7 @@ def plan_figure(planned: Planned) -> Figure:
     for axes in (kept, flops):
         style.shade_phases(axes, method.phases, config.steps)
     _draw_kept(kept, planned)
-    _draw_flops(flops, planned)
+    _draw_flops(flops, plan)
     return figure
 
 
@@ -82,11 +83,10 @@ def _draw_kept(axes: Axes, planned: Planned) -> None:
     axes.legend(loc="lower right", ncols=3)
 
 
-def _draw_flops(axes: Axes, planned: Planned) -> None:
+def _draw_flops(axes: Axes, plan: RunPlan) -> None:
+    planned, dense = plan.planned, plan.dense_step_flops
     config, method = planned.config, planned.method
-    sequence = config.data.sequence
-    size = {"tokens": config.batch.global_ * sequence, "sequence": sequence}
-    dense = dense_flops(method.shape, **size).model
+    size = planned.flops_size(config.batch.global_)
     samples = _samples(planned)
     active = [step_flops(method.shape, method.loads(int(s)), **size).model for s in samples]
     edges = np.append(samples, config.steps)
@@ -96,6 +96,6 @@ def _draw_flops(axes: Axes, planned: Planned) -> None:
     axes.plot(edges, edges * dense / unit, color=GREY, ls="--", label="dense")
     axes.plot(edges, total / unit, color=RED, label=config.method["name"])
     axes.fill_between(edges, total / unit, edges * dense / unit, color=RED, alpha=0.08, lw=0)
-    saving = 1.0 - total[-1] / (config.steps * dense)
     axes.set_ylim(bottom=0)
+    saving = plan.json["saved"]["model"]  # exact, where the line goes by samples
     axes.legend(loc="upper left", title=f"{saving:.1%} saved", alignment="left")

@@ -62,6 +62,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(plan, accumulation))] if pipe > 1 else []),
+        *([("not checked", f"not here: {', '.join(plan.unchecked)}")] if plan.unchecked else []),
     ]
 
 

@@ -81,7 +81,6 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
         UserError: the run file's model, method, schedule, layout or data do not fit together, or
             the file cannot be written.
     """
-    from est_ds.report.plan_figure import write_plan_figure
     from est_ds.report.plan_text import layouts, plan_tables
 
     layouts(config)  # the batch must fit the processes, whether a table shows it or not
@@ -90,6 +89,8 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
         print(f"est-ds: not checked, since not here: {', '.join(plan.unchecked)}", file=sys.stderr)
     text = json.dumps(plan.json, indent=2) if as_json else plan_tables(plan)
     if plot:
+        from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
+
         write_plan_figure(plan, Path(plot))
     return text
 

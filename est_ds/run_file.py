@@ -64,10 +64,10 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
         tree = expanded(read_mapping(path, "run file"), PATHS)
     # A section may stand in a file of its own: its path is relative to the file naming it, or,
     # in an override, to the working directory.
-    _read_sections(tree, path if path.is_dir() else path.parent)
+    read_sections(tree, path if path.is_dir() else path.parent)
     for override in overrides or []:
         _override(tree, override)
-        _read_sections(tree, Path())
+        read_sections(tree, Path())
     return checked(RunConfig, tree)
 
 
@@ -108,7 +108,14 @@ def expanded(value: Any, paths: tuple[str, ...], field: str = "") -> Any:
     return found
 
 
-def _read_sections(tree: dict[str, Any], folder: Path) -> None:
+def read_sections(tree: dict[str, Any], folder: Path) -> None:
+    """Puts the sections in place of the paths of their files, which are relative to `folder`.
+
+    Of a `.json` of a model what says nothing of training is left out.
+
+    Raises:
+        UserError: a file cannot be read, or holds no section.
+    """
     for section in SECTIONS:
         if isinstance(path := tree.get(section), str):
             file, what = folder / path, f"{section} file ({section})"

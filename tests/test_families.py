@@ -23,6 +23,7 @@ from test_slicing_reference import (
 )
 
 from est_ds.errors import UserError
+from est_ds.run_file import read_sections
 from est_ds.model import build_model, count_parameters, empty_model, initialise
 from est_ds.slicing.families import FAMILIES, family_of, hf_config
 
@@ -236,6 +237,16 @@ def test_older_names_of_rope_mean_what_they_meant():
     found = hf_config({**section, "rope_theta": 5e5, "rope_scaling": scaling}).rope_parameters
     assert found == {"rope_type": "linear", "factor": 2, "rope_theta": 5e5}
     assert scaling == {"type": "linear", "factor": 2}
+
+
+@every_case
+def test_a_published_config_of_every_family_is_taken(case, tmp_path):
+    config = config_of(case)
+    config.architectures, config.dtype = [case.auto_class], "bfloat16"
+    config.save_pretrained(tmp_path)
+    tree = {"model": str(tmp_path)}
+    read_sections(tree, tmp_path)
+    assert hf_config(tree["model"]).to_dict() == config_of(case).to_dict()
 
 
 @pytest.mark.parametrize("case", ["llama", "bert"])

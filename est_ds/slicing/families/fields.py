@@ -85,16 +85,18 @@ def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, 
             raise UserError(f"model.{key}={value}: input should be a finite number.")
         if isinstance(plain.get(key), float) and type(value) is int:
             section[key] = float(value)
-    _check_ids(section, section.get("vocab_size", plain["vocab_size"]))
+    _check_ids(section, plain)
     if "rope_parameters" in plain:
         _todays_rope(section)
     older = [key for key in ONE_VALUE if key in section and key not in plain]
     return {key: value for key, value in section.items() if key not in older}
 
 
-def _check_ids(section: dict[str, Any], vocabulary: Any) -> None:
+def _check_ids(section: dict[str, Any], plain: dict[str, Any]) -> None:
+    vocabulary = section.get("vocab_size", plain["vocab_size"])
     for key, value in section.items():
-        if not key.endswith("_token_id") or value is None:
+        # The family's own is there whether the section says it or not.
+        if not key.endswith("_token_id") or value in (None, plain.get(key)):
             continue
         for token in value if isinstance(value, list) else [value]:
             if type(token) is not int or not isinstance(vocabulary, int):

@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
+from est_ds.config.run_file import expanded
 from est_ds.config.strict import Strict, checked
+from est_ds.config.yaml12 import read_mapping
 from est_ds.errors import UserError
 
+_PATHS = ("tokenizer", *(f"sources.*.{k}" for k in ("path", "path.*", "data_dir", "data_files*")))
 _OF_FILES = ("path", "separator", "plain")
 _OF_DATASETS = ("dataset", "name", "data_dir", "data_files", "split", "revision", "streaming")
 
@@ -94,14 +96,7 @@ def read_data_file(path: Path) -> Preparation:
     Raises:
         UserError: it cannot be read, or something in it is wrong.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: a mapping with a list `sources` is expected.")
+    tree = expanded(read_mapping(path, "--config"), _PATHS)
     try:
         return checked(Preparation, tree)
     except UserError as error:

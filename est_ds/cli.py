@@ -60,7 +60,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parsed, unknown = parser.parse_known_args(arguments)
     overrides = [word for word in unknown if "=" in word and not word.startswith("-")]
     if len(overrides) < len(unknown) or (overrides and not hasattr(parsed, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        # Not `parser.error`, which would show how est-ds is used, and not its verb.
+        parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if overrides:
         parsed.overrides = parsed.overrides + overrides
     return parsed
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name, function, help):
         sub = verbs.add_parser(name, help=help, description=help)
         sub.add_argument("run", metavar="RUN", help="a run file (YAML) or a run directory")
-        sub.set_defaults(verb=function)
+        sub.set_defaults(verb=function, parser=sub)
         return sub
 
     def overrides(sub):
@@ -86,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
     overrides(plan)
+    plan.add_argument(
+        "--processes", type=_positive, metavar="N", help="as of train (default: what RUN says)"
+    )
     plan.add_argument("--json", action="store_true", help="JSON alone on standard output")
     plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
 
@@ -166,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     doctor.description = "Checks nodes side by side: versions, GPUs, corpus, disk, network."
     doctor.add_argument("run", metavar="RUN", nargs="?", help="a run file or a run directory")
-    doctor.set_defaults(verb=_doctor)
+    doctor.set_defaults(verb=_doctor, parser=doctor)
     overrides(doctor)
     _many_nodes(doctor)
     doctor.add_argument(
@@ -210,12 +214,10 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config.run_file import load_run
     from est_ds.report.plan_text import plan_report
 
-    config = load_run(parsed.run, parsed.overrides)
-    if parsed.plot:
-        from est_ds.report.plan_figure import plot_plan
-
-        plot_plan(config, parsed.plot)
-    print(plan_report(config, as_json=parsed.json))
+    overrides = list(parsed.overrides)
+    if parsed.processes:
+        overrides.append(f"parallel.processes={parsed.processes}")
+    print(plan_report(load_run(parsed.run, overrides), parsed.json, parsed.plot))
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:

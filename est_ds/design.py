@@ -20,6 +20,7 @@ from est_ds.plans.phases import phases_until
 from est_ds.slicing.build import empty_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
+from est_ds.slicing.families.fields import refuse_dropout
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def plan_run(config: RunConfig) -> Planned:
     check_deepspeed_section(config)
     check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
-    _refuse_dropout(hf)
+    refuse_dropout(hf)
     _check_builds(hf)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
@@ -142,12 +143,3 @@ def _check_builds(hf: Any) -> None:
         ) from None
 
 
-def _refuse_dropout(hf: Any) -> None:
-    for field, value in hf.to_dict().items():
-        used = "drop" in field and not field.startswith(("summary", "classifier"))
-        if used and isinstance(value, float) and value > 0:
-            raise UserError(
-                f"model.{field}={value} (Hugging Face's default, if the run file does not set it): "
-                f"dropout draws from a global generator, so that a resumed run or another layout "
-                f"would train something else; set model.{field}=0.0."
-            )

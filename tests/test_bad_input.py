@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from conftest import est_ds, refused, train
 from packings import pack
 
+from est_ds import cli
 from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.ranks.world import World, meeting_place
@@ -26,6 +28,14 @@ REFUSED = {
     "unknown phase key": (["method.phases.0.layer=1.0"], ["layer", "layers"]),
     "unknown model key": (["model.hidden_sise=4"], ["model.hidden_sise", "hidden_size"]),
     "dropout": (["model.attention_dropout=0.1"], ["model.attention_dropout=0.1", "0.0"]),
+    "dropout that is a whole number": (
+        ["model.attention_dropout=1"],
+        ["model.attention_dropout=1", "0.0"],
+    ),
+    "padding token that is no token": (
+        ["model.pad_token_id=512"],
+        ["model.pad_token_id=512", "0 to 511"],
+    ),
     "unknown family": (["model.model_type=gptj"], ["gptj", "llama"]),
     "phases that do not end at the last step": (["steps=21"], ["step 20", "steps=21"]),
     "phases that do not increase": (["method.phases.1.until=8"], ["phases[1].until=8", "increase"]),
@@ -157,6 +167,39 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(case, tiny_run, tmp
     assert not run_dir.exists()
 
 
+def test_plan_checks_what_of_the_data_is_here(tiny_run, corpus, tmp_path, capsys):
+    for name, text in (
+        ("model.vocab_size=256", "vocabulary 512 of the corpus"),
+        ("evaluate.sequences=100000", "evaluate.sequences=100000"),
+        ("batch.global=100000", "batch.global=100000"),
+    ):
+        assert text in refused(capsys, "plan", tiny_run, name)
+    # The manifests alone, as on a machine that holds no data.
+    for name in ("train", "valid"):
+        shutil.copy(corpus / f"{name}.manifest.json", tmp_path)
+    there = [f"data.train={tmp_path}/train", f"data.valid={tmp_path}/valid"]
+    error = refused(capsys, "plan", tiny_run, *there, "evaluate.sequences=100000")
+    assert "evaluate.sequences=100000" in error
+    # Its own manifest tells how many held-out windows of 64 tokens and one more there are.
+    num_tokens = json.loads((tmp_path / "valid.manifest.json").read_text())["num_tokens"]
+    assert f"has {(num_tokens - 1) // 64} windows" in error
+    cli.main(["plan", str(tiny_run), "--json", *there, "data.tokenizer=elsewhere"])
+    output = capsys.readouterr()
+    assert json.loads(output.out)["total_steps"] == 20
+    named = f"{tmp_path}/train (but its manifest), {tmp_path}/valid (but its manifest), elsewhere"
+    assert output.err == f"est-ds: not checked, since not here: {named}\n"
+
+
+def test_options_of_plan_are_checked_and_its_own_usage_is_shown(tiny_run, capsys):
+    assert "parallel.pipe=2 does not divide 3" in refused(
+        capsys, "plan", tiny_run, "--processes", "3", "--json"
+    )
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["plan", str(tiny_run), "--proceses", "3"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: est-ds plan [-h] [--processes N]")
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_truncated_corpus_is_refused(suffix, tiny_run, corpus, tmp_path, capsys):
     for file in corpus.glob("train.*"):
@@ -201,7 +244,8 @@ def test_run_directory_of_another_config_is_refused_and_stays(tiny_run, tmp_path
     (run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
     before = (run_dir / "config.yaml").read_bytes()
     error = refused(capsys, "train", tiny_run, f"run_dir={run_dir}", "optimizer.lr=0.1", "seed=9")
-    assert "optimizer.lr is 0.003 there and 0.1 here" in error and "seed" in error
+    assert "optimizer.lr is 0.003 there and 0.1 here; seed is 3 there and 9 here." in error
+    assert "neither extended nor altered: train another one in another run_dir" in error
     assert (run_dir / "config.yaml").read_bytes() == before
 
 

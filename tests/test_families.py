@@ -23,6 +23,7 @@ from test_slicing_reference import (
     shape_of,
 )
 
+from est_ds.config.run_file import read_sections
 from est_ds.errors import UserError
 from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise
 from est_ds.slicing.families import FAMILIES, family_of, hf_config
@@ -216,6 +217,15 @@ def test_sequence_beyond_the_model_is_refused():
         ("gpt2", dict(head_dim=4), "unknown key 'model.head_dim'"),
         ("bert", dict(num_attention_heads=5), "5 does not divide model.hidden_size=24"),
         ("bert", dict(is_decoder=True), "is_decoder=True is not supported"),
+        ("qwen2", dict(sliding_window=8), "sliding_window=8 cannot take effect"),
+        ("llama", dict(head_dim=3), "heads of width 3"),
+        ("llama", dict(output_attentions=True), "output_attentions=True is not supported"),
+        ("bert", dict(position_embedding_type="relative_key"), "position_embedding_type"),
+        ("llama", dict(attn_implementation="eager"), "attn_implementation is set by est_ds"),
+        ("llama", dict(rope_theta=5e5, rope_parameters=dict(rope_theta=1e4)), "rope_theta=5000"),
+        ("llama", dict(rope_parameters=dict(theta=5e5)), "theta has no effect"),
+        ("llama", dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
+        ("gpt2", dict(eos_token_id=[1, 61]), "eos_token_id=.1, 61. is no id"),
         ("t5", dict(feed_forward_proj="gated-gelu-x"), "feed_forward_proj"),
         ("t5_gated", dict(scale_decoder_outputs=True), "contradict each other"),
     ],
@@ -235,6 +245,39 @@ def test_t5_with_a_head_of_its_own_begins_at_the_loss_of_a_uniform_guess():
         logits = model(input_ids=ids, decoder_input_ids=ids).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
     assert abs(loss - math.log(997)) < 1.0
+
+
+def test_older_names_of_rope_mean_what_they_meant():
+    section = CASES["llama"].section
+    scaling = {"type": "linear", "factor": 2}
+    found = hf_config({**section, "rope_theta": 5e5, "rope_scaling": scaling}).rope_parameters
+    assert found == {"rope_type": "linear", "factor": 2, "rope_theta": 5e5}
+    assert scaling == {"type": "linear", "factor": 2}
+
+
+@every_case
+def test_a_published_config_of_every_family_is_taken(case, tmp_path):
+    config = config_of(case)
+    config.architectures, config.dtype = [case.auto_class], "bfloat16"
+    config.save_pretrained(tmp_path)
+    tree = {"model": str(tmp_path)}
+    read_sections(tree, tmp_path)
+    assert hf_config(tree["model"]).to_dict() == config_of(case).to_dict()
+
+
+@pytest.mark.parametrize("case", ["llama", "bert"])
+def test_the_row_of_the_padding_token_is_drawn_and_trains_like_any_other(case):
+    """The library would set it to zero and keep it there: no sample is padded here."""
+    models = [
+        build_model(hf_config({**CASES[case].section, "pad_token_id": pad}), seed=1)
+        for pad in (None, 3)
+    ]
+    for model in models:
+        words = model.get_input_embeddings()
+        words(torch.tensor([[3, 4]])).sum().backward()
+        assert words.weight.grad[3].eq(1).all()
+    one, other = (model.get_input_embeddings().weight for model in models)
+    assert torch.equal(one, other) and one[3].any()
 
 
 def test_t5_takes_any_sequence_length():

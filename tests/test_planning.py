@@ -13,7 +13,7 @@ from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_per_process
 from est_ds.errors import UserError
 from est_ds.report.estimate import make_plan
-from est_ds.report.plan_figure import plot_plan
+from est_ds.report.plan_figure import plan_figure
 from est_ds.report.plan_text import layouts, plan_report
 
 SMALL = {"name": "small", "until": 5, "layers": 0.5, "heads": 0.5, "columns": 0.5}
@@ -78,7 +78,8 @@ def test_table_shows_phases_batch_and_memory_in_80_columns():
     assert "4 = 2 pipe stages x 2 replicas, ZeRO 1, fp32" in text
     assert "small" in text and "full" in text and "weights" in text
     assert "assumed" not in text
-    assert "one replica is assumed" in plan_report(make_config(), as_json=False)
+    text = plan_report(make_config(), as_json=False)
+    assert "one replica is assumed" in text and "not checked  not here: absent" in text
 
 
 def test_layouts_show_only_replicas_by_which_the_batch_divides():
@@ -140,13 +141,26 @@ def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
 @pytest.mark.parametrize("ending", ["png", "svg"])
 def test_plot_is_drawn_without_a_display(tmp_path, ending):
     file = tmp_path / "new" / f"plan.{ending}"
-    assert plot_plan(make_config(), str(file)) == file
+    plan_report(make_config(), as_json=False, plot=str(file))
     assert file.stat().st_size > 5_000
+
+
+def test_the_plot_of_an_encoder_decoder_saves_what_the_plan_says():
+    t5 = {
+        "model_type": "t5", "vocab_size": 640, "d_model": 64, "d_kv": 16, "d_ff": 96,
+        "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+    }  # fmt: skip
+    plan = make_plan(make_config(model=t5, objective={"name": "ul2"}))
+    axes = plan_figure(plan).axes[1]
+    end = {line.get_label(): line.get_ydata()[-1] for line in axes.get_lines()}
+    saved = plan.json["saved"]["model"]
+    assert 1 - end["est"] / end["dense"] == pytest.approx(saved)
+    assert axes.get_legend().get_title().get_text() == f"{saved:.1%} saved"
 
 
 def test_plot_into_no_picture_or_no_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'.docx' is no picture format; use one of .*\.png"):
-        plot_plan(make_config(), tmp_path / "plan.docx")
+        plan_report(make_config(), as_json=True, plot=f"{tmp_path}/plan.docx")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        plot_plan(make_config(), tmp_path / "file" / "plan.png")
+        plan_report(make_config(), as_json=True, plot=f"{tmp_path}/file/plan.png")

@@ -67,6 +67,7 @@ WRONG = {
     # Settings that cannot take effect.
     "rounded_layers": (phase(layers=0.99), ["layers=0.99 keeps all 8 of 8", "0.875"]),
     "rounded_heads": (phase(heads=0.9), ["heads=0.9 keeps all 2 heads of a", "0.5"]),
+    "lifted_heads": (phase(heads=0.25), ["heads=0.25 keeps none of the 2 heads", "at least 0.5"]),
     "rounded_groups": (
         {**phase(heads=0.9), "head_rule": "groups"}, ["heads=0.9 keeps all 4 key/value", "0.75"]
     ),

@@ -71,7 +71,8 @@ class Store:
             UserError: there is no such checkpoint.
         """
         steps = self.steps()
-        step = int(wanted) if wanted.isdecimal() else self.named(wanted)
+        is_step = wanted.isdecimal() and len(wanted) < 20
+        step = int(wanted) if is_step else self.named(wanted)
         if step in steps:
             return step
         if not steps:
@@ -80,8 +81,8 @@ class Store:
                 f"est-ds train {self.folder.parent}"
             )
         raise UserError(
-            f"checkpoint {wanted!r} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or one of "
-            f"the steps {', '.join(map(str, steps))}."
+            f"checkpoint {wanted!r:.40} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or "
+            f"one of the steps {', '.join(map(str, steps))}."
         )
 
     def keep(self, newest: int, settings: Settings) -> None:

@@ -3,59 +3,133 @@
 from __future__ import annotations
 
 import os
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
+from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
 from est_ds.errors import UserError
+
+SECTIONS = ("model", "method", "data")  # that may stand in files of their own
+# Fields that name files or folders.
+PATHS = (
+    "run_dir",
+    *SECTIONS,
+    "data.train",
+    "data.train.*.corpus",
+    "data.valid",
+    "data.valid.*",
+    "data.tokenizer",
+)
+# What a published config.json says of its own weights and of use, not of training.
+NOT_OF_TRAINING = (
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "task_specific_params",
+    "output_past",
+    "gradient_checkpointing",
+    "n_ctx",
+)
 
 
 def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> RunConfig:
     """Reads a run file, or the `config.yaml` of a run directory, and applies the overrides.
 
+    `~` and `$VARIABLE` in paths are replaced, except in a run directory's `config.yaml`, whose
+    paths were replaced when it was written.
+
     Args:
         overrides: `section.field=value`, the value in YAML. `model`, `method` and `data` may be
-            the path of a file that holds the section. A new `method.name` replaces the
-            whole method section, since the other method's settings cannot take effect.
+            the path of a file that holds the section; `model` also a folder with a `config.json`
+            of Hugging Face. A new `method.name` replaces the whole method section, since the
+            other method's settings cannot take effect.
 
     Raises:
         UserError: a file is missing or no YAML mapping, or a field is wrong.
     """
+    if not os.fspath(path):
+        raise UserError("RUN is empty; give a run file (YAML) or a run directory.")
     path = Path(path)
-    file = path / "config.yaml" if path.is_dir() else path
-    tree = _read_mapping(file, "run file")
     if path.is_dir():
-        tree["run_dir"] = str(path)
+        tree = _run_directory(path)
+    else:
+        tree = expanded(read_mapping(path, "run file"), PATHS)
     # A section may stand in a file of its own: its path is relative to the file naming it, or,
     # in an override, to the working directory.
-    _read_sections(tree, file.parent)
+    read_sections(tree, path if path.is_dir() else path.parent)
     for override in overrides or []:
         _override(tree, override)
-        _read_sections(tree, Path())
+        read_sections(tree, Path())
     return checked(RunConfig, tree)
 
 
-def _read_sections(tree: dict[str, Any], folder: Path) -> None:
-    for section in ("model", "method", "data"):
+def _run_directory(directory: Path) -> dict[str, Any]:
+    file = directory / "config.yaml"
+    if not file.exists():
+        raise UserError(
+            f"{str(directory)!r} is no run directory: it holds no config.yaml; give a run file "
+            f"(YAML), or the run_dir of a run that has started."
+        )
+    return read_mapping(file, "run file") | {"run_dir": str(directory)}
+
+
+def expanded(value: Any, paths: tuple[str, ...], field: str = "") -> Any:
+    """`value` with `~` and `$VARIABLE` replaced in the texts of fields that are `paths`.
+
+    Args:
+        field: dotted name of `value`; empty for a whole file.
+
+    Raises:
+        UserError: a variable is not set, or a user is not known.
+    """
+    if isinstance(value, dict):
+        return {k: expanded(v, paths, f"{field}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [expanded(v, paths, f"{field}.{i}") for i, v in enumerate(value)]
+    if not isinstance(value, str) or not any(fnmatch(field, path) for path in paths):
+        return value
+    for name, braced in re.findall(r"\$(?:(\w+)|\{([^}]*)\})", value):
+        if (name or braced) not in os.environ:
+            raise UserError(
+                f"{field}={value!r}: the environment variable {name or braced!r} is not set; set "
+                f"it, or write the path out."
+            )
+    found = os.path.expanduser(os.path.expandvars(value))
+    if value.startswith("~") and found.startswith("~"):
+        raise UserError(f"{field}={value!r}: {value.split('/')[0]} is no user's folder here.")
+    return found
+
+
+def read_sections(tree: dict[str, Any], folder: Path) -> None:
+    """Puts the sections in place of the paths of their files, which are relative to `folder`.
+
+    Of a `.json` of a model what says nothing of training is left out.
+
+    Raises:
+        UserError: a file cannot be read, or holds no section.
+    """
+    for section in SECTIONS:
         if isinstance(path := tree.get(section), str):
-            tree[section] = _read_mapping(folder / path, f"{section} file ({section})")
+            file, what = folder / path, f"{section} file ({section})"
+            if section == "model" and file.is_dir():
+                file = file / "config.json"
+            read = read_mapping(file, what)
+            if section == "model" and file.suffix == ".json":
+                read = {k: v for k, v in read.items() if not _says_nothing(k)}
+            tree[section] = expanded(read, PATHS, section)
 
 
-def _read_mapping(file: Path, what: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{what} {str(file)!r} does not exist; check the path.") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{what} {str(file)!r} cannot be read: {e}.") from None
-    except yaml.YAMLError as e:
-        raise UserError(f"{what} {str(file)!r} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{what} {str(file)!r} must hold a mapping of fields, not {tree!r:.40}.")
-    return tree
+def _says_nothing(key: str) -> bool:
+    return key in NOT_OF_TRAINING or key.startswith("_")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -63,10 +137,13 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not field:
         raise UserError(f"override {override!r}: write section.field=value, for example steps=100.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML; quote it.") from None
+        value = parse(text)
+    except UserError as e:
+        raise UserError(f"override {override!r:.80}: {e}.") from None
+    value = expanded(value, PATHS, field)
     *path, last = field.split(".")
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"override {override!r:.80}: no field lies so deep; see the run file.")
     if field == "method.name":
         section = tree.get("method")
         if not isinstance(section, dict) or section.get("name") != value:
@@ -89,9 +166,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _item(node: list, part: str, override: str) -> Any:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
         raise UserError(
-            f"override {override!r}: {part!r} is not a position in a list of {len(node)}; "
+            f"override {override!r:.80}: {part!r:.40} is not a position in a list of {len(node)}; "
             f"use 0 to {len(node) - 1}."
         )
     return node[int(part)]

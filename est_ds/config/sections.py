@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Discriminator,
     Field,
@@ -14,11 +13,14 @@ from pydantic import (
     model_validator,
 )
 
+from est_ds.config.sections import yaml12
 from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Of a file or folder. `~` and `$VARIABLE` in it are replaced when a run file is read.
+PathText = Annotated[str, Field(min_length=1)]
 # Of a held-out corpus: part of the names of figures.
 CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 # A step (whole number) or a fraction of the run (a number with a point, at most 1.0).
@@ -67,7 +69,7 @@ class Parallel(Strict):
     """
 
     pipe: Positive = 1
-    zero: Literal[0, 1, 2, 3] = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 1
     pipe_layers: list[Positive] | None = None
     offload: bool = False
     processes: Positive | None = None
@@ -95,7 +97,7 @@ class Parallel(Strict):
 class Part(Strict):
     """A corpus of a mixture (prefix of .bin and .idx), and its share of the sequences."""
 
-    corpus: str
+    corpus: PathText
     weight: Annotated[float, Field(gt=0.0)] | None = None
 
 
@@ -126,17 +128,17 @@ class Data(Strict):
     """
 
     train: Annotated[
-        Annotated[str, Tag("<prefix>")]
+        Annotated[PathText, Tag("<prefix>")]
         | Annotated[tuple[Part, ...], Field(min_length=1), Tag("<mixture>")],
         _either("<prefix>", "<mixture>"),
     ]
     phases: tuple[DataPhase, ...] = ()
     valid: Annotated[
-        Annotated[str, Tag("<prefix>")]
-        | Annotated[dict[CorpusName, str], Field(min_length=1), Tag("<names>")],
+        Annotated[PathText, Tag("<prefix>")]
+        | Annotated[dict[CorpusName, PathText], Field(min_length=1), Tag("<names>")],
         _either("<prefix>", "<names>"),
     ]
-    tokenizer: str
+    tokenizer: PathText
     sequence: Positive
     shuffle: Literal["sequences", "documents"] = "sequences"
     documents: Literal["joined", "separate"] = "joined"
@@ -202,6 +204,10 @@ class Data(Strict):
         return self
 
 
+# Below 1, since AdamW divides by 1 - beta ** step.
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class Optimizer(Strict):
     """AdamW; `lr` is the peak. Norms and biases do not decay.
 
@@ -210,7 +216,7 @@ class Optimizer(Strict):
     """
 
     lr: Annotated[float, Field(gt=0.0)]
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     clip: Annotated[float, Field(ge=0.0)] = 1.0
@@ -260,7 +266,7 @@ class Evaluate(Strict):
 class Watchdog(Strict):
     """Ends the run on all nodes when a process makes no progress for `limit_s` seconds."""
 
-    limit_s: Annotated[float, Field(ge=5.0)] = 600.0
+    limit_s: Annotated[float, Field(ge=5.0, le=1e9)] = 600.0
 
 
 class Divergence(Strict):
@@ -306,7 +312,7 @@ class RunConfig(Strict):
     """One run. The sections `model`, `method` and `objective` are checked by the family, the method
     and the objective."""
 
-    run_dir: str
+    run_dir: PathText
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Positive
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -352,5 +358,5 @@ class RunConfig(Strict):
         return {"pipe": self.parallel.pipe, "zero": self.parallel.zero, "replicas": replicas}
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+        return yaml12.dump(self.model_dump(mode="json", by_alias=True))
 

@@ -7,24 +7,50 @@ from typing import Any, Literal, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    GetCoreSchemaHandler,
     ValidationError,
 )
 
 from est_ds.errors import UserError, did_you_mean
 
 
+def _with_strict_scalars(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_strict_scalars(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {"strict": True} if schema.get("type") in ("int", "float", "bool") else {}
+    return {key: _with_strict_scalars(part) for key, part in schema.items()} | strict
+
+
 class Strict(BaseModel):
-    """Settings that refuse unknown keys and cannot change."""
+    """Settings that refuse unknown keys and values of another type, and cannot change.
+
+    A whole number passes where any number does; text, true and false are no numbers anywhere.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        # Not ConfigDict(strict=True), which would take no list for a tuple and no mapping for a
+        # section.
+        return _with_strict_scalars(handler(source))
 
 
 # Parts of a location that no run file has.
 UNION_TAGS = ("cosine", "wsd", "int", "float", "constrained-", "<")
 
 
+# After pydantic's own words, which say what a value is not.
+HINTS = {
+    "int_type": "; write a whole number, without quotes or a point",
+    "float_type": "; write a number, without quotes",
+    "bool_type": "; write true or false",
+    "string_type": "; put it in quotes",
+}
 M = TypeVar("M", bound=Strict)
 
 
@@ -52,7 +78,8 @@ def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], (dict, list)):
         return f"{field}: {message}."
-    return f"{field}={error['input']!r}: {message[0].lower()}{message[1:]}."
+    hint = HINTS.get(error["type"], "")
+    return f"{field}={error['input']!r}: {message[0].lower()}{message[1:]}{hint}."
 
 
 def _keys_beside(kind: Any, location: tuple) -> list[str]:

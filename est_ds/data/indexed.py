@@ -44,6 +44,8 @@ class Corpus:
         self._first_documents = np.cumsum([0, *(h.num_documents for h in headers)])
         self.num_tokens = int(self._first_tokens[-1])
         self.num_documents = int(self._first_documents[-1])
+        if manifest:  # which says the same, and all there is of a corpus that is only described
+            self.num_tokens, self.num_documents = manifest.num_tokens, manifest.num_documents
         self.vocabulary = manifest.vocabulary if manifest else None
         self.tokenizer_sha256 = manifest.tokenizer_sha256 if manifest else None
         self.unigram_entropy = manifest.unigram_entropy if manifest else None
@@ -85,6 +87,19 @@ class Corpus:
                     f"{AGAIN}"
                 )
         return cls(prefix, headers, manifest)
+
+    @classmethod
+    def described(cls, prefix: str) -> "Corpus | None":
+        """A corpus as far as it is here: in whole, or what its manifest says of it (then without
+        `shards`, and nothing of it can be read); None if nothing of it is here.
+
+        Raises:
+            UserError: As of `open`, where its files are here.
+        """
+        if any(Path(f"{prefix}{suffix}.idx").is_file() for suffix in ("", "-00000")):
+            return cls.open(prefix)
+        manifest = read_manifest(prefix)
+        return cls(prefix, (), manifest) if manifest else None
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream, across documents and shards.

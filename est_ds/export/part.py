@@ -100,11 +100,11 @@ def _indices(flag: str, text: str, total: int) -> np.ndarray:
     """`0-5,8` as sorted int64 indices below `total`."""
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < total:
             raise UserError(
-                f"{flag}={text}: {part.strip()!r} is no index or range (as 0-5,8) of 0 to "
+                f"{flag}={text:.80}: {part.strip()!r:.40} is no index or range (as 0-5,8) of 0 to "
                 f"{total - 1}."
             )
         found.update(range(first, last + 1))

@@ -14,7 +14,7 @@ from est_ds.errors import UserError
 from est_ds.ranks.meeting import own_address
 from est_ds.ranks.world import PORT
 
-LINE = re.compile(r"(\S+)\s+slots=([1-9]\d*)")
+LINE = re.compile(r"(\S+)\s+slots=([1-9]\d{0,5})")
 TRAVELLING = (
     "NCCL_", "PYTHON", "UCX_",
     "PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CUDA_HOME", "CUDA_DEVICE_ORDER",
@@ -70,7 +70,7 @@ def split_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     if not colon:
         return address, PORT
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
         raise UserError(f"--master {address!r}: write HOST or HOST:PORT, as in node0:{PORT}.")
     return host, int(port)
 

@@ -50,6 +50,13 @@ class UnitDraw:
         return exact_count(self.fraction, self.size) < self.size
 
     @property
+    def lifted(self) -> bool:
+        """True if every one of several rows keeps a unit though rounding says none: together they
+        would keep more than `round(fraction * n)` of the part's n units."""
+        few = self.rows > 1 and self.counts == "exact"
+        return few and round(self.fraction * self.size) == 0
+
+    @property
     def expected(self) -> tuple[float, float]:
         """Mean kept units and key/value groups (0 for an MLP); exact where counts are."""
         p, n = self.fraction, self.size

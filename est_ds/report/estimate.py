@@ -1,4 +1,4 @@
-"""What a run will do, before anything starts: phases, FLOPs, sizes, memory. Reads no data."""
+"""What a run will do, before anything starts: phases, FLOPs, sizes, memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from est_ds.cost.flops import dense_flops, phase_ratios, saved
 from est_ds.design import Planned, plan_run
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.plans.shape import Attention, ModelShape
+from est_ds.run.prepare import unchecked_data
 from est_ds.slicing.build import count_parameters, empty_model
 
 
@@ -38,6 +39,7 @@ class RunPlan:
         dense: what the full model holds.
         dense_step_flops: `model` FLOPs of a step of the full model.
         stage_parameters: parameters of every pipe stage; a tied one counts where it is held.
+        unchecked: paths of data that is not here, and so was not checked.
     """
 
     planned: Planned
@@ -45,13 +47,14 @@ class RunPlan:
     dense: Kept
     dense_step_flops: float
     stage_parameters: tuple[int, ...]
+    unchecked: tuple[str, ...]
 
 
 def make_plan(config: RunConfig) -> RunPlan:
     """All figures of a run, from an empty model: seconds and no memory at any size.
 
     Raises:
-        UserError: the run file's model, method, schedule or layout do not fit together.
+        UserError: the run file's model, method, schedule, layout or data do not fit together.
     """
     planned = plan_run(config)
     method = planned.method
@@ -87,6 +90,7 @@ def make_plan(config: RunConfig) -> RunPlan:
         dense=mean_kept(method.shape, full_loads(method.shape)),
         dense_step_flops=dense_flops(method.shape, **size).model,
         stage_parameters=_stage_parameters(planned, model),
+        unchecked=tuple(unchecked_data(planned)),
     )
 
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import dense_flops, step_flops
-from est_ds.design import Planned, plan_run
+from est_ds.cost.flops import step_flops
+from est_ds.design import Planned
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
-from est_ds.report.estimate import mean_kept
+from est_ds.report.estimate import RunPlan, mean_kept
 from est_ds.report.style import BLACK, GREY, ORANGE, RED, SKY
 
 # Loads of a step cost little, but a run may have millions of steps.
 MAX_SAMPLES = 1000
 
 
-def plot_plan(config: RunConfig, file: str | os.PathLike) -> Path:
-    """Draws what is kept over time, and FLOPs against dense training.
-
-    Args:
-        file: a path whose ending matplotlib knows (.png, .svg, .pdf).
+def write_plan_figure(plan: RunPlan, file: Path) -> Path:
+    """Draws a plan into `file`.
 
     Raises:
-        UserError: the run file does not fit together, or the file cannot be written.
+        UserError: the file's ending names no picture format, or it cannot be written.
     """
-    file, figure = Path(file), plan_figure(plan_run(config))
+    figure = plan_figure(plan)
     known = sorted(figure.canvas.get_supported_filetypes())
     try:
         if file.suffix.lower().lstrip(".") not in known:
@@ -50,8 +45,9 @@ def plot_plan(config: RunConfig, file: str | os.PathLike) -> Path:
 
 
 @style.styled()
-def plan_figure(planned: Planned) -> Figure:
+def plan_figure(plan: RunPlan) -> Figure:
     """Two plots over the steps: fractions kept, and cumulative FLOPs."""
+    planned = plan.planned
     config, method = planned.config, planned.method
     figure = Figure(figsize=(7.6, 6.4), layout="constrained")
     kept, flops = figure.subplots(2, 1)
@@ -60,7 +56,7 @@ def plan_figure(planned: Planned) -> Figure:
     for axes in (kept, flops):
         style.shade_phases(axes, method.phases, config.steps)
     _draw_kept(kept, planned)
-    _draw_flops(flops, planned)
+    _draw_flops(flops, plan)
     return figure
 
 
@@ -87,11 +83,10 @@ def _draw_kept(axes: Axes, planned: Planned) -> None:
     axes.legend(loc="lower right", ncols=3)
 
 
-def _draw_flops(axes: Axes, planned: Planned) -> None:
+def _draw_flops(axes: Axes, plan: RunPlan) -> None:
+    planned, dense = plan.planned, plan.dense_step_flops
     config, method = planned.config, planned.method
-    sequence = config.data.sequence
-    size = {"tokens": config.batch.global_ * sequence, "sequence": sequence}
-    dense = dense_flops(method.shape, **size).model
+    size = planned.flops_size(config.batch.global_)
     samples = _samples(planned)
     active = [step_flops(method.shape, method.loads(int(s)), **size).model for s in samples]
     edges = np.append(samples, config.steps)
@@ -101,6 +96,6 @@ def _draw_flops(axes: Axes, planned: Planned) -> None:
     axes.plot(edges, edges * dense / unit, color=GREY, ls="--", label="dense")
     axes.plot(edges, total / unit, color=RED, label=config.method["name"])
     axes.fill_between(edges, total / unit, edges * dense / unit, color=RED, alpha=0.08, lw=0)
-    saving = 1.0 - total[-1] / (config.steps * dense)
     axes.set_ylim(bottom=0)
+    saving = plan.json["saved"]["model"]  # exact, where the line goes by samples
     axes.legend(loc="upper left", title=f"{saving:.1%} saved", alignment="left")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 from rich.table import Table
 
@@ -61,6 +63,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(plan, accumulation))] if pipe > 1 else []),
+        *([("not checked", f"not here: {', '.join(plan.unchecked)}")] if plan.unchecked else []),
     ]
 
 
@@ -191,15 +194,27 @@ def _saving(name: str, fraction: float) -> str:
     return f"{fraction:.2%} {name} ({1 / (1 - fraction):.3f}x)"
 
 
-def plan_report(config: RunConfig, as_json: bool) -> str:
+def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> str:
     """The plan of a run as a table, or as the JSON document of `est-ds plan --json`.
 
     Every phase has `kept_layers` (of the model), `kept_heads` and `kept_columns` (of one kept
     layer), all as means over the phase's steps, and its FLOPs as ratios of the dense ones.
     `saved` is the fraction of the dense FLOPs of the whole run that is saved.
 
+    Args:
+        plot: file to draw it into; its ending is one that matplotlib knows (.png, .svg, .pdf).
+
     Raises:
-        UserError: the run file's model, method, schedule or layout do not fit together.
+        UserError: the run file's model, method, schedule, layout or data do not fit together, or
+            the file cannot be written.
     """
+    layouts(config)  # the batch must fit the processes, whether a table shows it or not
     plan = make_plan(config)
-    return json.dumps(plan.json, indent=2) if as_json else plan_tables(plan)
+    if as_json and plan.unchecked:
+        print(f"est-ds: not checked, since not here: {', '.join(plan.unchecked)}", file=sys.stderr)
+    text = json.dumps(plan.json, indent=2) if as_json else plan_tables(plan)
+    if plot:
+        from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
+
+        write_plan_figure(plan, Path(plot))
+    return text

@@ -78,10 +78,14 @@ def _check_same_run(config: RunConfig) -> None:
     differing = differences(former, config)
     begun = (directory / "checkpoints" / "latest").exists() or (directory / FILE).exists()
     if differing and begun:
-        shown = "; ".join(differing[:3]) + ("; ..." if len(differing) > 3 else "")
+        shown = "; ".join(differing[:3])
+        if more := [text.partition(" is ")[0] for text in differing[3:]]:
+            shown += f"; and {', '.join(more)}"
         raise UserError(
-            f"run_dir={config.run_dir!r} holds a run of another config: {shown}. Choose another "
-            f"run_dir, or resume that run as it is: est-ds train {config.run_dir}"
+            f"run_dir={config.run_dir!r} holds a run of another config: {shown}. These fields of a "
+            f"run never change, so that it is neither extended nor altered: train another one in "
+            f"another run_dir (run_dir=NEW), or resume this one as it is: est-ds train "
+            f"{config.run_dir}"
         )
     checkpoints = directory / "checkpoints"
     if any(checkpoints.glob("*step_*")):

@@ -59,13 +59,56 @@ def prepare(config: RunConfig, processes: int) -> Run:
     data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
-    _refuse_copies(train, valid)
-    _refuse_unlike([*train, *valid.values()])
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
         if data.documents == "separate" or data.shuffle == "documents":
             corpus.check_boundaries()
+    batches, windows = _data(planned, train, valid)
+    check_run_dir(config)
+    parts = {f.name: getattr(planned, f.name) for f in fields(planned)}
+    return Run(**parts, processes=processes, train=batches, valid=windows)
+
+
+def unchecked_data(planned: Planned) -> list[str]:
+    """Checks the corpora as a start does, as far as they are here; a plan is made elsewhere too.
+
+    Returns:
+        Paths of what is not here, and so is not checked.
+
+    Raises:
+        UserError: what is here does not fit.
+    """
+    data = planned.config.data
+    train = [Corpus.described(part.corpus) for part in data.parts]
+    valid = {name: Corpus.described(prefix) for name, prefix in data.held_out.items()}
+    prefixes = [*(part.corpus for part in data.parts), *data.held_out.values()]
+    corpora = dict(zip(prefixes, (*train, *valid.values())))
+    absent = [p for p, corpus in corpora.items() if corpus is None]
+    absent += [f"{p} (but its manifest)" for p, c in corpora.items() if c and not c.shards]
+    has_tokenizer = Path(data.tokenizer).exists()
+    if not has_tokenizer:
+        absent.append(data.tokenizer)
+    for corpus in filter(None, corpora.values()):
+        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        if has_tokenizer:
+            corpus.check_tokenizer(data.tokenizer)
+    if None not in corpora.values():
+        _data(planned, train, valid)
+    return absent
+
+
+def _data(
+    planned: Planned, train: list[Corpus], valid: dict[str, Corpus]
+) -> tuple[Batches, dict[str, Windows]]:
+    """The samples to train and to evaluate on.
+
+    Raises:
+        UserError: the corpora do not fit the objective, the batch or each other.
+    """
+    config, data = planned.config, planned.config.data
+    _refuse_copies(train, valid)
+    _refuse_unlike([*train, *valid.values()])
     sample = _sample(planned, train)
     batches = Batches(
         train,
@@ -78,9 +121,7 @@ def prepare(config: RunConfig, processes: int) -> Run:
     windows = {name: Windows(corpus, **sample) for name, corpus in valid.items()}
     for held_out in windows.values():
         held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
-    check_run_dir(config)
-    parts = {f.name: getattr(planned, f.name) for f in fields(planned)}
-    return Run(**parts, processes=processes, train=batches, valid=windows)
+    return batches, windows
 
 
 def _check_compiler(config: RunConfig) -> None:

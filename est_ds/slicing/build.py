@@ -22,6 +22,10 @@ def empty_model(config: Any) -> nn.Module:
     with init_empty_weights(include_buffers=True):
         model = auto_class.from_config(config, attn_implementation="sdpa")
     family.untie(model)
+    # Nothing is padded here: the row of `pad_token_id` is a token's like any other, and trains.
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
     model.tie_weights()
     return model
 

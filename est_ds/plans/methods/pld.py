@@ -28,7 +28,7 @@ class PldSettings(RateSettings):
     name: Literal["pld"]
     theta_bar: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     gamma: Annotated[float, Field(gt=0.0)] = 0.001
-    count_from: Literal[0, 1] = 1
+    count_from: Annotated[int, Field(ge=0, le=1)] = 1
     scale: Scale = Scale(layers="inverse")
 
 

@@ -130,6 +130,12 @@ class _PhaseDraw:
 
     def _check_units(self) -> None:
         for units in (u for layer in self.units for u in layer):
+            if units.lifted:
+                raise UserError(
+                    f"{self.size.field}heads={units.fraction} keeps none of the {units.size} heads "
+                    f"of a key/value group (counts are rounded), but attention needs one of each; "
+                    f"use at least {1 / units.size:.3g}, or method.head_rule=groups."
+                )
             if units.takes_effect:
                 continue
             name = "heads" if hasattr(units.part, "heads") else "columns"

@@ -7,6 +7,7 @@ from typing import Any
 from est_ds.errors import UserError, did_you_mean
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.bert import Bert
+from est_ds.slicing.families.fields import refuse_overruled, todays_section
 from est_ds.slicing.families.gpt2 import Gpt2
 from est_ds.slicing.families.llama import Llama
 from est_ds.slicing.families.t5 import T5
@@ -42,14 +43,13 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     """
     from transformers import AutoConfig
 
-    section = dict(section)
-    model_type = section.pop("model_type", None)
+    model_type = section.get("model_type")
     family = family_of(model_type)
     plain = AutoConfig.for_model(model_type)
-    known = set(plain.to_dict()) | set(plain.attribute_map) | family.extra_keys
-    for key in ("dtype", "torch_dtype"):
-        if key in section:
-            raise UserError(f"model.{key} is set by est_ds; remove it and set precision instead.")
+    fields = plain.to_dict()
+    known = set(fields) | set(plain.attribute_map) | family.extra_keys
+    section = todays_section(section, fields)
+    del section["model_type"]
     for key in section:
         if key not in known:
             hint = did_you_mean(key, known).strip() or "see the class's documentation"
@@ -58,11 +58,12 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     try:
         config = AutoConfig.for_model(model_type, **section)
         config._attn_implementation = "sdpa"
+        refuse_overruled(section, config)
         shape = family.shape(config)
     except UserError:
         raise
     except Exception as e:  # whatever the library raises for values that do not fit
-        raise UserError(f"model: {' '.join(str(e).split())}") from None
+        raise UserError(f"model: {' '.join(str(e).split())}; correct the section.") from None
     _check_divides(shape, config)
     if sequence is not None and shape.sequence is not None and sequence > shape.sequence:
         raise UserError(

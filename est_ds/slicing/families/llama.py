@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, arange, nn
 
+from est_ds.errors import UserError
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.slicing.families.base import (
     Family,
@@ -29,6 +30,10 @@ class Llama(Family):
     def shape(self, config: Any) -> ModelShape:
         heads, hidden = config.num_attention_heads, config.hidden_size
         head_dim = getattr(config, "head_dim", None) or hidden // heads
+        if head_dim % 2:
+            raise UserError(
+                f"model: heads of width {head_dim}; rotary positions turn pairs: use an even one."
+            )
         attention = Attention(heads, config.num_key_value_heads, head_dim, hidden)
         mlp = Mlp(config.intermediate_size, hidden, matrices=3)
         return ModelShape(

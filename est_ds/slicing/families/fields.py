@@ -1,0 +1,185 @@
+"""What the `model` section may say, beside the names that Hugging Face knows.
+
+Every field of a Hugging Face config is either honoured, or without effect on training and carried
+into the export, or refused here: what would change training unsaid, or stand there for nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+from est_ds.errors import UserError
+
+# Fields that est_ds decides, and how.
+DECIDED = {
+    "dtype": "precision says it",
+    "torch_dtype": "precision says it",
+    "attn_implementation": "it is sdpa",
+    "_attn_implementation": "it is sdpa",
+}
+# Fields with one value that training can honour. Those of older configs, which the library no
+# longer knows, are left out of the config then.
+ONE_VALUE = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "chunk_size_feed_forward": 0,
+    "problem_type": None,
+    "pretraining_tp": 1,
+    "reorder_and_upcast_attn": False,
+    "position_embedding_type": "absolute",
+}
+# Of `rope_parameters`, by their `rope_type`; the library passes over others with a warning.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+}
+
+
+def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """The section in the words of today's Hugging Face, with numbers of the types that it wants.
+
+    Args:
+        plain: fields of the family's default config.
+
+    Raises:
+        UserError: it holds what training cannot honour, or contradicts itself.
+    """
+    section = copy.deepcopy(section)  # the library writes into mappings that it is given
+    for key, value in section.items():
+        if key in DECIDED:
+            raise UserError(f"model.{key} is set by est_ds ({DECIDED[key]}); remove it.")
+        if key in ONE_VALUE and value != ONE_VALUE[key]:
+            raise UserError(
+                f"model.{key}={value!r} is not supported; remove it, or set {ONE_VALUE[key]!r}."
+            )
+        if key in ("is_decoder", "is_encoder_decoder") and value != plain.get(key, False):
+            raise UserError(f"model.{key}={value} is not supported here; remove it.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model.{key}={value}: input should be a finite number.")
+        if isinstance(plain.get(key), float) and type(value) is int:
+            section[key] = float(value)
+    _check_ids(section, plain)
+    if "rope_parameters" in plain:
+        _todays_rope(section)
+    older = [key for key in ONE_VALUE if key in section and key not in plain]
+    return {key: value for key, value in section.items() if key not in older}
+
+
+def _check_ids(section: dict[str, Any], plain: dict[str, Any]) -> None:
+    vocabulary = section.get("vocab_size", plain["vocab_size"])
+    for key, value in section.items():
+        # The family's own is there whether the section says it or not.
+        if not key.endswith("_token_id") or value in (None, plain.get(key)):
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is not int or not isinstance(vocabulary, int):
+                continue  # the library says what is wrong with it
+            if not 0 <= token < vocabulary:
+                raise UserError(
+                    f"model.{key}={value} is no id of model.vocab_size={vocabulary}; use 0 to "
+                    f"{vocabulary - 1}, or null for none."
+                )
+
+
+def _todays_rope(section: dict[str, Any]) -> None:
+    """Takes `rope_theta` and `rope_scaling`, which `rope_parameters` holds today.
+
+    Raises:
+        UserError: they differ from it, or it has a key that its kind of scaling passes over.
+    """
+    scaling, theta = section.pop("rope_scaling", None) or {}, section.pop("rope_theta", None)
+    if not isinstance(scaling, dict):
+        raise UserError(f"model.rope_scaling={scaling!r}: write a mapping, or leave it out.")
+    older = dict(scaling)
+    if "type" in older:
+        older.setdefault("rope_type", older.pop("type"))
+    if theta is not None:
+        older["rope_theta"] = theta
+    rope = section.get("rope_parameters")
+    if rope is None:
+        rope = older
+    if not isinstance(rope, dict):
+        return  # the library says what is wrong with it
+    for key, value in older.items():
+        if rope.setdefault(key, value) != value:
+            raise UserError(
+                f"model.{key if key == 'rope_theta' else 'rope_scaling.' + key}={value!r} differs "
+                f"from model.rope_parameters.{key}={rope[key]!r}, which stands for it today; "
+                f"keep one of them."
+            )
+    if not rope:
+        section.pop("rope_parameters", None)
+        return
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise UserError(
+            f"model.rope_parameters.rope_type={kind!r} is not known; use {', '.join(ROPE_KEYS)}."
+        )
+    known = ("rope_type", "type", "rope_theta", *ROPE_KEYS[kind])
+    for key in rope:
+        if key not in known:
+            raise UserError(
+                f"model.rope_parameters.{key} has no effect with rope_type={kind!r}; known are "
+                f"{', '.join(known)}."
+            )
+    section["rope_parameters"] = rope
+
+
+def refuse_overruled(section: dict[str, Any], config: Any) -> None:
+    """Refuses fields to which the library gave another value than the section.
+
+    Raises:
+        UserError: there is one, as Qwen's `sliding_window` without `use_sliding_window`.
+    """
+    openly = {"rope_parameters", "tie_word_embeddings"}  # filled in; the family's own business
+    if section.get("use_sliding_window") is False:
+        openly.add("sliding_window")
+    for key, value in section.items():
+        if value is not None and key not in openly and getattr(config, key) != value:
+            raise UserError(
+                f"model.{key}={value!r} cannot take effect: Hugging Face makes it "
+                f"{getattr(config, key)!r} by other fields; remove it, or change those."
+            )
+
+
+def refuse_dropout(config: Any) -> None:
+    """Refuses dropout in a Hugging Face config, wherever training would use it.
+
+    Raises:
+        UserError: a chance of dropout is not 0.
+    """
+    for field, value in config.to_dict().items():
+        used = "drop" in field and not field.startswith(("summary", "classifier"))
+        if used and value:
+            raise UserError(
+                f"model.{field}={value} (Hugging Face's default, if the run file does not set it): "
+                f"dropout draws from a global generator, so that a resumed run or another layout "
+                f"would train something else; set model.{field}=0.0."
+            )

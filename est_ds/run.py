@@ -202,7 +202,8 @@ def prepare(config: RunConfig, processes: int) -> Run:
         shuffled=data.shuffle == "documents",
         **sample,
     )
-    windows = {name: Windows(corpus, **sample) for name, corpus in valid.items()}
+    choice = config.evaluate.choice
+    windows = {name: Windows(corpus, **sample, choice=choice) for name, corpus in valid.items()}
     for held_out in windows.values():
         held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     check_run_dir(config)

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from est_ds.agreement import check_agreement, check_hashes
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
@@ -25,7 +27,7 @@ from est_ds.metrics import MetricsFile
 from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.preempt import Preempted, noticed
-from est_ds.progress import Progress
+from est_ds.progress import Progress, depth_text, nats
 from est_ds.run import Run, data_shares
 from est_ds.run_dir import lock_run_dir, write_config
 from est_ds.run_state import check_state, run_state
@@ -79,7 +81,8 @@ def _train(run: Run, world: World, watchdog: Watchdog) -> None:
     )
     if resumed is not None:
         load_checkpoint(engine, store.path(start))
-    metrics = MetricsFile(directory, start) if world.is_first else None
+    engine.forget_events(start)
+    metrics = MetricsFile(directory, start, _layout(run, engine)) if world.is_first else None
     _say_start(run, engine, start)
     check_agreement(run, start)
 
@@ -181,8 +184,8 @@ def _report_step(
         entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
         progress.note(_pipe_note(run, engine, plan.phase, shares))
     if metrics:
-        metrics.write(**entry)
-    _to_monitor(engine, entry, done * run.config.batch.global_)
+        metrics.write_step(**entry)
+    _to_monitor(engine, entry, done)
 
 
 def _entry(
@@ -228,7 +231,7 @@ def evaluate(
     """Mean held-out loss of the full model on each held-out corpus, nats per token; the same in
     every layout.
 
-    A model that still grows is evaluated as deep as it is at `step`.
+    A model that still grows is evaluated as deep as it is at `step` (`Method.depth`).
 
     Args:
         interrupted: asked by every rank from time to time; once it says so, the result is None.
@@ -260,15 +263,24 @@ def _report_evaluation(
     losses: dict[str, float],
 ) -> float:
     """Says and writes held-out losses; returns their mean."""
-    done, mean = step + 1, sum(losses.values()) / len(losses)
+    mean = sum(losses.values()) / len(losses)
+    bits = {name: run.valid[name].bits_per_byte(loss) for name, loss in losses.items()}
+    mean_bits = None if None in bits.values() else sum(bits.values()) / len(bits)
     by_name = {} if isinstance(run.config.data.valid, str) else losses
+    entry = {"eval_loss": mean, "eval_layers": run.method.depth(step)}
+    if by_name:
+        entry["eval_losses"] = by_name
+    if mean_bits is not None:
+        entry["eval_bits_per_byte"] = mean_bits
     if metrics:
-        named = {"eval_losses": by_name} if by_name else {}
-        metrics.write(step=step, eval_loss=mean, **named)
-    each = "".join(f", {name} {loss:.4f}" for name, loss in by_name.items())
-    progress.note(f"step {done}: held-out loss of the full model {mean:.4f}{each}")
-    events = {f"eval/loss/{name}": loss for name, loss in by_name.items()}
-    engine.write_events(events | {"eval/loss": mean}, done * run.config.batch.global_)
+        metrics.write(step=step, **entry)
+    each = "".join(f", {name} {nats(loss, bits[name])}" for name, loss in by_name.items())
+    model = depth_text(entry["eval_layers"], run.method.shape.num_layers)
+    progress.note(f"step {step + 1}: held-out loss of {model} {nats(mean, mean_bits)}{each}")
+    events = {f"eval/loss/{name}": loss for name, loss in by_name.items()} | {"eval/loss": mean}
+    if mean_bits is not None:
+        events["eval/bits_per_byte"] = mean_bits
+    engine.write_events(events, step + 1)
     return mean
 
 
@@ -289,6 +301,7 @@ def _go_back(engine: Engine, store: Store, history: History, step: int) -> int:
         )
     engine.pipe_shares()  # what is trained again is not to be counted twice
     load_checkpoint(engine, store.path(back))
+    engine.forget_events(back)
     history.go_back(read_index(store.path(back)).state.get("divergence"))
     return back
 
@@ -316,11 +329,11 @@ def _remaining(run: Run, start: int, work: list[float]):
     return lambda step: 1.0 - max(0.0, done[step + 1] - done[start]) / (done[-1] - done[start])
 
 
-def _to_monitor(engine: Engine, entry: dict[str, Any], samples: int) -> None:
+def _to_monitor(engine: Engine, entry: dict[str, Any], done: int) -> None:
     shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers")
     events = {f"train/{n}": float(entry[n]) for n in shown if entry[n] is not None}
     events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
-    engine.write_events(events, samples)
+    engine.write_events(events, done)
 
 
 def _say_start(run: Run, engine: Engine, start: int) -> None:
@@ -341,13 +354,26 @@ def _say_start(run: Run, engine: Engine, start: int) -> None:
 
 
 def _corpora(run: Run) -> list[str]:
-    """What the run reads of every corpus of a mixture; nothing of one corpus alone."""
+    """What the run reads of every corpus; shares where there are several."""
     parts, train = run.config.data.parts, run.train
-    if len(parts) == 1:
-        return []
     counts = train.mixture.counts(run.config.steps * train.global_batch)
     return [
-        f"corpus {part.corpus}: {count / counts.sum():.2%} of the run's sequences, "
-        f"{count / windows.num_samples:.3g} epochs"
+        f"corpus {part.corpus}: "
+        + (f"{count / counts.sum():.2%} of the run's sequences, " if len(parts) > 1 else "")
+        + f"{count / windows.num_samples:.3g} epochs"
         for part, count, windows in zip(parts, counts, train.corpora)
     ]
+
+
+def _layout(run: Run, engine: Engine) -> dict[str, Any]:
+    """What the times of this start's steps depend on besides their plans."""
+    config, on_gpu = run.config, torch.cuda.is_available()
+    set_too = {
+        "cuts": run.cuts if config.parallel.pipe > 1 else None,
+        "offload": config.parallel.offload,
+        "activation_checkpointing": config.activation_checkpointing,
+        "compile": config.compile,
+    }
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    always = {"micro": config.batch.micro, "device": device}
+    return engine.layout | always | {name: value for name, value in set_too.items() if value}

@@ -64,6 +64,14 @@ def est_ds(*arguments: str, **kwargs):
     return run_command(sys.executable, "-m", "est_ds.cli", *arguments, **kwargs)
 
 
+def tensorboard_points(run_dir: Path) -> dict[str, list[int]]:
+    """Of every figure the steps at which TensorBoard shows a point."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A packed corpus of a few standard-library files: train, valid, tokenizer."""

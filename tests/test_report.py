@@ -213,9 +213,10 @@ def timed_run(folder, starts, step_s):
 
 def test_times_are_medians_of_one_layout_with_an_interval(tmp_path, capsys):
     # The machine has three speeds by turns: 2 % faster, as it is, 2 % slower.
-    run_dir = timed_run(
-        tmp_path, {0: A, 40: A}, lambda step, phase, _: (0.4, 0.6, 1.0)[phase] * (1 + (step % 3 - 1) / 50)
-    )
+    def times(step, phase, layout):
+        return (0.4, 0.6, 1.0)[phase] * (1 + (step % 3 - 1) / 50)
+
+    run_dir = timed_run(tmp_path, {0: A, 40: A}, times)
     summary = summarise(run_dir)
     assert [p.timing.count for p in summary.phases] == [17, 20, 37]
     assert [p.median_step_s for p in summary.phases] == pytest.approx([0.4, 0.6, 1.0])
@@ -255,7 +256,7 @@ def test_times_of_two_layouts_are_never_compared(tmp_path, capsys):
 
 
 def test_times_that_spread_too_far_give_no_figure(tmp_path, capsys):
-    # Every fourth five steps the machine is busy with something else.
+    # Half of the time the machine is busy with something else.
     def times(step, phase, layout):
         return (0.4, 0.6, 1.0)[phase] * (5.0 if step % 20 >= 10 else 1.0)
 

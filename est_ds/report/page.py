@@ -38,7 +38,7 @@ FIGURES = (
         "One point a logged step; lines are the phases' medians. Grey steps are not compared: they "
         "are of another layout, or the first after a start. Evaluations and checkpoints do not "
         "count. Phases follow each other, so that a machine whose load changes looks like a saving "
-        "or a loss: for seconds to rely on, keep it to yourself.",
+        "or a loss: for seconds to rely on, leave the machine to the run.",
     ),
     (
         figures.flops_figure,

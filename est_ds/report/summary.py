@@ -230,7 +230,8 @@ def _phase(
 
 def _saved_time(phases: tuple[PhaseSummary, ...]) -> tuple[float | None, Between | None]:
     """Fraction of the time saved, and its 95 % interval: steps of the full model save nothing."""
-    counted, saving = sum(p.num_steps for p in phases), [p for p in phases if not p.keeps_everything]
+    counted = sum(p.num_steps for p in phases)
+    saving = [p for p in phases if not p.keeps_everything]
 
     def mean(ratios: list[float]) -> float:
         return sum(p.num_steps * (1.0 - ratio) for p, ratio in zip(saving, ratios)) / counted

@@ -17,6 +17,7 @@ START_UP_STEPS = 3
 # Neighbours take alike times on a machine that others use too: an interval is of so many parts.
 PARTS = 20
 CONFIDENCE = 0.95
+OPTIONS = ("offload", "activation_checkpointing", "compile")
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,12 @@ def layout_text(layout: dict[str, Any] | None) -> str:
     """A layout in words."""
     if layout is None:
         return "unknown layout (metrics.jsonl does not say it)"
-    options = [name for name in ("offload", "activation_checkpointing", "compile") if name in layout]
     return ", ".join(
         [
             f"{layout['pipe']} pipe stages x {layout['replicas']} replicas",
             f"ZeRO {layout['zero']}",
             f"micro-batch {layout['micro']}",
             layout["device"],
-            *options,
+            *(name for name in OPTIONS if name in layout),
         ]
     )

@@ -9,6 +9,7 @@ from rich.box import Box
 from rich.console import Console
 from rich.table import Table
 
+from est_ds.progress import depth_text
 from est_ds.report.summary import PhaseSummary, Summary
 from est_ds.report.times import Timing, layout_text
 
@@ -169,8 +170,7 @@ def _loss(summary: Summary) -> str:
     if summary.eval_loss is None or summary.eval_step is None:
         return f"not evaluated yet; last training loss {summary.train_loss:.4f}"
     each = ", ".join(f"{name} {loss:.4f}" for name, loss in summary.eval_losses.items())
-    whole = summary.eval_layers == summary.num_layers
-    model = "full model" if whole else f"depth {summary.eval_layers} of {summary.num_layers}"
+    model = depth_text(summary.eval_layers, summary.num_layers)
     return (
         f"{_per_token(summary.eval_loss, summary.eval_bits)}, {model} after "
         f"{summary.eval_step + 1:,} steps" + (f"; {each}" if each else "")

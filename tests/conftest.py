@@ -110,6 +110,14 @@ def refused(capsys, *arguments) -> str:
     return output.err
 
 
+def tensorboard_points(run_dir: Path) -> dict[str, list[int]]:
+    """Of every figure the steps at which TensorBoard shows a point."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A packed corpus of a few standard-library files: train, valid, tokenizer."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
 
@@ -395,8 +396,9 @@ def test_impossible_batches_are_refused(prefix, batches):
         batches.micro_batches(0, rank=0, world=2, micro=5)
 
 
-def test_held_out_windows_are_the_first_ones_whatever_the_layout(prefix, stream):
-    windows = Windows(Corpus.open(prefix), sequence=16)
+@pytest.mark.parametrize("choice", ["even", "first"])
+def test_held_out_windows_are_the_chosen_ones_whatever_the_layout(prefix, stream, choice):
+    windows = Windows(Corpus.open(prefix), sequence=16, choice=choice)
     for count in (1, 5, 12, 63):
         for world, micro in [(1, 1), (1, 4), (2, 3), (3, 4), (4, 16)]:
             ranks = [
@@ -412,11 +414,13 @@ def test_held_out_windows_are_the_first_ones_whatever_the_layout(prefix, stream)
                         assert (targets == IGNORED).all() and (ids == 0).all()
                     else:
                         rows[tuple(ids.tolist())] = targets.tolist()
+            part = Fraction(63, count) if choice == "even" else 1
+            middles = [int(part * i + (part / 2 if choice == "even" else 0)) for i in range(count)]
             expected = {
                 tuple(stream[at : at + 16].tolist()): stream[at + 1 : at + 17].tolist()
-                for at in range(0, count * 16, 16)
+                for at in (16 * sample for sample in middles)
             }
-            assert rows == expected
+            assert len(expected) == count and rows == expected
 
 
 def test_more_held_out_windows_than_there_are_is_refused(batches):

@@ -120,8 +120,8 @@ def test_positions_restart_and_labels_stop_where_documents_begin(small):
 
 def test_masked_labels_stay_and_their_positions_restart(small):
     masking = Masking(3, 0.8, 0.1, 97, 97, (1, 2))
-    joined = Windows(small, sequence=16, objective=Mlm(16, masking))
-    apart = Windows(small, sequence=16, objective=Mlm(16, masking), separate=True)
+    first = {"sequence": 16, "objective": Mlm(16, masking), "choice": "first"}
+    joined, apart = Windows(small, **first), Windows(small, **first, separate=True)
     [(ids, (labels, divisor))] = joined.held_out(9, rank=0, world=1, micro=9)
     [(inputs, (same_labels, same_divisor))] = apart.held_out(9, rank=0, world=1, micro=9)
     assert torch.equal(inputs[0], ids) and torch.equal(labels, same_labels)

@@ -303,7 +303,7 @@ def test_corpus_changed_before_it_was_first_read_is_not_mapped(folder):
 
 
 def test_loss_that_is_no_number_is_valid_json_in_the_metrics(tmp_path):
-    metrics = MetricsFile(tmp_path, 0)
+    metrics = MetricsFile(tmp_path, 0, {})
     metrics.write(step=0, eval_loss=math.nan, eval_losses={"a": math.inf, "b": 1.5})
     metrics.close()
 

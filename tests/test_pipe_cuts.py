@@ -65,7 +65,7 @@ def test_no_other_cut_costs_less_over_all_phases(name):
 def test_every_phase_waits_for_its_own_busiest_stage():
     # In layers, the head being 2 of them: with 6 | 2 the first 6 steps, whose paths are layers 0
     # and 7, take max(1, 1 + 2) each, the 10 others max(6, 2 + 2), together 78; with 5 | 3 they take
-    # max(1, 3) and max(5, 5), together 68. Added up first, the stages would have 66 | 58 and 56 | 68.
+    # max(1, 3) and max(5, 5), together 68. Sums over the run would be 66 | 58, and 56 | 68.
     shape = replace(shape_of(8), vocabulary=400)
     size = {"tokens": 16, "sequence": 16}
     phases = [{"until": 6, "layers": 2}, {"until": 16, "layers": 8}]

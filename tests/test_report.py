@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 from cases.tiny import TINY_MODEL
 
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
-from est_ds.data.manifest import Manifest, manifest_path
+from est_ds.data.manifest import Manifest, manifest_path, read_manifest
 from est_ds.errors import UserError
 from est_ds.report.page import write_report
 from est_ds.report.summary import print_summary, summarise
+from est_ds.report.times import timing
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import FILE, MetricsFile
 
@@ -27,14 +29,28 @@ STEP_S = [9.0, 1.0, 1.2, 1.1, 2.0, 2.4, 4.0, 4.0, 5.0, 4.0]
 ACTIVE = {0: (40, 20), 1: (60, 40), 2: (100, 80)}
 
 
-def make_run(folder, *, method=None, num_steps=10, every=1, evaluate=True, manifest=True):
-    """A run directory as the training loop leaves it after `num_steps` steps."""
+def make_run(
+    folder,
+    *,
+    method=None,
+    num_steps=10,
+    every=1,
+    evaluate=True,
+    manifest=True,
+    steps=10,
+    phases=(4, 6, 10),
+    objective={"name": "causal"},
+):
+    """A run directory as a training loop that did not note layouts left it after `num_steps`."""
+    folder.mkdir(exist_ok=True)
+    sections = [{**phase, "until": until} for phase, until in zip(PHASES, phases)]
     config = RunConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
-            "steps": 10,
+            "steps": steps,
             "model": TINY_MODEL,
-            "method": method or {"name": "est", "phases": PHASES},
+            "method": method or {"name": "est", "phases": sections},
+            "objective": objective,
             "data": {
                 "train": str(folder / "train"),
                 "valid": str(folder / "valid"),
@@ -51,7 +67,7 @@ def make_run(folder, *, method=None, num_steps=10, every=1, evaluate=True, manif
     write_config(config)
     if manifest:
         write_manifest(str(folder / "valid"), entropy=5.5)
-    metrics = MetricsFile(folder / "run", 0)
+    metrics = MetricsFile(folder / "run", 0, {})
     for step in range(num_steps):
         phase = sum(step >= p["until"] for p in PHASES)
         flops, blocks = ACTIVE[phase] if method is None else ACTIVE[2]
@@ -77,16 +93,16 @@ def make_run(folder, *, method=None, num_steps=10, every=1, evaluate=True, manif
     return folder / "run"
 
 
-def write_manifest(prefix, *, entropy):
+def write_manifest(prefix, *, entropy, num_tokens=3, text_bytes=1):
     manifest = Manifest(
         format_version=1,
-        num_tokens=1,
-        num_documents=1,
+        num_tokens=num_tokens,
+        num_documents=3,
         dtype="uint16",
         vocabulary=512,
         bos_id=None,
         eos_id=None,
-        text_bytes=1,
+        text_bytes=text_bytes,
         unigram_entropy=entropy,
         tokenizer_sha256="0" * 64,
         bin_bytes=1,
@@ -108,14 +124,16 @@ def test_summary_is_as_worked_out_by_hand(tmp_path, every):
     assert (summary.valid_entropy, summary.train_entropy) == (5.5, None)
     if every == 2:
         return
-    # Step 0 warms up and is left out of small's median.
+    # The first 3 steps come after the start, and are left out of small's median.
     assert [p.median_step_s for p in summary.phases] == pytest.approx([1.1, 2.2, 4.0])
     assert [p.time_ratio for p in summary.phases] == pytest.approx([0.275, 0.55, 1.0])
     assert [p.model_ratio for p in summary.phases] == pytest.approx([0.4, 0.6, 1.0])
     assert [p.blocks_ratio for p in summary.phases] == pytest.approx([0.25, 0.5, 1.0])
+    assert [p.timing.count for p in summary.phases] == [1, 2, 4]
     assert summary.time_s == pytest.approx(4 * 1.1 + 2 * 2.2 + 4 * 4.0)
     assert summary.saved_time == pytest.approx(1 - 24.8 / 40)
     assert summary.efficiency == pytest.approx(0.38 / 0.32)
+    assert summary.saved_between is None and not summary.saving_tells
 
 
 def test_time_saved_is_unknown_before_the_full_model_trains(tmp_path, capsys):
@@ -125,7 +143,7 @@ def test_time_saved_is_unknown_before_the_full_model_trains(tmp_path, capsys):
     assert (summary.full_step_s, summary.full_from) == (None, 6)
     assert summary.saved_model == pytest.approx(1 - (4 * 40 + 60) / 500)
     print_summary(run_dir)
-    assert "from step 6" in capsys.readouterr().out
+    assert "from step 7" in capsys.readouterr().out
 
 
 def test_run_without_a_full_phase_invents_no_time_saved(tmp_path, capsys):
@@ -153,7 +171,165 @@ def test_summary_fits_80_columns_without_colour(tmp_path, capsys):
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert text.isascii() and "\x1b" not in text and "na<rr>ow [b]" in text
-    assert "38.0% measured: 24.8 s, and 40.0 s at full-model steps" in text
+    # Seven steps after the start are too few to say anything.
+    unfolded = " ".join(text.split())
+    assert "not known: an interval takes 6 timed steps of every phase" in unfolded
+    assert "efficiency" not in text and "measured" not in text
+    assert "7 in unknown layout (metrics.jsonl does not say it); left out: 3 after" in unfolded
+
+
+A = {"pipe": 1, "zero": 1, "replicas": 1, "micro": 2, "device": "cpu"}
+B = {**A, "pipe": 2, "cuts": [2, 4]}
+
+
+def timed_run(folder, starts, step_s):
+    """A run of 80 steps: 20 of a quarter of the FLOPs, 20 of half of them, 40 of the full model.
+
+    Args:
+        starts: layout by the step at which processes started.
+        step_s: time of a step after its start-up, from step, phase and layout.
+    """
+    run_dir = make_run(folder, num_steps=0, steps=80, phases=[20, 40, 80])
+    for start, layout in starts.items():
+        metrics = MetricsFile(run_dir, start, layout)
+        for step in range(start, 80):
+            phase = (step >= 20) + (step >= 40)
+            active = (25, 50, 100)[phase]
+            metrics.write_step(
+                step=step,
+                phase=("small", "na<rr>ow [b]", "full")[phase],
+                loss=5.0,
+                lr=1e-3,
+                tokens=(step + 1) * 512,
+                step_s=step_s(step, phase, layout) if step >= start + 3 else 50.0,
+                flops_active=active,
+                flops_dense=100,
+                blocks_active=active,
+                blocks_dense=100,
+            )
+        metrics.close()
+    return run_dir
+
+
+def test_times_are_medians_of_one_layout_with_an_interval(tmp_path, capsys):
+    # The machine has three speeds by turns: 2 % faster, as it is, 2 % slower.
+    def times(step, phase, layout):
+        return (0.4, 0.6, 1.0)[phase] * (1 + (step % 3 - 1) / 50)
+
+    run_dir = timed_run(tmp_path, {0: A, 40: A}, times)
+    summary = summarise(run_dir)
+    assert [p.timing.count for p in summary.phases] == [17, 20, 37]
+    assert [p.median_step_s for p in summary.phases] == pytest.approx([0.4, 0.6, 1.0])
+    # 20 steps at .4 and 20 at .6 of 80 save 12 + 8 of 80; FLOPs 15 + 10.
+    assert summary.saved_time == pytest.approx(0.25)
+    low, high = summary.saved_between
+    # The worst: .4 x 1.02 / .98, .6 x 1.02 / .98, and the other way round.
+    assert 0.25 - 0.25 * 0.041 <= low < 0.25 < high <= 0.25 + 0.25 * 0.041
+    assert summary.efficiency == pytest.approx(0.8) and summary.saving_tells
+    print_summary(run_dir)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "25.0% measured: 60.0 s, and 80.0 s at full-model steps; 95 % interval 24." in out
+    assert "0.80 (time saved / model FLOPs saved); 95 % interval 0.7" in out
+    layout = "1 pipe stages x 1 replicas, ZeRO 1, micro-batch 2, cpu"
+    assert f"74 in {layout}; left out: 6 after a start" in out
+
+
+def test_times_of_two_layouts_are_never_compared(tmp_path, capsys):
+    def times(step, phase, layout):
+        return (0.4, 0.6, 1.0)[phase] * (8.0 if layout == A else 1.0)
+
+    # In A nine steps of the second phase, in B the rest.
+    summary = summarise(run_dir := timed_run(tmp_path, {0: A, 29: B}, times))
+    assert summary.timed.layout == B and summary.timed.elsewhere == 29
+    assert [p.timing and p.timing.count for p in summary.phases] == [None, 8, 40]
+    assert [p.time_ratio for p in summary.phases] == [None, pytest.approx(0.6), 1.0]
+    assert (summary.saved_time, summary.efficiency, summary.time_s) == (None, None, None)
+    print_summary(run_dir)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "time saved not known: no step of small was timed in this layout" in out
+    assert "saving efficiency" not in out
+    write_report(run_dir)
+    # In B from the middle of the first phase on: nothing of A is used.
+    summary = summarise(timed_run(tmp_path / "other", {0: A, 9: B}, times))
+    assert summary.saved_time == pytest.approx(0.25)
+    assert [p.timing.count for p in summary.phases] == [8, 20, 40]
+
+
+def test_times_that_spread_too_far_give_no_figure(tmp_path, capsys):
+    # Half of the time the machine is busy with something else.
+    def times(step, phase, layout):
+        return (0.4, 0.6, 1.0)[phase] * (5.0 if step % 20 >= 10 else 1.0)
+
+    summary = summarise(run_dir := timed_run(tmp_path, {0: A}, times))
+    low, high = summary.saved_between
+    assert high - low > summary.saved_model and not summary.saving_tells
+    print_summary(run_dir)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "measured" not in out and "efficiency" not in out
+    assert f"not known: between {low:.1%} and {high:.1%}" in out
+    assert "?: too few steps, or times that spread further" in out
+
+
+def test_first_step_of_a_phase_is_left_out_where_it_compiles(tmp_path):
+    def times(step, phase, layout):
+        return 90.0 if step in (20, 40) else 1.0
+
+    summary = summarise(timed_run(tmp_path, {0: {**A, "compile": True}}, times))
+    assert [p.timing.count for p in summary.phases] == [17, 19, 39]
+
+
+@pytest.mark.parametrize(
+    # Ranks of the tables for the median's interval at 95 % (Conover): 6: 1 and 6, 10: 2 and 9 ...
+    ("count", "low", "high"), [(6, 1, 6), (8, 1, 8), (9, 2, 8), (10, 2, 9), (20, 6, 15)],
+)  # fmt: skip
+def test_interval_is_that_of_order_statistics(count, low, high):
+    times = [float(x) for x in np.random.default_rng(count).permutation(count) + 1]
+    found = timing(times)
+    assert found.between_s == (low, high) and found.count == count
+    assert found.median_s == (count + 1) / 2
+    assert timing(times[:5]).between_s is None and timing([]) is None
+
+
+def test_interval_holds_the_median_where_neighbours_are_alike():
+    # 200 steps in stretches of 10 that a machine's load makes slower or faster together.
+    held = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        times = np.repeat(np.exp(0.3 * draw.standard_normal(20)), 10)
+        times *= np.exp(0.01 * draw.standard_normal(200))
+        low, high = timing(times.tolist()).between_s
+        held += low <= 1.0 <= high
+    # 95 % or more; of 200, 6 deviations of 3.1 lower. By single steps it would be about half.
+    assert held >= 190 - 18
+
+
+def test_growing_model_is_evaluated_at_its_depth(tmp_path, capsys):
+    phases = [{"until": 6, "layers": 2}, {"until": 10, "layers": 4}]
+    method = {"name": "stacking", "mode": "double", "phases": phases}
+    run_dir = make_run(tmp_path, method=method, num_steps=6)
+    assert summarise(run_dir).eval_layers == 2
+    print_summary(run_dir)
+    assert "depth 2 of 4 after 5 steps" in " ".join(capsys.readouterr().out.split())
+    assert "full model after" not in write_report(run_dir).read_text()
+    run_dir = make_run(tmp_path / "whole", method=method)
+    print_summary(run_dir)
+    assert "full model after 10 steps" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nats_are_given_in_bits_per_byte_where_bytes_are_known(tmp_path, capsys):
+    # 30 tokens of 100 bytes: 4.1 nats a token are 4.1 x 30 / 100 / ln 2 = 1.7745 bits a byte.
+    run_dir = make_run(tmp_path)
+    write_manifest(str(tmp_path / "valid"), entropy=5.5, num_tokens=30, text_bytes=100)
+    summary = summarise(run_dir)
+    assert summary.eval_bits == pytest.approx(1.77452, abs=1e-5)
+    assert summary.valid_bits == pytest.approx(5.5 * 0.3 / 0.693147, rel=1e-5)
+    print_summary(run_dir)
+    assert "4.1000 nats per token (1.7745 bits per byte)" in capsys.readouterr().out
+    # Of 3 documents kept apart the first tokens are no targets: 27 are.
+    manifest = read_manifest(str(tmp_path / "valid"))
+    assert manifest.bits_per_byte(4.1, apart=True) == pytest.approx(1.77452 * 27 / 30, abs=1e-5)
+    masked = make_run(tmp_path / "mlm", objective={"name": "ul2"})
+    assert summarise(masked).eval_bits is None
 
 
 def test_run_that_was_not_evaluated_says_so(tmp_path, capsys):
@@ -199,7 +375,8 @@ def test_page_is_well_formed_and_complete_without_network(tmp_path):
     for name in (p["name"] for p in PHASES):
         assert name in text
     assert load_run(run_dir).to_yaml() in text
-    assert "deepspeed" in text and "38.0% measured" in text
+    assert "deepspeed" in text and "an interval takes 6 timed steps" in text
+    assert "Steps count from 1, in metrics.jsonl from 0." in text and "na<rr>ow [b]5-6" in text
     images = [element.get("src") for element in page.iter("img")]
     assert len(images) == 4
     assert all(source.startswith("data:image/svg+xml;base64,") for source in images)

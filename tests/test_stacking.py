@@ -145,6 +145,9 @@ def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
     assert [e["kept_layers"] for e in steps] == [d for d in depths for _ in range(6)]
     assert [e["loss"] for e in steps] == pytest.approx(losses, rel=1e-5)
     assert [e["eval_loss"] for e in evaluations] == pytest.approx(held_out, rel=1e-5)
+    assert [e["eval_layers"] for e in evaluations] == list(depths)
+    assert f"step 6: held-out loss of the model at depth {depths[0]} of 4 " in done.stdout
+    assert "step 18: held-out loss of the full model " in done.stdout
 
     # A crash at the second boundary: the growth is done again from the checkpoint before it.
     if processes == 4:

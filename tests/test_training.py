@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
-from conftest import est_ds, train
+from conftest import est_ds, tensorboard_points, train
 from reference import assert_close, plain_adamw
 
 from est_ds.config.run_file import load_run
 from est_ds.design import plan_run
+from est_ds.run.directory import check_run_dir, write_config
 from est_ds.run.metrics import read_metrics
 
 
@@ -65,6 +67,53 @@ def test_stopped_and_resumed_run_equals_the_run_that_never_stopped(trained, tmp_
     expected_steps, expected_evaluations = read_metrics(trained)
     assert [[e[k] for k in kept] for e in steps] == [[e[k] for k in kept] for e in expected_steps]
     assert evaluations == expected_evaluations
+    # What it trains anew it has said before; TensorBoard shows every step once all the same.
+    points = tensorboard_points(run_dir)
+    assert points == tensorboard_points(trained)
+    assert {steps[i]["start"] for i in range(5)} == {0}
+    assert {steps[i]["start"] for i in range(5, 20)} == {5}
+
+
+def test_trackers_have_every_figure_once_over_steps_done(trained):
+    points = tensorboard_points(trained)
+    assert points.pop("eval/loss") == points.pop("eval/bits_per_byte") == [10, 20]
+    shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers", "flops_ratio")
+    assert points == {f"train/{name}": list(range(1, 21)) for name in shown}
+
+
+def test_lines_say_what_their_numbers_are_of(trained, corpus):
+    steps, evaluations = read_metrics(trained)
+    layout = {"pipe": 2, "zero": 1, "replicas": 2, "micro": 2, "device": "cpu", "cuts": [2, 4]}
+    assert all(e["layout"] == layout and e["start"] == 0 for e in steps)
+    assert [e["eval_layers"] for e in evaluations] == [4, 4]
+    documents = [json.loads(line) for line in (corpus / "text.valid.jsonl").open()]
+    text_bytes = sum(len(document["text"].encode()) for document in documents)
+    tokens = np.fromfile(corpus / "valid.bin", np.uint16).size
+    for line in evaluations:
+        bits = line["eval_loss"] / np.log(2) * tokens / text_bytes
+        assert line["eval_bits_per_byte"] == pytest.approx(bits)
+    last = f"{evaluations[-1]['eval_loss']:.4f} ({bits:.4f} bits per byte)"
+    said = (trained / "stdout.txt").read_text()
+    assert f"step 20: held-out loss of the full model {last}" in said
+    num_samples = (np.fromfile(corpus / "train.bin", np.uint16).size - 1) // 64
+    assert f"corpus {corpus}/train: {20 * 8 / num_samples:.3g} epochs" in said
+
+
+def test_held_out_sequences_of_a_run_are_chosen_as_it_began(tiny_run, tmp_path):
+    run_dir = tmp_path / "run"
+    as_file = [f"run_dir={run_dir}"]
+    assert load_run(tiny_run, as_file).evaluate.choice == "even"
+    assert load_run(tiny_run, [*as_file, "evaluate.choice=first"]).evaluate.choice == "first"
+    write_config(load_run(tiny_run, as_file))
+    assert load_run(tiny_run, as_file).evaluate.choice == "even"
+    # As a run that began before the field was there.
+    config = run_dir / "config.yaml"
+    config.write_text("".join(x for x in config.open() if not x.startswith("  choice: ")))
+    (run_dir / "metrics.jsonl").write_text("")
+    for resumed in (load_run(tiny_run, as_file), load_run(run_dir)):
+        assert resumed.evaluate.choice == "first"
+        check_run_dir(resumed)
+    assert load_run(run_dir, ["evaluate.choice=even"]).evaluate.choice == "even"
 
 
 def test_run_directory_holds_what_the_contract_says(trained):

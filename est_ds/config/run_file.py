@@ -69,7 +69,22 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     for override in overrides or []:
         _override(tree, override)
         read_sections(tree, Path())
+    if not path.is_dir():
+        _choose_held_out(tree)
     return checked(RunConfig, tree)
+
+
+def _choose_held_out(tree: dict[str, Any]) -> None:
+    """Sets `evaluate.choice` where a run file does not: as the run in `run_dir` began, or `even`."""
+    evaluate, run_dir = tree.get("evaluate"), tree.get("run_dir")
+    if not isinstance(evaluate, dict) or "choice" in evaluate or not isinstance(run_dir, str):
+        return
+    config = Path(run_dir) / "config.yaml"
+    try:
+        began = read_mapping(config, "run file")["evaluate"] if config.is_file() else None
+        evaluate["choice"] = "even" if began is None else began.get("choice", "first")
+    except (OSError, UserError, KeyError, AttributeError):
+        return  # `run.directory.check_run_dir` says what is wrong with it
 
 
 def _run_directory(directory: Path) -> dict[str, Any]:

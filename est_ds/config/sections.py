@@ -256,11 +256,18 @@ class Checkpoint(Strict):
 
 
 class Evaluate(Strict):
-    """Held-out loss of the full model every `every` steps, on the first `sequences` windows of
-    each held-out corpus."""
+    """Held-out loss of the full model every `every` steps, on `sequences` windows of each held-out
+    corpus.
+
+    Attributes:
+        choice: `even`: the windows lie evenly over the corpus; `first`: they are its first ones.
+            A new run gets `even` (`run_file.load_run`); the files of a run that began before the
+            field was there do not have it, and it goes on as it did.
+    """
 
     every: Positive
     sequences: Positive
+    choice: Literal["even", "first"] = "first"
 
 
 class Watchdog(Strict):

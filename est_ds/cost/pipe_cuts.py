@@ -86,7 +86,7 @@ def _checked(
 
 
 def _schedule_costs(method: Method, **size: float | None) -> list[list[float]]:
-    """Model FLOPs of every layer over the steps of every phase, the head's with the last layer's."""
+    """Model FLOPs of every phase, of every layer; the head's with the last layer's."""
     costs = []
     for i, phase in enumerate(method.phases):
         layers, head = flops_by_layer(method.shape, method.mean_loads(i), Size(**size))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class Windows:
         objective: What a sample is; next-token prediction if None.
         separate: Whether samples keep their documents apart.
         stream: What windows are cut from; the corpus in its own order if None.
+        choice: Which samples `held_out` gives: `even` over the corpus, or the `first` ones.
 
     Attributes:
         num_samples: Whole windows in the corpus.
@@ -56,6 +58,7 @@ class Windows:
         objective: Objective | None = None,
         separate: bool = False,
         stream: Stream | None = None,
+        choice: Literal["even", "first"] = "even",
     ) -> None:
         if sequence < 1:
             raise UserError(f"data.sequence={sequence} is not allowed; use at least 1 token.")
@@ -64,6 +67,7 @@ class Windows:
         self.objective = objective or Causal(sequence)
         self.separate = separate
         self.stream = stream or Stream(corpus)
+        self.choice = choice
         assert self.objective.sequence == sequence
         window, stride = self.objective.window, self.objective.stride
         self.num_samples = max(0, corpus.num_tokens - window + stride) // stride
@@ -108,7 +112,7 @@ class Windows:
     def held_out(
         self, count: int, *, rank: int, world: int, micro: int
     ) -> Iterator[tuple[Inputs, Labels]]:
-        """This rank's share of the first `count` samples, always the same ones.
+        """This rank's share of `count` samples, always the same ones.
 
         Every rank gets the same number of micro-batches; rows past `count` have token 0
         and label -100 throughout, and a whole micro-batch may be such rows. A loss that
@@ -132,14 +136,28 @@ class Windows:
 
     def _held_out(self, count, rank, world, micro):
         self.corpus.check_unchanged()
-        draws = [Draws(0, HELD_OUT, i) for i in range(count)]
-        divisor = self.divisor((self.num_targets(i, draws[i]) for i in range(count)), micro)
+        drawn = [(s, Draws(0, HELD_OUT, i)) for i, s in enumerate(self.held_out_samples(count))]
+        divisor = self.divisor((self.num_targets(*sample) for sample in drawn), micro)
         # Micro-batches go round the ranks, so that padding gathers in the last round.
         for start in range(0, count, world * micro):
             first = start + rank * micro
-            rows = [self.example(i, draws[i]) for i in range(first, min(first + micro, count))]
+            rows = [self.example(*sample) for sample in drawn[first : first + micro]]
             rows += [self._nothing()] * (micro - len(rows))
             yield stacked(rows, divisor)
+
+    def held_out_samples(self, count: int) -> list[int]:
+        """The samples that are evaluated: the middles of `count` equal parts, or the first ones."""
+        if self.choice == "first":
+            return list(range(count))
+        return [(2 * i + 1) * self.num_samples // (2 * count) for i in range(count)]
+
+    def bits_per_byte(self, nats_per_token: float) -> float | None:
+        """A held-out loss per byte of text; None where the manifest does not know the bytes, or the
+        objective does not predict all of it."""
+        manifest = self.corpus.manifest
+        if manifest is None or not isinstance(self.objective, Causal):
+            return None
+        return manifest.bits_per_byte(nats_per_token, apart=self.separate)
 
     def _nothing(self) -> Example:
         """A row without a target."""

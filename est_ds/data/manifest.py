@@ -1,6 +1,7 @@
 """The manifest beside a packed corpus: what the files hold and how they were made."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,6 +100,18 @@ class Manifest(_Strict):
         """16 hex characters that change with any byte of the corpus."""
         digests = "".join(shard.bin_sha256 + shard.idx_sha256 for shard in self.shards)
         return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+    def bits_per_byte(self, nats_per_token: float, *, apart: bool = False) -> float | None:
+        """A loss per byte of text, which other tokenizers can be compared by; None without text.
+
+        Args:
+            nats_per_token: of next-token prediction, with every token a target.
+            apart: of documents kept apart, the first token of each is none.
+        """
+        if not self.text_bytes:
+            return None
+        targets = self.num_tokens - (self.num_documents if apart else 0)
+        return nats_per_token * targets / self.text_bytes / math.log(2)
 
 
 def manifest_path(prefix: str) -> Path:

@@ -7,7 +7,6 @@ positions) and labels (alone, or with a divisor).
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,12 +18,12 @@ from torch import nn
 from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Inputs
 from est_ds.data.objectives.loss import Labels
+from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
 from est_ds.engine.optimizer import adamw
-from est_ds.engine.patches import zero_optimizer_for_bf16
+from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
-from est_ds.errors import naming
 from est_ds.plans.growth import Growth
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
@@ -111,10 +110,18 @@ class Engine(ABC):
         self.deepspeed.global_samples = steps * self.config.batch.global_
         self.deepspeed.micro_steps = steps * self.deepspeed.gradient_accumulation_steps()
 
-    def write_events(self, events: dict[str, float], samples: int) -> None:
-        """Sends figures to DeepSpeed's monitor (TensorBoard and whatever else is configured)."""
+    def write_events(self, events: dict[str, float], done: int) -> None:
+        """Sends figures to DeepSpeed's monitor (TensorBoard and whatever else is configured).
+
+        Args:
+            done: optimizer steps done by then.
+        """
         if self.deepspeed.monitor.enabled:
-            self.deepspeed.monitor.write_events([(k, v, samples) for k, v in events.items()])
+            self.deepspeed.monitor.write_events([(k, v, done) for k, v in events.items()])
+
+    def forget_events(self, done: int) -> None:
+        """Hides the figures of steps after `done` in TensorBoard: they are trained anew."""
+        forget_after(self.deepspeed.monitor, done)
 
 
 def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
@@ -123,6 +130,7 @@ def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, An
 
     # DeepSpeed casts the whole module to bf16; rotary frequencies must survive that.
     buffers = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
+    keep_errors_of_tensorboard()
     with quiet(), zero_optimizer_for_bf16() if config.parallel.zero else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -130,26 +138,9 @@ def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, An
             config=settings,
             dist_init_required=False,
         )
-    _name_errors(engine.monitor, settings["tensorboard"]["output_path"])
+    count_steps(engine.monitor, settings["tensorboard"]["output_path"], config.batch.global_)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         setattr(parent, leaf, buffer.to(getattr(parent, leaf).device))
     return engine
-
-
-def _name_errors(monitor: Any, folder: str) -> None:
-    """TensorBoard writes on a thread, and raises its error, which names no file, where the next
-    figures come: that is enough to be said of it."""
-    write_events = monitor.write_events
-
-    def naming_the_folder(events: list) -> None:
-        with naming(folder):
-            write_events(events)
-
-    def say_others(died: threading.ExceptHookArgs) -> None:
-        if not issubclass(died.exc_type, OSError):
-            threading.__excepthook__(died)
-
-    monitor.write_events = naming_the_folder
-    threading.excepthook = say_others

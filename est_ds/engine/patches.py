@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 PIPE_ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 PIPELINE = "deepspeed.runtime.pipe.module.PipelineModule"
 ZERO_1_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
+WRITER = "tensorboard.summary.writer.event_file_writer._AsyncWriterThread"
 COORDINATOR = (
     "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator"
 )
@@ -51,6 +53,8 @@ INSIDES = (
     Inside(ENGINE, "global_samples", None, "base: set when a run resumes"),
     Inside(ENGINE, "micro_steps", None, "base: set when a run resumes"),
     Inside("deepspeed.comm.torch", "build_shm_op", (), "patches: nothing is compiled at start"),
+    Inside(WRITER, "run", (), "patches: errors of the disk are said once"),
+    Inside(WRITER, "exception", None, "patches: errors of the disk are said once"),
     Inside(PIPE_ENGINE, "_INSTRUCTION_MAP", None, "patches: passes timed, tied gradients summed"),
     Inside(PIPELINE, "_partition_layers", ("method",), "pipeline: cut at given places"),
     Inside(PIPELINE, "_set_bounds", ("start", "stop"), "pipeline: cut at given places"),
@@ -83,6 +87,22 @@ def compile_nothing_at_start() -> None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # `deepspeed.comm` has an attribute of that name, which is torch.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def keep_errors_of_tensorboard() -> None:
+    """Keeps TensorBoard's writing threads from printing an error of the disk, which they raise again
+    where the next figures come. Of all other threads, the watchdog's too, errors are still said."""
+    run = _AsyncWriterThread.run
+    if run.__module__ == __name__:
+        return  # it has been done
+
+    def quiet_run(thread: _AsyncWriterThread) -> None:
+        try:
+            run(thread)
+        except OSError:
+            pass  # `thread.exception` holds it
+
+    _AsyncWriterThread.run = quiet_run
 
 
 @contextmanager

@@ -126,23 +126,25 @@ class Watchdog:
         """Gathers what all are at, says it, and ends this process."""
         if not self._concluding.acquire(blocking=False):
             threading.Event().wait()  # another thread is about to end the process
-        reports = {self._world.rank: self._record(error)}
-        # On a thread: no answer may come from the store, nor an error.
-        gathering = threading.Thread(target=self._gather, args=(reason, reports), daemon=True)
-        gathering.start()
-        gathering.join(2 * ANSWER_S)
-        if self._speaks(list(reports)):
-            missing = [rank for rank in range(self._world.size) if rank not in reports]
-            if self._lost:
-                missing = [0]  # of the others nothing is known
-            hosts = self._meeting.hosts
-            text = verdict(self._alarm or reason, hosts, dict(reports), missing, self._last)
-            print(text, file=sys.stderr, flush=True)
-        self._kill_stopped_neighbours(reports)
-        if self._world.is_first:
-            time.sleep(2 * EVERY_S)  # the others read from the store until then
-        sys.stdout.flush()
-        os._exit(1)
+        try:
+            reports = {self._world.rank: self._record(error)}
+            # On a thread: no answer may come from the store, nor an error.
+            gathering = threading.Thread(target=self._gather, args=(reason, reports), daemon=True)
+            gathering.start()
+            gathering.join(2 * ANSWER_S)
+            if self._speaks(list(reports)):
+                missing = [rank for rank in range(self._world.size) if rank not in reports]
+                if self._lost:
+                    missing = [0]  # of the others nothing is known
+                hosts = self._meeting.hosts
+                text = verdict(self._alarm or reason, hosts, dict(reports), missing, self._last)
+                print(text, file=sys.stderr, flush=True)
+            self._kill_stopped_neighbours(reports)
+            if self._world.is_first:
+                time.sleep(2 * EVERY_S)  # the others read from the store until then
+            sys.stdout.flush()
+        finally:  # even where nobody reads what it says any more
+            os._exit(1)
 
     def _speaks(self, answering: list[int]) -> bool:
         """Whether this is the process of its host that says what all know."""

@@ -21,17 +21,19 @@ PHASE_COLOURS = (BLUE, ORANGE, GREEN, RED, "#cc79a7", "#56b4e9")
 
 @style.styled()
 def loss_figure(run: RunFiles, summary: Summary) -> Figure:
-    """Training loss of the subnetworks, held-out loss of the full model, unigram entropy."""
+    """Training loss of the subnetworks, held-out loss, unigram entropy."""
     figure, axes = style.new_figure("Loss", "nats per token", height=3.6)
-    steps, losses = _column(run, "step"), _column(run, "loss")
-    shown = _thinned(len(steps))
+    done, losses = _done(run.steps), _column(run, "loss")
+    shown = _thinned(len(done))
     smooth = _running_median(losses)
-    axes.plot(steps[shown], losses[shown], color=BLUE, lw=0.8, alpha=0.35)
-    axes.plot(steps[shown], smooth[shown], color=BLUE, label="training (active subnetwork)")
+    axes.plot(done[shown], losses[shown], color=BLUE, lw=0.8, alpha=0.35)
+    axes.plot(done[shown], smooth[shown], color=BLUE, label="training (active subnetwork)")
     if run.evaluations:
         held_out = [e["eval_loss"] for e in run.evaluations]
-        at = [e["step"] for e in run.evaluations]
-        axes.plot(at, held_out, color=RED, marker="o", ms=4, label="held-out (full model)")
+        at = _done(run.evaluations)
+        depths = {run.method.depth(e["step"]) for e in run.evaluations}
+        model = "full model" if depths == {summary.num_layers} else "as deep as it was then"
+        axes.plot(at, held_out, color=RED, marker="o", ms=4, label=f"held-out ({model})")
         for name, colour in zip(summary.eval_losses, itertools.cycle(PHASE_COLOURS[1:])):
             values = [e.get("eval_losses", {}).get(name, np.nan) for e in run.evaluations]
             axes.plot(at, values, color=colour, lw=1, ls=(0, (2, 2)), label=f"held-out: {name}")
@@ -47,25 +49,30 @@ def loss_figure(run: RunFiles, summary: Summary) -> Figure:
 
 @style.styled()
 def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
-    """Every logged step's time, and the median of every phase."""
+    """Every logged step's time, grey where it is not compared, and the median of every phase."""
     figure, axes = style.new_figure("Step time", "seconds per step")
-    for i, phase in enumerate(summary.phases):
-        lines, colour = run.lines_of(i), PHASE_COLOURS[i % len(PHASE_COLOURS)]
-        shown = _thinned(len(lines))
-        steps = np.array([e["step"] for e in lines])[shown]
-        times = np.array([e["step_s"] for e in lines])[shown]
-        # Points stay pixels in the vector file: thousands of them.
-        axes.scatter(steps, times, s=9, color=colour, alpha=0.5, lw=0, rasterized=len(lines) > 500)
-        span = [phase.from_step, phase.until_step]
-        axes.plot(span, [phase.median_step_s] * 2, color=colour, lw=2.2)
-    top = 2.0 * max(p.median_step_s for p in summary.phases)
-    times = _column(run, "step_s")
+    times, done = _column(run, "step_s"), _done(run.steps)
+    compared = np.array([entry["step"] in summary.timed.steps for entry in run.steps])
+    shown = _thinned(len(done))
+    colours = np.where(compared, [_colour(run, entry["step"]) for entry in run.steps], "#aaaaaa")
+    # Points stay pixels in the vector file: thousands of them.
+    many = len(shown) > 500
+    axes.scatter(
+        done[shown], times[shown], s=9, c=colours[shown], alpha=0.5, lw=0, rasterized=many
+    )
+    for phase in summary.phases:
+        if phase.timing:
+            colour, span = _colour(run, phase.from_step), [phase.from_step, phase.until_step]
+            axes.plot(span, [phase.timing.median_s] * 2, color=colour, lw=2.2)
+    top = 2.0 * max([p.timing.median_s for p in summary.phases if p.timing] or [times.max()])
     axes.set_ylim(0, min(top, 1.15 * max(times.max(), top / 2)))
     beyond = int((times > axes.get_ylim()[1]).sum())
     if beyond:
         noun = "step" if beyond == 1 else "steps"
-        axes.set_xlabel(f"optimizer step ({beyond} slower {noun} beyond the top, not drawn)")
-    medians = [f"median {seconds(p.median_step_s)}" for p in summary.phases]
+        axes.set_xlabel(f"{style.STEPS} ({beyond} slower {noun} beyond the top, not drawn)")
+    medians = [
+        f"median {seconds(p.timing.median_s)}" if p.timing else "not timed" for p in summary.phases
+    ]
     style.shade_phases(axes, run.method.phases, summary.num_steps, medians)
     return figure
 
@@ -74,7 +81,7 @@ def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
 def flops_figure(run: RunFiles, summary: Summary) -> Figure:
     """Cumulative `model` FLOPs of the steps done, against dense training."""
     figure, axes = style.new_figure("FLOPs", "cumulative FLOPs")
-    ends = _column(run, "step") + 1
+    ends = _done(run.steps)
     # A line stands for the steps since the line before it.
     since = np.diff(ends, prepend=0)
     active = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_active"))])
@@ -100,7 +107,7 @@ def learning_rate_figure(run: RunFiles, summary: Summary) -> Figure:
     shown = _thinned(len(rates))
     unit, text = style.power_of_thousand(rates.max())
     axes.set_ylabel(f"learning rate, {text}")
-    axes.plot(_column(run, "step")[shown], rates[shown] / unit, color=GREEN)
+    axes.plot(_done(run.steps)[shown], rates[shown] / unit, color=GREEN)
     axes.set_ylim(bottom=0)
     style.shade_phases(axes, run.method.phases, summary.num_steps)
     return figure
@@ -109,6 +116,16 @@ def learning_rate_figure(run: RunFiles, summary: Summary) -> Figure:
 def _column(run: RunFiles, field: str) -> np.ndarray:
     """A field of all training lines, float64 [lines]."""
     return np.array([entry[field] for entry in run.steps], dtype=np.float64)
+
+
+def _done(lines: list[dict[str, Any]]) -> np.ndarray:
+    """Steps done by every line, of training or of evaluation, int64 [lines]."""
+    return np.array([entry["step"] + 1 for entry in lines])
+
+
+def _colour(run: RunFiles, step: int) -> str:
+    """That of the phase of a step."""
+    return PHASE_COLOURS[run.method.phase_at(step) % len(PHASE_COLOURS)]
 
 
 def _thinned(count: int) -> np.ndarray:

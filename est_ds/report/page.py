@@ -20,7 +20,7 @@ from est_ds.report import figures
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.style import styled
 from est_ds.report.summary import Summary, summary_of
-from est_ds.report.text import PHASE_COLUMNS, fact_rows, phase_row, title
+from est_ds.report.text import PHASE_COLUMNS, fact_rows, notes, phase_row, title
 
 FILE = "report.html"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
@@ -29,13 +29,16 @@ FIGURES = (
     (
         figures.loss_figure,
         "Training loss is that of each step's subnetwork, thin as logged and bold as a running "
-        "median; held-out loss is always that of the full model. The unigram entropy is the loss "
-        "of a model that knows how frequent every token is and nothing else.",
+        "median; held-out loss is that of the full model, or of one that grows as deep as it was "
+        "then. The unigram entropy is the loss of a model that knows how frequent every token is "
+        "and nothing else.",
     ),
     (
         figures.step_time_figure,
-        "One point a logged step; lines are the phases' medians. Evaluations and checkpoints do "
-        "not count.",
+        "One point a logged step; lines are the phases' medians. Grey steps are not compared: they "
+        "are of another layout, or the first after a start. Evaluations and checkpoints do not "
+        "count. Phases follow each other, so that a machine whose load changes looks like a saving "
+        "or a loss: for seconds to rely on, leave the machine to the run.",
     ),
     (
         figures.flops_figure,
@@ -79,7 +82,7 @@ pre { background: #f5f7f9; padding: .9rem 1.1rem; font-size: .8rem; line-height:
 <table class="facts">$facts</table>
 <h2>Phases</h2>
 <table class="phases">$phases</table>
-<p class="note">Ratios are to a step of the full model.</p>
+<p class="note">$notes</p>
 <h2>Curves</h2>
 $figures
 <h2>Configuration</h2>
@@ -126,6 +129,7 @@ def render(run: RunFiles, summary: Summary) -> str:
         lead=escape(title(summary).removeprefix(f"{summary.run_dir}: ")),
         facts="".join(_row(row, "th", "td") for row in fact_rows(summary)),
         phases=f"<thead>{head}</thead><tbody>{''.join(_row(r, 'td', 'td') for r in rows)}</tbody>",
+        notes=escape(" ".join(notes(summary))),
         figures="\n".join(_figure(draw(run, summary), text) for draw, text in FIGURES),
         config=escape((run.directory / "config.yaml").read_text()),
         versions="".join(_row(row, "th", "td") for row in _versions()),

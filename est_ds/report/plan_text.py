@@ -100,7 +100,7 @@ def _phases(plan: RunPlan) -> Table:
         first, end = phase["from_step"], phase["until_step"]
         table.add_row(
             phase["name"],
-            f"{first:,}-{end - 1:,}",
+            f"{first + 1:,}-{end:,}",
             amount((end - first) * tokens),
             short(phase["kept_layers"]),
             short(phase["kept_heads"]),

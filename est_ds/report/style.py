@@ -18,6 +18,7 @@ BLUE, SKY, ORANGE, GREEN, RED = "#0072b2", "#8fc7ee", "#e69f00", "#009e73", "#d5
 BLACK, GREY = "#222222", "#666666"
 # Of a phase's name, as a fraction of a plot's width.
 LETTER_WIDTH = 0.01
+STEPS = "optimizer steps done"
 PHASE_SHADES = ("#ffffff", "#eef2f6")
 SETTINGS = {
     "font.size": 9,
@@ -62,7 +63,7 @@ def dress(axes: Axes, title: str, ylabel: str) -> None:
     """Title and axes of a plot over optimizer steps."""
     axes.set_title(title, pad=20, parse_math=False)
     axes.set_ylabel(ylabel)
-    axes.set_xlabel("optimizer step")
+    axes.set_xlabel(STEPS)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 

@@ -6,11 +6,13 @@ import math
 import operator
 import os
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-from est_ds.data.manifest import read_manifest
+from est_ds.data.manifest import Manifest, read_manifest
 from est_ds.report.files import RunFiles, read_run
+from est_ds.report.times import Timed, Timing, timed
+
+Between = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,10 @@ class PhaseSummary:
     Attributes:
         from_step: its first step.
         until_step: the step after the last one trained so far.
-        median_step_s: over the logged steps; step 0, which warms up, left out.
+        timing: of its steps in the summary's layout, start-up left out; None if none is left.
         tokens_per_s: at the median step time.
-        time_ratio: median step time over that of the full model; None if that is not measured.
+        time_ratio: median step time over that of the full model; None if one is not measured.
+        ratio_between: 95 % interval of it; None of too few steps.
         blocks_ratio: FLOPs of its steps over the dense ones, `blocks`.
         model_ratio: the same, `model`.
         keeps_everything: its steps train the full model.
@@ -31,9 +34,10 @@ class PhaseSummary:
     name: str
     from_step: int
     until_step: int
-    median_step_s: float
-    tokens_per_s: float
+    timing: Timing | None
+    tokens_per_s: float | None
     time_ratio: float | None
+    ratio_between: Between | None
     blocks_ratio: float
     model_ratio: float
     keeps_everything: bool
@@ -42,6 +46,15 @@ class PhaseSummary:
     def num_steps(self) -> int:
         return self.until_step - self.from_step
 
+    @property
+    def median_step_s(self) -> float | None:
+        return None if self.timing is None else self.timing.median_s
+
+    @property
+    def ratio_tells(self) -> bool:
+        """Whether the time ratio is known well enough to be compared with that of the FLOPs."""
+        return self.keeps_everything or _narrow(self.ratio_between, 1.0 - self.model_ratio)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -49,20 +62,27 @@ class Summary:
 
     Attributes:
         tokens: trained by all replicas together.
-        eval_loss: held-out loss of the full model at `eval_step`, nats per token; None before
+        eval_loss: held-out loss at `eval_step`, nats per token; None before
             the first evaluation. Of several held-out corpora it is the mean.
         eval_losses: by the name of the corpus, where held-out corpora have names.
+        eval_layers: depth of the model that was evaluated, of `num_layers`: one that grows is
+            evaluated as it is.
+        eval_bits: the held-out loss in bits per byte; None where that is not known.
         valid_entropy: unigram entropy of the held-out corpus, nats per token: the loss of a model
             that knows how frequent every token is in it and nothing else. Of several corpora the
             mean, as of the losses. None without a manifest.
         train_entropy: that of the training corpus; None also of weights that change.
+        valid_bits, train_bits: the entropies in bits per byte.
         saved_blocks: fraction of the dense `blocks` FLOPs of the steps done that was saved.
         saved_model: the same of the `model` FLOPs.
+        timed: the steps whose times are compared, and their layout.
         full_step_s: median step time over the phases that keep everything; None if no such
-            phase has begun.
+            step was timed.
         full_from: first step of the first phase that keeps everything; None if there is none.
         saved_time: fraction of the time saved against the same steps at `full_step_s` each,
-            every phase at its median step time; evaluations and checkpoints do not count.
+            every phase at its median step time; evaluations and checkpoints do not count. None if
+            a phase was not timed.
+        saved_between: 95 % interval of it; None of too few steps.
         efficiency: `saved_time / saved_model`; None if nothing was to be saved.
         skipped: steps that were left out, their loss or gradient being no number or a spike.
         spikes: steps whose loss was a spike, and that were trained.
@@ -77,22 +97,43 @@ class Summary:
     eval_loss: float | None
     eval_step: int | None
     eval_losses: dict[str, float]
+    eval_layers: int | None
+    num_layers: int
+    eval_bits: float | None
     valid_entropy: float | None
+    valid_bits: float | None
     train_entropy: float | None
+    train_bits: float | None
     saved_blocks: float
     saved_model: float
     phases: tuple[PhaseSummary, ...]
+    timed: Timed
     full_step_s: float | None
     full_from: int | None
     saved_time: float | None
+    saved_between: Between | None
     efficiency: float | None
     skipped: tuple[int, ...]
     spikes: tuple[int, ...]
 
     @property
-    def time_s(self) -> float:
-        """Training time, every phase at its median step time."""
-        return sum(p.num_steps * p.median_step_s for p in self.phases)
+    def time_s(self) -> float | None:
+        """Training time, every phase at its median step time; None if one was not timed."""
+        medians = [p.median_step_s for p in self.phases]
+        if None in medians:
+            return None
+        return sum(p.num_steps * median_s for p, median_s in zip(self.phases, medians))
+
+    @property
+    def saving_tells(self) -> bool:
+        """Whether the time saved is known well enough to be compared with the FLOPs saved."""
+        return _narrow(self.saved_between, self.saved_model)
+
+
+def _narrow(between: Between | None, promised: float) -> bool:
+    """Whether an interval is at most half as wide as what the FLOPs promise: beyond that a saving
+    as promised could hardly be told from another."""
+    return between is not None and between[1] - between[0] <= promised / 2
 
 
 def summarise(run_dir: str | os.PathLike) -> Summary:
@@ -108,22 +149,23 @@ def summary_of(run: RunFiles) -> Summary:
     """The summary of a run that is read already."""
     full = [i for i in range(len(run.method.phases)) if run.keeps_everything(i)]
     full_lines = [entry for i in full for entry in run.lines_of(i)]
-    full_step_s = _median_step_s(full_lines) if full_lines else None
+    times = timed(run, full_lines)
+    full_timing = times.timing(full_lines)
     skipped = tuple(e["step"] for e in run.events if "skipped" in e)
     done = max(run.steps[-1]["step"], *skipped, -1) + 1
     phases = tuple(
-        _phase(run, i, done, full_step_s, i in full)
+        _phase(run, i, done, times, full_timing, i in full)
         for i, phase in enumerate(run.method.phases)
         if phase.from_step < done and run.lines_of(i)
     )
     counted = sum(p.num_steps for p in phases)
     saved_blocks = 1.0 - sum(p.num_steps * p.blocks_ratio for p in phases) / counted
     saved_model = 1.0 - sum(p.num_steps * p.model_ratio for p in phases) / counted
-    saved_time = None
-    if full_step_s:
-        saved_time = 1.0 - sum(p.num_steps * p.median_step_s for p in phases) / counted / full_step_s
+    saved_time, saved_between = _saved_time(phases)
     saves = saved_time is not None and not math.isclose(saved_model, 0.0, abs_tol=1e-12)
     data = run.config.data
+    valid_entropy, valid_bits = _unigram_entropy({p: 1.0 for p in data.held_out.values()})
+    train_entropy, train_bits = _unigram_entropy({p.corpus: p.weight for p in data.parts})
     last_evaluation = run.evaluations[-1] if run.evaluations else {}
     return Summary(
         run_dir=str(run.directory),
@@ -138,14 +180,21 @@ def summary_of(run: RunFiles) -> Summary:
             name: math.nan if loss is None else loss
             for name, loss in last_evaluation.get("eval_losses", {}).items()
         },
-        valid_entropy=_unigram_entropy({prefix: 1.0 for prefix in data.held_out.values()}),
-        train_entropy=_unigram_entropy({part.corpus: part.weight for part in data.parts}),
+        eval_layers=run.method.depth(last_evaluation["step"]) if last_evaluation else None,
+        num_layers=run.method.shape.num_layers,
+        eval_bits=_bits_per_byte(run, last_evaluation),
+        valid_entropy=valid_entropy,
+        valid_bits=valid_bits,
+        train_entropy=train_entropy,
+        train_bits=train_bits,
         saved_blocks=saved_blocks,
         saved_model=saved_model,
         phases=phases,
-        full_step_s=full_step_s,
+        timed=times,
+        full_step_s=full_timing.median_s if full_timing else None,
         full_from=run.method.phases[full[0]].from_step if full else None,
         saved_time=saved_time,
+        saved_between=saved_between,
         efficiency=saved_time / saved_model if saves else None,
         skipped=skipped,
         spikes=tuple(e["step"] for e in run.events if "spike" in e),
@@ -153,44 +202,79 @@ def summary_of(run: RunFiles) -> Summary:
 
 
 def _phase(
-    run: RunFiles, i: int, done: int, full_step_s: float | None, keeps_everything: bool
+    run: RunFiles, i: int, done: int, times: Timed, full: Timing | None, keeps_everything: bool
 ) -> PhaseSummary:
     phase, lines = run.method.phases[i], run.lines_of(i)
-    step_s = _median_step_s(lines)
+
     def ratio(figure: str) -> float:
         return sum(e[f"{figure}_active"] for e in lines) / sum(e[f"{figure}_dense"] for e in lines)
 
+    own = times.timing(lines)
+    both = own is not None and full is not None
+    between = None
+    if both and own.between_s and full.between_s:
+        between = own.between_s[0] / full.between_s[1], own.between_s[1] / full.between_s[0]
     return PhaseSummary(
         name=phase.name,
         from_step=phase.from_step,
         until_step=min(done, phase.until_step),
-        median_step_s=step_s,
-        tokens_per_s=run.tokens_per_step / step_s,
-        time_ratio=step_s / full_step_s if full_step_s else None,
+        timing=own,
+        tokens_per_s=run.tokens_per_step / own.median_s if own else None,
+        time_ratio=own.median_s / full.median_s if both else None,
+        ratio_between=between,
         blocks_ratio=ratio("blocks"),
         model_ratio=ratio("flops"),
         keeps_everything=keeps_everything,
     )
 
 
-def _median_step_s(lines: list[dict[str, Any]]) -> float:
-    """Without step 0, which warms up; resumed steps do too, but only the median can tell."""
-    warm = [e["step_s"] for e in lines if e["step"] > 0]
-    return median(warm or [e["step_s"] for e in lines])
+def _saved_time(phases: tuple[PhaseSummary, ...]) -> tuple[float | None, Between | None]:
+    """Fraction of the time saved, and its 95 % interval: steps of the full model save nothing."""
+    counted = sum(p.num_steps for p in phases)
+    saving = [p for p in phases if not p.keeps_everything]
+
+    def mean(ratios: list[float]) -> float:
+        return sum(p.num_steps * (1.0 - ratio) for p, ratio in zip(saving, ratios)) / counted
+
+    ratios, between = [p.time_ratio for p in saving], [p.ratio_between for p in saving]
+    if None in [p.time_ratio for p in phases]:
+        return None, None
+    if None in between:
+        return mean(ratios), None
+    return mean(ratios), (mean([high for _, high in between]), mean([low for low, _ in between]))
 
 
-def _unigram_entropy(weights: dict[str, float | None]) -> float | None:
-    """Mean over corpora by their manifests; None if one has none, stands elsewhere, or has no
-    weight.
+def _bits_per_byte(run: RunFiles, evaluation: dict[str, Any]) -> float | None:
+    """A held-out loss in bits per byte of text, the mean over the corpora as of the losses."""
+    data = run.config.data
+    losses = evaluation.get("eval_losses") or {"valid": evaluation.get("eval_loss")}
+    if run.config.objective["name"] != "causal" or None in losses.values():
+        return None
+    bits = []
+    for name, loss in losses.items():
+        manifest = read_manifest(data.held_out[name]) if name in data.held_out else None
+        apart = data.documents == "separate"
+        bits.append(manifest.bits_per_byte(loss, apart=apart) if manifest else None)
+    return None if None in bits else sum(bits) / len(bits)
+
+
+def _unigram_entropy(weights: dict[str, float | None]) -> tuple[float | None, float | None]:
+    """Nats per token and bits per byte, means over corpora by their manifests; None if one has
+    none, stands elsewhere, or has no weight.
 
     Args:
         weights: by the prefix of the corpus.
     """
     manifests = [read_manifest(prefix) for prefix in weights]
     if None in manifests or None in weights.values():
-        return None
+        return None, None
+
+    def mean(values: list[float]) -> float:
+        return sum(map(operator.mul, values, weights.values())) / sum(weights.values())
+
     entropies = [manifest.unigram_entropy for manifest in manifests]
-    return sum(map(operator.mul, entropies, weights.values())) / sum(weights.values())
+    bits = list(map(Manifest.bits_per_byte, manifests, entropies))
+    return mean(entropies), None if None in bits else mean(bits)
 
 
 def print_summary(run_dir: str | os.PathLike) -> None:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from est_ds.report.summary import PhaseSummary, Summary
+from est_ds.report.times import Timing, layout_text
+from est_ds.training.progress import depth_text
 
 # Names of runs and phases are shown as they are.
 QUIET: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
@@ -19,8 +21,10 @@ PLAIN = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 PHASE_COLUMNS = (
     "phase",
     "steps",
+    "timed",
     "median\nstep",
-    "tokens\nper second",
+    "spread\nin %",
+    "tokens/\nsecond",
     "time\nratio",
     "model\nFLOPs",
     "blocks\nFLOPs",
@@ -29,8 +33,7 @@ PHASE_COLUMNS = (
 
 def print_tables(summary: Summary) -> None:
     """Prints a summary: fits 80 columns, needs no colour."""
-    note = "Ratios are to a step of the full model."
-    parts = (facts_table(fact_rows(summary)), phase_table(summary), note)
+    parts = (facts_table(fact_rows(summary)), phase_table(summary), *notes(summary))
     console = Console(**QUIET)
     if console.is_terminal:
         _show(console, title(summary), *parts)
@@ -68,7 +71,7 @@ def facts_table(rows: list[tuple[str, str]]) -> Table:
 
 def phase_table(summary: Summary) -> Table:
     """One row a phase."""
-    table = Table(box=PLAIN, pad_edge=False)
+    table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(PHASE_COLUMNS):
         justify = "right" if i else "left"
         table.add_column(name, justify=justify, vertical="bottom", overflow="fold")
@@ -92,31 +95,46 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     for name, steps in (("steps left out", summary.skipped), ("loss spikes", summary.spikes)):
         if steps:
             shown = ", ".join(f"{step:,}" for step in steps[:8]) + ", ..." * (len(steps) > 8)
-            rows.append((name, f"{len(steps):,}: step {shown} (why: metrics.jsonl)"))
+            rows.append((name, f"{len(steps):,}: step {shown} of metrics.jsonl, which says why"))
+    rows.append(("steps timed", _timed(summary)))
     if _is_dense(summary):
+        time_s = summary.time_s
         return rows + [
             ("FLOPs saved", "none: every step trained the full model"),
-            ("training time", seconds(summary.time_s) + " at median step times"),
+            ("training time", _absent(summary) if time_s is None else _at_medians(time_s)),
         ]
     rows += [
         ("FLOPs saved", f"{summary.saved_blocks:.1%} blocks, {summary.saved_model:.1%} model"),
         ("time saved", _time(summary)),
     ]
-    if summary.efficiency is not None:
-        rows.append(
-            ("saving efficiency", f"{summary.efficiency:.2f} (time saved / model FLOPs saved)")
-        )
+    if summary.efficiency is not None and summary.saving_tells:
+        low, high = (bound / summary.saved_model for bound in summary.saved_between)
+        text = f"{summary.efficiency:.2f} (time saved / model FLOPs saved)"
+        rows.append(("saving efficiency", f"{text}; 95 % interval {low:.2f} to {high:.2f}"))
     return rows
+
+
+def notes(summary: Summary) -> list[str]:
+    """What stands under the phases."""
+    found = [
+        "Steps count from 1, in metrics.jsonl from 0. Times are medians of the timed",
+        "steps; spread: their 95 % interval. Ratios are to a step of the full model.",
+    ]
+    if any(p.time_ratio is not None and not p.ratio_tells for p in summary.phases):
+        found.append("?: too few steps, or times that spread further than what the FLOPs save.")
+    return found
 
 
 def phase_row(phase: PhaseSummary) -> tuple[str, ...]:
     """Cells under PHASE_COLUMNS."""
     return (
         phase.name,
-        f"{phase.from_step:,}-{phase.until_step - 1:,}",
-        seconds(phase.median_step_s),
-        f"{phase.tokens_per_s:,.0f}",
-        "-" if phase.time_ratio is None else f"{phase.time_ratio:.3f}",
+        f"{phase.from_step + 1:,}-{phase.until_step:,}",
+        f"{phase.timing.count:,}" if phase.timing else "0",
+        seconds(phase.timing.median_s) if phase.timing else "-",
+        _interval(phase.timing),
+        f"{phase.tokens_per_s:,.0f}" if phase.timing else "-",
+        _ratio(phase),
         f"{phase.model_ratio:.3f}",
         f"{phase.blocks_ratio:.3f}",
     )
@@ -136,33 +154,84 @@ def _is_dense(summary: Summary) -> bool:
     return all(phase.keeps_everything for phase in summary.phases)
 
 
+def _interval(timing: Timing | None) -> str:
+    if timing is None or timing.between_s is None:
+        return "-"
+    return " ".join(f"{100 * (end / timing.median_s - 1):+.0f}" for end in timing.between_s)
+
+
+def _ratio(phase: PhaseSummary) -> str:
+    if phase.time_ratio is None:
+        return "-"
+    return f"{phase.time_ratio:.3f}" if phase.ratio_tells else "?"
+
+
 def _loss(summary: Summary) -> str:
     if summary.eval_loss is None or summary.eval_step is None:
         return f"not evaluated yet; last training loss {summary.train_loss:.4f}"
     each = ", ".join(f"{name} {loss:.4f}" for name, loss in summary.eval_losses.items())
+    model = depth_text(summary.eval_layers, summary.num_layers)
     return (
-        f"{summary.eval_loss:.4f} nats per token, full model after "
+        f"{_per_token(summary.eval_loss, summary.eval_bits)}, {model} after "
         f"{summary.eval_step + 1:,} steps" + (f"; {each}" if each else "")
     )
 
 
+def _per_token(nats: float, bits: float | None) -> str:
+    known = "" if bits is None else f" ({bits:.4f} bits per byte)"
+    return f"{nats:.4f} nats per token{known}"
+
+
 def _entropy(summary: Summary) -> str:
-    found = {"held-out": summary.valid_entropy, "training": summary.train_entropy}
-    known = [f"{value:.4f} ({name} corpus)" for name, value in found.items() if value is not None]
-    absent = [name for name, value in found.items() if value is None]
+    found = {
+        "held-out": (summary.valid_entropy, summary.valid_bits),
+        "training": (summary.train_entropy, summary.train_bits),
+    }
+    known = [f"{_per_token(*both)}, {name}" for name, both in found.items() if both[0] is not None]
+    absent = [name for name, (nats, _) in found.items() if nats is None]
     if absent:
         unknown = f"unknown for the {' and '.join(absent)} corpus"
         known.append(f"{unknown} (no manifest, or changing weights)")
-    return ", ".join(known)
+    return "; ".join(known)
+
+
+def _timed(summary: Summary) -> str:
+    timed = summary.timed
+    left_out = [
+        f"{count:,} {what}"
+        for count, what in (
+            (timed.start_ups, "after a start"),
+            (timed.elsewhere, "in another layout"),
+        )
+        if count
+    ]
+    text = f"{len(timed.steps):,} in {layout_text(timed.layout)}"
+    return text + (f"; left out: {' and '.join(left_out)}" if left_out else "")
+
+
+def _at_medians(time_s: float) -> str:
+    return seconds(time_s) + " at median step times"
+
+
+def _absent(summary: Summary) -> str:
+    phases = [phase.name for phase in summary.phases if phase.timing is None]
+    return f"not known: no step of {', '.join(phases)} was timed in this layout"
 
 
 def _time(summary: Summary) -> str:
     if summary.full_from is None:
         return "unknown: no phase trains the full model; compare with a dense run"
-    if summary.saved_time is None or summary.full_step_s is None:
-        return f"not known before the full model trains (from step {summary.full_from:,})"
+    if summary.num_steps <= summary.full_from:
+        return f"not known before the full model trains (from step {summary.full_from + 1:,})"
+    if summary.saved_time is None or summary.time_s is None or summary.full_step_s is None:
+        return _absent(summary)
+    if summary.saved_between is None:
+        return "not known: an interval takes 6 timed steps of every phase"
+    low, high = summary.saved_between
+    if not summary.saving_tells:
+        return f"not known: between {low:.1%} and {high:.1%}, as far as the step times spread"
     full_s = summary.num_steps * summary.full_step_s
     return (
         f"{summary.saved_time:.1%} measured: {seconds(summary.time_s)}, and "
-        f"{seconds(full_s)} at full-model steps"
+        f"{seconds(full_s)} at full-model steps; 95 % interval {low:.1%} to {high:.1%}"
     )

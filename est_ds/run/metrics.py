@@ -42,11 +42,17 @@ class MetricsFile:
     Args:
         start: first step that this run trains; lines of a lost future, which a crashed run wrote
             after its last checkpoint, are dropped. An evaluation line belongs to the steps done.
+        layout: what the times of steps depend on besides their plans.
     """
 
-    def __init__(self, run_dir: Path, start: int) -> None:
+    def __init__(self, run_dir: Path, start: int, layout: dict[str, Any]) -> None:
         self._run_dir = run_dir
+        self._of_steps = {"start": start, "layout": layout}
         self._open(start)
+
+    def write_step(self, **entry: Any) -> None:
+        """A line of a trained step, with where its processes started and in what layout."""
+        self.write(**entry, **self._of_steps)
 
     def write(self, **entry: Any) -> None:
         with naming(self._file.name):

@@ -118,7 +118,8 @@ def _data(
         shuffled=data.shuffle == "documents",
         **sample,
     )
-    windows = {name: Windows(corpus, **sample) for name, corpus in valid.items()}
+    choice = config.evaluate.choice
+    windows = {name: Windows(corpus, **sample, choice=choice) for name, corpus in valid.items()}
     for held_out in windows.values():
         held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
     return batches, windows
@@ -183,7 +184,8 @@ def held_out_windows(planned: Planned) -> dict[str, Windows]:
     except UserError:
         known = list(held_out.values())
     sample = _sample(planned, known)
-    return {name: Windows(corpus, **sample) for name, corpus in held_out.items()}
+    choice = planned.config.evaluate.choice
+    return {n: Windows(c, **sample, choice=choice) for n, c in held_out.items()}
 
 
 def _sample(planned: Planned, corpora: list[Corpus]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def evaluate(
     """Returns the mean held-out loss of the full model on each held-out corpus, in nats per token;
     the same in every layout.
 
-    A model that still grows is evaluated as deep as it is at `step`.
+    A model that still grows is evaluated as deep as it is at `step` (`Method.depth`).
 
     Args:
         interrupted: asked by every rank from time to time; once it says so, the result is None.

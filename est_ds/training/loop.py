@@ -89,6 +89,7 @@ def _train(
     engine = build(run, world, run.directory / "tensorboard")
     if resumed:
         load_checkpoint(engine, store, resumed)
+    engine.forget_events(start)
     share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
     loader = Prefetched(run.train, config.steps, **share)
     history = History(config.divergence, first_steps(run), resumed and resumed.state.divergence)
@@ -194,6 +195,7 @@ def go_back(job: Job, step: int) -> int:
         )
     job.engine.pipe_shares()  # what is trained again is not to be counted twice
     load_checkpoint(job.engine, job.store, back)
+    job.engine.forget_events(back.step)
     job.history.go_back(back.state.divergence)
     job.recorder.went_back(back.step)
     return back.step

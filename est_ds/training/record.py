@@ -8,6 +8,8 @@ from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.engine.base import Engine
@@ -16,7 +18,7 @@ from est_ds.plans.plan import Plan
 from est_ds.ranks.world import World, say
 from est_ds.run.metrics import MetricsFile
 from est_ds.run.prepare import Run
-from est_ds.training.progress import Progress
+from est_ds.training.progress import Progress, depth_text, nats
 
 if TYPE_CHECKING:
     from est_ds.engine.pipe_clock import PipeShares
@@ -53,7 +55,9 @@ class Recorder:
     def __init__(self, run: Run, engine: Engine, start: int) -> None:
         self._run, self._engine = run, engine
         is_first = World.from_environment().is_first
-        self._metrics = MetricsFile(run.directory, start) if is_first else None
+        self._metrics = None
+        if is_first:
+            self._metrics = MetricsFile(run.directory, start, _layout(run, engine))
         self._progress = Progress(run.config.steps, start, _remaining(run, start), is_first)
         self._start = start
 
@@ -98,11 +102,12 @@ class Recorder:
         if shares:
             entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
             self.note(_pipe_note(run, self._engine, step.plan.phase, shares))
-        self._write(entry)
+        if self._metrics:
+            self._metrics.write_step(**entry)
         shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers")
         events = {f"train/{n}": float(entry[n]) for n in shown if entry[n] is not None}
         events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
-        self._engine.write_events(events, done * run.config.batch.global_)
+        self._engine.write_events(events, done)
 
     def left_out(self, step: int, reason: str) -> None:
         """Shows and logs that a step was not trained."""
@@ -111,14 +116,21 @@ class Recorder:
 
     def evaluated(self, step: int, losses: dict[str, float]) -> float:
         """Shows and logs held-out losses after a step; returns their mean."""
-        config, done, mean = self._run.config, step + 1, sum(losses.values()) / len(losses)
-        by_name = {} if isinstance(config.data.valid, str) else losses
-        named = {"eval_losses": by_name} if by_name else {}
-        self._write({"step": step, "eval_loss": mean, **named})
-        each = "".join(f", {name} {loss:.4f}" for name, loss in by_name.items())
-        self.note(f"step {done}: held-out loss of the full model {mean:.4f}{each}")
-        events = {f"eval/loss/{name}": loss for name, loss in by_name.items()}
-        self._engine.write_events(events | {"eval/loss": mean}, done * config.batch.global_)
+        run, mean = self._run, sum(losses.values()) / len(losses)
+        bits = {name: run.valid[name].bits_per_byte(loss) for name, loss in losses.items()}
+        mean_bits = None if None in bits.values() else sum(bits.values()) / len(bits)
+        by_name = {} if isinstance(run.config.data.valid, str) else losses
+        entry = {"step": step, "eval_loss": mean, "eval_layers": run.method.depth(step)}
+        events = {f"eval/loss/{name}": loss for name, loss in by_name.items()} | {"eval/loss": mean}
+        if by_name:
+            entry["eval_losses"] = by_name
+        if mean_bits is not None:
+            entry["eval_bits_per_byte"] = events["eval/bits_per_byte"] = mean_bits
+        self._write(entry)
+        each = "".join(f", {name} {nats(loss, bits[name])}" for name, loss in by_name.items())
+        model = depth_text(entry["eval_layers"], run.method.shape.num_layers)
+        self.note(f"step {step + 1}: held-out loss of {model} {nats(mean, mean_bits)}{each}")
+        self._engine.write_events(events, step + 1)
         return mean
 
     def went_back(self, step: int) -> None:
@@ -194,13 +206,26 @@ def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
 
 
 def _corpora(run: Run) -> list[str]:
-    """What the run reads of every corpus of a mixture; nothing of one corpus alone."""
+    """What the run reads of every corpus; shares where there are several."""
     parts, train = run.config.data.parts, run.train
-    if len(parts) == 1:
-        return []
     counts = train.mixture.counts(run.config.steps * train.global_batch)
     return [
-        f"corpus {part.corpus}: {count / counts.sum():.2%} of the run's sequences, "
-        f"{count / windows.num_samples:.3g} epochs"
+        f"corpus {part.corpus}: "
+        + (f"{count / counts.sum():.2%} of the run's sequences, " if len(parts) > 1 else "")
+        + f"{count / windows.num_samples:.3g} epochs"
         for part, count, windows in zip(parts, counts, train.corpora)
     ]
+
+
+def _layout(run: Run, engine: Engine) -> dict[str, Any]:
+    """What the times of this start's steps depend on besides their plans."""
+    config, on_gpu = run.config, torch.cuda.is_available()
+    set_too = {
+        "cuts": run.cuts if config.parallel.pipe > 1 else None,
+        "offload": config.parallel.offload,
+        "activation_checkpointing": config.activation_checkpointing,
+        "compile": config.compile,
+    }
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    always = {"micro": config.batch.micro, "device": device}
+    return engine.layout | always | {name: value for name, value in set_too.items() if value}

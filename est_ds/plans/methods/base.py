@@ -92,6 +92,11 @@ class Method(ABC):
         """The model as it is at `step`, for evaluation; None: the full model."""
         return None
 
+    def depth(self, step: int) -> int:
+        """Layers of the model that is evaluated at `step`."""
+        whole = self.whole(step)
+        return self.shape.num_layers if whole is None else len(whole.kept_layers)
+
     def mean_loads(self, phase: int) -> tuple[Load, ...]:
         """Loads averaged over the steps of a phase; they are constant unless a method says so."""
         return self.loads(self.phases[phase].from_step)

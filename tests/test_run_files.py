@@ -11,8 +11,8 @@ import yaml
 from conftest import ROOT
 
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import yaml12
 from est_ds.config.strict import checked
+from est_ds.config.yaml12 import dump, parse, read_mapping
 from est_ds.errors import UserError
 from est_ds.plans.methods.pld import PldSettings
 from est_ds.slicing.families import hf_config
@@ -38,7 +38,7 @@ def test_types_are_those_of_yaml_1_2_and_json():
         "2024-01-01": "2024-01-01", '"\\ud83d\\ude00"': "\N{GRINNING FACE}",
         "{a: &x {b: 1}, c: {<<: *x, b: 2}}": {"a": {"b": 1}, "c": {"b": 2}},
     }.items():  # fmt: skip
-        found = yaml12.parse(text)
+        found = parse(text)
         assert (found, type(found)) == (value, type(value)), text
 
 
@@ -58,7 +58,7 @@ def test_types_are_those_of_yaml_1_2_and_json():
 )
 def test_what_no_field_can_hold_is_refused_once(text, says):
     with pytest.raises(UserError) as error:
-        yaml12.parse(text)
+        parse(text)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_again_as_it_was_in_either_version_of_yaml():
     ]  # fmt: skip
     numbers = [1e-5, 1.5e20, 1e22, 5e-324, 1 / 3, -1, 2**62, None, True]
     tree = {"texts": texts, "numbers": numbers}
-    assert yaml12.parse(yaml12.dump(tree)) == tree == yaml.safe_load(yaml12.dump(tree))
+    assert parse(dump(tree)) == tree == yaml.safe_load(dump(tree))
 
 
 def test_an_override_changes_one_field_of_an_aliased_section(tiny_run, tmp_path):
@@ -138,7 +138,7 @@ def test_the_published_config_of_tinyllama_is_the_preset(tiny_run, tmp_path):
     file = tmp_path / "tinyllama.json"
     file.write_text(TINYLLAMA_JSON)
     model = load_run(tiny_run, [f"model={file}"]).model
-    preset = yaml12.read_mapping(ROOT / "configs" / "model" / "tinyllama_1b.yaml", "preset")
+    preset = read_mapping(ROOT / "configs" / "model" / "tinyllama_1b.yaml", "preset")
     assert hf_config(model).to_dict() == hf_config(preset).to_dict()
 
 

@@ -13,8 +13,8 @@ from pydantic import (
     model_validator,
 )
 
-from est_ds.config.sections import yaml12
 from est_ds.config.strict import Strict
+from est_ds.config.yaml12 import dump
 from est_ds.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -365,5 +365,5 @@ class RunConfig(Strict):
         return {"pipe": self.parallel.pipe, "zero": self.parallel.zero, "replicas": replicas}
 
     def to_yaml(self) -> str:
-        return yaml12.dump(self.model_dump(mode="json", by_alias=True))
+        return dump(self.model_dump(mode="json", by_alias=True))
 

@@ -315,7 +315,7 @@ def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _summary(run_dir: str) -> None:
-    from est_ds.report.summary import print_summary
+    from est_ds.report.text import print_summary
 
     try:
         print_summary(run_dir)

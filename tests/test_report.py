@@ -14,7 +14,8 @@ from est_ds.config.sections import RunConfig
 from est_ds.data.manifest import Manifest, manifest_path, read_manifest
 from est_ds.errors import UserError
 from est_ds.report.page import write_report
-from est_ds.report.summary import print_summary, summarise
+from est_ds.report.summary import summarise
+from est_ds.report.text import print_summary
 from est_ds.report.times import timing
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import FILE, MetricsFile

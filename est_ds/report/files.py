@@ -45,6 +45,12 @@ class RunFiles:
     def tokens_per_step(self) -> int:
         return self.config.tokens_per_step
 
+    @property
+    def steps_done(self) -> int:
+        """Steps behind the run, trained or left out."""
+        skipped = [e["step"] for e in self.events if "skipped" in e]
+        return max(self.steps[-1]["step"], *skipped, -1) + 1
+
     def lines_of(self, phase: int) -> list[dict[str, Any]]:
         """The training lines of a phase, told by step since names may repeat."""
         within = self.method.phases[phase]

@@ -14,7 +14,7 @@ from string import Template
 from matplotlib.figure import Figure
 
 import est_ds
-from est_ds.checkpoints.writer import replace_text
+from est_ds.disk import replace_text
 from est_ds.errors import UserError
 from est_ds.report import figures
 from est_ds.report.files import RunFiles, read_run

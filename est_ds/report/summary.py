@@ -152,11 +152,10 @@ def summary_of(run: RunFiles) -> Summary:
     times = timed(run, full_lines)
     full_timing = times.timing(full_lines)
     skipped = tuple(e["step"] for e in run.events if "skipped" in e)
-    done = max(run.steps[-1]["step"], *skipped, -1) + 1
     phases = tuple(
-        _phase(run, i, done, times, full_timing, i in full)
+        _phase(run, i, times, full_timing, i in full)
         for i, phase in enumerate(run.method.phases)
-        if phase.from_step < done and run.lines_of(i)
+        if phase.from_step < run.steps_done and run.lines_of(i)
     )
     counted = sum(p.num_steps for p in phases)
     saved_blocks = 1.0 - sum(p.num_steps * p.blocks_ratio for p in phases) / counted
@@ -170,9 +169,9 @@ def summary_of(run: RunFiles) -> Summary:
     return Summary(
         run_dir=str(run.directory),
         method=run.config.method["name"],
-        num_steps=done,
+        num_steps=run.steps_done,
         total_steps=run.config.steps,
-        tokens=(done - len(skipped)) * run.tokens_per_step,
+        tokens=(run.steps_done - len(skipped)) * run.tokens_per_step,
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
@@ -201,9 +200,7 @@ def summary_of(run: RunFiles) -> Summary:
     )
 
 
-def _phase(
-    run: RunFiles, i: int, done: int, times: Timed, full: Timing | None, keeps_everything: bool
-) -> PhaseSummary:
+def _phase(run: RunFiles, i: int, times: Timed, full: Timing | None, keeps: bool) -> PhaseSummary:
     phase, lines = run.method.phases[i], run.lines_of(i)
 
     def ratio(figure: str) -> float:
@@ -217,14 +214,14 @@ def _phase(
     return PhaseSummary(
         name=phase.name,
         from_step=phase.from_step,
-        until_step=min(done, phase.until_step),
+        until_step=min(run.steps_done, phase.until_step),
         timing=own,
         tokens_per_s=run.tokens_per_step / own.median_s if own else None,
         time_ratio=own.median_s / full.median_s if both else None,
         ratio_between=between,
         blocks_ratio=ratio("blocks"),
         model_ratio=ratio("flops"),
-        keeps_everything=keeps_everything,
+        keeps_everything=keeps,
     )
 
 
@@ -276,13 +273,3 @@ def _unigram_entropy(weights: dict[str, float | None]) -> tuple[float | None, fl
     bits = list(map(Manifest.bits_per_byte, manifests, entropies))
     return mean(entropies), None if None in bits else mean(bits)
 
-
-def print_summary(run_dir: str | os.PathLike) -> None:
-    """Prints the summary of a run directory: fits 80 columns, needs no colour.
-
-    Raises:
-        UserError: it is no run directory, or its metrics are missing or incomplete.
-    """
-    from est_ds.report.text import print_tables
-
-    print_tables(summarise(run_dir))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 from rich.box import Box
 from rich.console import Console
 from rich.table import Table
 
-from est_ds.report.summary import PhaseSummary, Summary
+from est_ds.report.summary import PhaseSummary, Summary, summarise
 from est_ds.report.times import Timing, layout_text
-from est_ds.training.progress import depth_text
+from est_ds.run.metrics import depth_text
 
 # Names of runs and phases are shown as they are.
 QUIET: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
@@ -235,3 +236,12 @@ def _time(summary: Summary) -> str:
         f"{summary.saved_time:.1%} measured: {seconds(summary.time_s)}, and "
         f"{seconds(full_s)} at full-model steps; 95 % interval {low:.1%} to {high:.1%}"
     )
+
+
+def print_summary(run_dir: str | os.PathLike) -> None:
+    """Prints the summary of a run directory: fits 80 columns, needs no colour.
+
+    Raises:
+        UserError: it is no run directory, or its metrics are missing or incomplete.
+    """
+    print_tables(summarise(run_dir))

@@ -88,3 +88,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def nats(loss: float, bits_per_byte: float | None) -> str:
+    """A held-out loss, and what it is in bits per byte of text where that is known."""
+    return f"{loss:.4f}" + (f" ({bits_per_byte:.4f} bits per byte)" if bits_per_byte else "")
+
+
+def depth_text(layers: int, of: int) -> str:
+    """The model that an evaluation saw."""
+    return "the full model" if layers == of else f"the model at depth {layers} of {of}"

@@ -85,12 +85,3 @@ def clock(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
-
-def nats(loss: float, bits_per_byte: float | None) -> str:
-    """A held-out loss, and what it is in bits per byte of text where that is known."""
-    return f"{loss:.4f}" + (f" ({bits_per_byte:.4f} bits per byte)" if bits_per_byte else "")
-
-
-def depth_text(layers: int, of: int) -> str:
-    """The model that an evaluation saw."""
-    return "the full model" if layers == of else f"the model at depth {layers} of {of}"

@@ -16,9 +16,9 @@ from est_ds.engine.base import Engine
 from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.ranks.world import World, say
-from est_ds.run.metrics import MetricsFile
+from est_ds.run.metrics import MetricsFile, depth_text, nats
 from est_ds.run.prepare import Run
-from est_ds.training.progress import Progress, depth_text, nats
+from est_ds.training.progress import Progress
 
 if TYPE_CHECKING:
     from est_ds.engine.pipe_clock import PipeShares

@@ -9,7 +9,7 @@ from typing import Any
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.sections import RunConfig
 from est_ds.cost.pipe_cuts import pipe_cuts
-from est_ds.data.mixture import Share
+from est_ds.data.mixture import PhaseWeights
 from est_ds.data.objectives import objective_settings
 from est_ds.data.objectives.base import Settings
 from est_ds.errors import UserError
@@ -96,13 +96,13 @@ def plan_run(config: RunConfig) -> Planned:
             "model.pad_token_id=None and no model.decoder_start_token_id: the decoder has no first "
             "input; set one of them."
         )
-    data_shares(config)
+    corpus_weights(config)
     if config.data.documents == "separate":
         _check_separable(config, family, objective)
     return planned
 
 
-def data_shares(config: RunConfig) -> tuple[Share, ...]:
+def corpus_weights(config: RunConfig) -> tuple[PhaseWeights, ...]:
     """Weights of the training corpora by step.
 
     Raises:
@@ -113,9 +113,9 @@ def data_shares(config: RunConfig) -> tuple[Share, ...]:
         names, until = [""] * len(data.phases), [phase.until for phase in data.phases]
         phases = phases_until(names, until, config.steps, "data.phases")
         weights = [phase.weights for phase in data.phases]
-        shares = tuple(Share(phase.from_step, w) for phase, w in zip(phases, weights))
+        shares = tuple(PhaseWeights(phase.from_step, w) for phase, w in zip(phases, weights))
     else:
-        shares = (Share(0, tuple(part.weight for part in data.parts)),)
+        shares = (PhaseWeights(0, tuple(part.weight for part in data.parts)),)
     for share in shares:
         share.parts  # raises
     return shares

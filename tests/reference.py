@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from est_ds.config.sections import RunConfig
-from est_ds.data.loader import Inputs
+from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels
 from est_ds.plans.lr import learning_rate
 from est_ds.run.prepare import Run, prepare
@@ -80,7 +80,7 @@ def plain_adamw(
         for master in masters:
             master.grad = torch.zeros_like(master)
         micro_batches = list(
-            run.train.micro_batches(step, rank=0, world=1, micro=config.batch.micro)
+            run.train.micro_batches(step, Portion(0, 1, micro=config.batch.micro))
         )
         total = 0.0
         with subnetwork.active(run.method.plan(step)):
@@ -109,7 +109,7 @@ def plain_adamw(
         found.losses.append(total)
         if (step + 1) % config.evaluate.every == 0:
             count = config.evaluate.sequences
-            [batch] = run.valid["valid"].held_out(count, rank=0, world=1, micro=count)
+            [batch] = run.valid["valid"].held_out(count, Portion(0, 1, micro=count))
             with torch.no_grad():
                 found.held_out[step] = loss_of(run, model, *batch).item()
     return found

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import batches_of, windows_of
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import IGNORED, Batches, Windows
+from est_ds.data.loader import IGNORED, Portion
 from est_ds.data.order import positions
 from est_ds.errors import LocalFailure, UserError
 
@@ -335,12 +336,12 @@ def test_order_and_indexed_import_without_torch_or_deepspeed():
 
 @pytest.fixture
 def batches(prefix):
-    return Batches([Corpus.open(prefix)], sequence=16, global_batch=12, seed=5)
+    return batches_of([Corpus.open(prefix)], sequence=16, global_batch=12, seed=5)
 
 
 def test_samples_are_windows_of_the_stream_with_labels_shifted_by_one(batches, stream):
     assert batches.corpora[0].num_samples == 63  # (1009 - 1) // 16
-    [(input_ids, labels)] = batches.micro_batches(2, rank=0, world=1, micro=12)
+    [(input_ids, labels)] = batches.micro_batches(2, Portion(0, 1, micro=12))
     assert input_ids.shape == labels.shape == (12, 16)
     assert input_ids.dtype == labels.dtype == torch.int64
     for row, sample in enumerate(batches.samples(2)[2]):
@@ -359,7 +360,7 @@ def test_every_layout_reads_exactly_the_samples_of_the_step(batches):
     def rows(world, micro):
         found = []
         for rank in range(world):
-            parts = list(batches.micro_batches(7, rank=rank, world=world, micro=micro))
+            parts = list(batches.micro_batches(7, Portion(rank, world, micro=micro)))
             assert len(parts) == 12 // (world * micro)
             assert all(ids.shape == (micro, 16) for ids, _ in parts)
             found += [row for part in parts for row in torch.cat(part, 1).tolist()]
@@ -375,7 +376,7 @@ def test_digest_names_the_data_of_a_step(batches, prefix, tmp_path, documents):
     def digest(path=prefix, sequence=16, global_batch=12, seed=5, step=3):
         corpus = Corpus.open(path)
         size = {"sequence": sequence, "global_batch": global_batch, "seed": seed}
-        return Batches([corpus], **size).digest(step)
+        return batches_of([corpus], **size).digest(step)
 
     other = write_corpus(tmp_path / "other", documents[::-1])
     digests = [digest(), digest(other), digest(sequence=15), digest(global_batch=6)]
@@ -387,22 +388,22 @@ def test_digest_names_the_data_of_a_step(batches, prefix, tmp_path, documents):
 def test_impossible_batches_are_refused(prefix, batches):
     corpus = Corpus.open(prefix)
     with pytest.raises(UserError, match="1009 tokens hold no window of data.sequence"):
-        Batches([corpus], sequence=1009, global_batch=1, seed=0)
-    one = Batches([corpus], sequence=1008, global_batch=1, seed=0)
+        batches_of([corpus], sequence=1009, global_batch=1, seed=0)
+    one = batches_of([corpus], sequence=1008, global_batch=1, seed=0)
     assert one.corpora[0].num_samples == 1
     with pytest.raises(UserError, match=r"batch\.global=64 is not allowed: .* has 63 windows"):
-        Batches([corpus], sequence=16, global_batch=64, seed=0)
+        batches_of([corpus], sequence=16, global_batch=64, seed=0)
     with pytest.raises(UserError, match=r"micro=5 x data_parallel=2 .* use batch\.global=20"):
-        batches.micro_batches(0, rank=0, world=2, micro=5)
+        batches.micro_batches(0, Portion(0, 2, micro=5))
 
 
 @pytest.mark.parametrize("choice", ["even", "first"])
 def test_held_out_windows_are_the_chosen_ones_whatever_the_layout(prefix, stream, choice):
-    windows = Windows(Corpus.open(prefix), sequence=16, choice=choice)
+    windows = windows_of(Corpus.open(prefix), sequence=16, choice=choice)
     for count in (1, 5, 12, 63):
         for world, micro in [(1, 1), (1, 4), (2, 3), (3, 4), (4, 16)]:
             ranks = [
-                list(windows.held_out(count, rank=rank, world=world, micro=micro))
+                list(windows.held_out(count, Portion(rank, world, micro=micro)))
                 for rank in range(world)
             ]
             assert len({len(rank) for rank in ranks}) == 1
@@ -426,4 +427,4 @@ def test_held_out_windows_are_the_chosen_ones_whatever_the_layout(prefix, stream
 def test_more_held_out_windows_than_there_are_is_refused(batches):
     for count in (0, 64):
         with pytest.raises(UserError, match=rf"evaluate\.sequences={count} .* 63 windows"):
-            batches.corpora[0].held_out(count, rank=0, world=1, micro=1)
+            batches.corpora[0].held_out(count, Portion(0, 1, micro=1))

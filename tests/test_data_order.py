@@ -12,14 +12,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from batches import batches_of, windows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import ROOT, write_corpus
 
 from est_ds.data import streams
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import Batches, Windows
-from est_ds.data.mixture import LONGEST_PERIOD, Mixture, Share, quota_sequence, whole_parts
+from est_ds.data.loader import Portion
+from est_ds.data.mixture import LONGEST_PERIOD, Mixture, PhaseWeights, quota_sequence, whole_parts
 from est_ds.data.prefetch import Prefetched
 from est_ds.data.streams import ShuffledStream, Stream
 from est_ds.errors import UserError
@@ -51,8 +52,8 @@ def documents_of(corpus):
 
 
 def mixed(corpora, weights=(0.5, 0.3, 0.2), **changes):
-    given = {"sequence": 8, "global_batch": 12, "seed": 5, "shares": [Share(0, weights)]} | changes
-    return Batches(corpora, **given)
+    given = {"sequence": 8, "global_batch": 12, "seed": 5, "weights": [PhaseWeights(0, weights)]} | changes
+    return batches_of(corpora, **given)
 
 
 # mixtures
@@ -84,7 +85,7 @@ def test_proportions_are_within_one_sample_of_exact_at_every_prefix(weights):
     st.integers(0, 50),
 )
 def test_seeking_finds_what_counting_from_the_start_finds(weights, batch, steps, first, count):
-    shares = [Share(i * steps, tuple(map(float, w))) for i, w in enumerate(weights)]
+    shares = [PhaseWeights(i * steps, tuple(map(float, w))) for i, w in enumerate(weights)]
     mixture = Mixture(shares, batch)
     # The definition: the phases' sequences, each from its start on, and running counts.
     whole = []
@@ -104,7 +105,7 @@ def test_seeking_finds_what_counting_from_the_start_finds(weights, batch, steps,
 
 
 def test_weights_change_at_the_step_that_they_say():
-    mixture = Mixture([Share(0, (1.0, 0.0)), Share(10, (0.25, 0.75)), Share(20, (0.0, 1.0))], 8)
+    mixture = Mixture([PhaseWeights(0, (1.0, 0.0)), PhaseWeights(10, (0.25, 0.75)), PhaseWeights(20, (0.0, 1.0))], 8)
     assert mixture.counts(80).tolist() == [80, 0]
     assert mixture.counts(160).tolist() == [100, 60]
     corpora, _ = mixture.locate(72, 16)
@@ -113,7 +114,7 @@ def test_weights_change_at_the_step_that_they_say():
 
 
 def test_tinyllamas_proportions_are_exact_far_into_the_run():
-    mixture = Mixture([Share(0, TINYLLAMA)], 1024)
+    mixture = Mixture([PhaseWeights(0, TINYLLAMA)], 1024)
     for samples in (1250, 10**13, 7 * 10**12 + 3):
         exact = [Fraction("0.6936") * samples, Fraction("0.3064") * samples]
         assert all(abs(n - e) < 1 for n, e in zip(mixture.counts(samples).tolist(), exact))
@@ -122,7 +123,7 @@ def test_tinyllamas_proportions_are_exact_far_into_the_run():
 def test_mixture_is_fixed_for_ever():
     assert whole_parts(TINYLLAMA) == (867, 383)
     assert quota_sequence((5, 3, 2)).tolist() == [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]
-    corpora, numbers = Mixture([Share(0, TINYLLAMA)], 512).locate(10**12, 8)
+    corpora, numbers = Mixture([PhaseWeights(0, TINYLLAMA)], 512).locate(10**12, 8)
     assert corpora.tolist() == GOLDEN_CORPORA and numbers.tolist() == GOLDEN_NUMBERS
 
 
@@ -157,13 +158,13 @@ def test_every_corpus_of_a_mixture_is_read_once_an_epoch(corpora, a, b, c, seed)
 
 
 def test_corpora_of_a_mixture_have_orders_of_their_own(corpora):
-    batches = Batches(
-        [corpora[0]] * 2, sequence=2, global_batch=50, seed=3, shares=[Share(0, (1.0, 1.0))]
+    batches = batches_of(
+        [corpora[0]] * 2, sequence=2, global_batch=50, seed=3, weights=[PhaseWeights(0, (1.0, 1.0))]
     )
     which, _, ids = batches.samples(0)
     first, second = ids[which == 0], ids[which == 1]
     assert (first == second).sum() < 5
-    alone = Batches([corpora[0]], sequence=2, global_batch=25, seed=3)
+    alone = batches_of([corpora[0]], sequence=2, global_batch=25, seed=3)
     assert first.tolist() == alone.samples(0)[2].tolist()
 
 
@@ -187,7 +188,7 @@ def test_shuffled_documents_are_all_there_once_in_every_epoch(corpora, sequence,
         assert sorted(found) == sorted(documents_of(corpora[0]))
         orders.add(str(found))
         # Windows lose nothing: one after the other they are the stream.
-        windows = Windows(corpora[0], sequence=sequence, stream=stream)
+        windows = windows_of(corpora[0], sequence=sequence, stream=stream)
         read = [stream.read(epoch, i * sequence, sequence) for i in range(windows.num_samples)]
         assert np.concatenate(read).tolist() == whole[: windows.num_samples * sequence].tolist()
     assert len(orders) == 3
@@ -248,10 +249,10 @@ MODES = [{}, {"shuffled": True}, {"separate": True}, {"shuffled": True, "separat
 def test_every_layout_reads_the_same_mixture(mode, corpora):
     batches = mixed(corpora, **mode)
     for step in (0, 41):
-        whole = rows(batches.micro_batches(step, rank=0, world=1, micro=12))
+        whole = rows(batches.micro_batches(step, Portion(0, 1, micro=12)))
         for world, micro in [(1, 4), (2, 3), (4, 1), (3, 4)]:
             ranks = [
-                rows(batches.micro_batches(step, rank=r, world=world, micro=micro))
+                rows(batches.micro_batches(step, Portion(r, world, micro=micro)))
                 for r in range(world)
             ]
             assert [row for rank in ranks for row in rank] == whole
@@ -265,7 +266,7 @@ def test_digest_names_everything_that_makes_a_batch(corpora):
         mixed(corpora, seed=6).digest(7),
         mixed(corpora, seed=6, shuffled=True).digest(7),
         mixed(corpora[::-1], (0.2, 0.3, 0.5)).digest(7),
-        Batches(corpora[:1], sequence=8, global_batch=12, seed=5).digest(7),
+        batches_of(corpora[:1], sequence=8, global_batch=12, seed=5).digest(7),
     ]
     assert len(set(digests)) == len(digests)
     assert digests[0] == mixed(corpora).digest(7)
@@ -274,7 +275,7 @@ def test_digest_names_everything_that_makes_a_batch(corpora):
 def test_digest_of_one_corpus_is_fixed_for_ever(tmp_path):
     stream = np.random.default_rng(0).integers(0, 700, 1009)
     prefix = write_corpus(tmp_path / "c", np.split(stream, [1, 5, 130, 130, 700, 1008]))
-    batches = Batches([Corpus.open(prefix)], sequence=16, global_batch=12, seed=5)
+    batches = batches_of([Corpus.open(prefix)], sequence=16, global_batch=12, seed=5)
     assert [batches.digest(s) for s in (3, 10**7)] == ["1c4e786fc48521ad", "778a27d231af3333"]
 
 
@@ -284,8 +285,8 @@ SEEK = """
 import resource, sys, time
 import torch
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import Batches
-from est_ds.data.mixture import Share
+from est_ds.data.loader import Batches, Ordering, Portion, Sampling
+from est_ds.data.mixture import PhaseWeights
 
 def rss():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -293,16 +294,18 @@ def rss():
 before = rss()
 corpus = Corpus.open(sys.argv[1])
 assert corpus.num_tokens == 10**12
-options = {"shuffled": sys.argv[2] == "documents", "separate": sys.argv[2] == "documents"}
-two = {"corpora": [corpus] * 2, "shares": [Share(0, (0.6936, 0.3064))]}
-one = {"corpora": [corpus]}
-corpora = two if len(sys.argv) > 3 else one
-batches = Batches(sequence=2048, global_batch=1024, seed=0, **corpora, **options)
+by_document, several = sys.argv[2] == "documents", len(sys.argv) > 3
+weights = (PhaseWeights(0, (0.6936, 0.3064) if several else (1.0,)),)
+batches = Batches(
+    [corpus] * (2 if several else 1),
+    Sampling(sequence=2048, separate=by_document),
+    Ordering(global_batch=1024, seed=0, weights=weights, shuffled=by_document),
+)
 for step in (0, 10_000_000, 0, 10_000_000):
     began = time.perf_counter()
     batches.samples(step)
     print(time.perf_counter() - began)
-next(batches.micro_batches(10_000_000, rank=3, world=8, micro=8))
+next(batches.micro_batches(10_000_000, Portion(3, 8, micro=8)))
 print(rss() - before)
 """
 
@@ -342,17 +345,17 @@ def loader_threads():
 
 
 def test_what_is_read_ahead_is_what_the_step_would_read(corpora):
-    batches, share = mixed(corpora, separate=True), {"rank": 1, "world": 2, "micro": 3}
-    with Prefetched(batches, 9, **share) as loader:
+    batches, portion = mixed(corpora, separate=True), Portion(1, 2, micro=3)
+    with Prefetched(batches, 9, portion) as loader:
         for step in (0, 1, 2, 7, 8, 3):  # in order, and not
-            expected = rows(batches.micro_batches(step, **share))
+            expected = rows(batches.micro_batches(step, portion))
             assert rows(loader.micro_batches(step)) == expected
         assert len(loader_threads()) == 1
     assert not loader_threads()
 
 
 def test_a_process_that_asks_for_nothing_reads_nothing(corpora):
-    with Prefetched(mixed(corpora), 9, rank=0, world=1, micro=12) as loader:
+    with Prefetched(mixed(corpora), 9, Portion(0, 1, micro=12)) as loader:
         loader.micro_batches(0)  # as a pipe stage in the middle has it
         assert not loader_threads()
 
@@ -362,6 +365,6 @@ def test_an_error_of_the_reading_thread_reaches_the_step_and_ends_it(corpora):
     batches.corpora[0].corpus = None
     batches.corpora[0].stream = None
     with pytest.raises(AttributeError):
-        with Prefetched(batches, 9, rank=0, world=1, micro=12) as loader:
+        with Prefetched(batches, 9, Portion(0, 1, micro=12)) as loader:
             next(loader.micro_batches(0))
     assert not loader_threads()

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from batches import batches_of, windows_of
 from conftest import train
 from layouts import LAYOUTS, train_in
 from reference import assert_close
@@ -17,7 +18,7 @@ from workers import train_all
 
 from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import IGNORED, Batches, Windows
+from est_ds.data.loader import IGNORED, Portion
 from est_ds.data.objectives.loss import token_loss
 from est_ds.data.objectives.mlm import Masking, Mlm
 from est_ds.errors import UserError
@@ -101,9 +102,9 @@ def begins(small):
 
 
 def test_positions_restart_and_labels_stop_where_documents_begin(small):
-    windows, starts = Windows(small, sequence=16, separate=True), begins(small)
+    windows, starts = windows_of(small, sequence=16, separate=True), begins(small)
     count = windows.num_samples
-    [((ids, positions), (labels, divisor))] = windows.held_out(count, rank=0, world=1, micro=count)
+    [((ids, positions), (labels, divisor))] = windows.held_out(count, Portion(0, 1, micro=count))
     targets = 0
     for row in range(count):
         position = 0
@@ -121,9 +122,9 @@ def test_positions_restart_and_labels_stop_where_documents_begin(small):
 def test_masked_labels_stay_and_their_positions_restart(small):
     masking = Masking(3, 0.8, 0.1, 97, 97, (1, 2))
     first = {"sequence": 16, "objective": Mlm(16, masking), "choice": "first"}
-    joined, apart = Windows(small, **first), Windows(small, **first, separate=True)
-    [(ids, (labels, divisor))] = joined.held_out(9, rank=0, world=1, micro=9)
-    [(inputs, (same_labels, same_divisor))] = apart.held_out(9, rank=0, world=1, micro=9)
+    joined, apart = windows_of(small, **first), windows_of(small, **first, separate=True)
+    [(ids, (labels, divisor))] = joined.held_out(9, Portion(0, 1, micro=9))
+    [(inputs, (same_labels, same_divisor))] = apart.held_out(9, Portion(0, 1, micro=9))
     assert torch.equal(inputs[0], ids) and torch.equal(labels, same_labels)
     assert divisor == same_divisor == 27
     starts = begins(small)
@@ -133,26 +134,26 @@ def test_masked_labels_stay_and_their_positions_restart(small):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_loss_is_the_mean_over_the_targets_of_the_global_batch(small, shuffled):
-    batches = Batches(
+    batches = batches_of(
         [small], sequence=16, global_batch=12, seed=2, separate=True, shuffled=shuffled
     )
     logits = torch.randn(97, 97, generator=torch.Generator().manual_seed(0))  # by token
-    [((ids, _), (labels, _))] = batches.micro_batches(5, rank=0, world=1, micro=12)
+    [((ids, _), (labels, _))] = batches.micro_batches(5, Portion(0, 1, micro=12))
     assert (labels == IGNORED).any()
     expected = cross_entropy(logits[ids].flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     for world, micro in [(1, 12), (1, 1), (2, 3), (4, 1)]:
         losses = [
             token_loss(logits[ids], given)
             for rank in range(world)
-            for (ids, _), given in batches.micro_batches(5, rank=rank, world=world, micro=micro)
+            for (ids, _), given in batches.micro_batches(5, Portion(rank, world, micro=micro))
         ]
         torch.testing.assert_close(torch.stack(losses).mean(), expected)
 
 
 def test_sequences_without_a_target_have_loss_0(tmp_path):
     prefix = write_corpus(tmp_path / "c", [[5]] * 40)
-    batches = Batches([Corpus.open(prefix)], sequence=4, global_batch=2, seed=0, separate=True)
-    [((ids, positions), labels)] = batches.micro_batches(0, rank=0, world=1, micro=2)
+    batches = batches_of([Corpus.open(prefix)], sequence=4, global_batch=2, seed=0, separate=True)
+    [((ids, positions), labels)] = batches.micro_batches(0, Portion(0, 1, micro=2))
     assert (positions == 0).all()
     assert token_loss(torch.randn(2, 4, 97), labels) == 0
 

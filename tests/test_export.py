@@ -9,6 +9,7 @@ from exports import CELLS, FAST, exported, load, named, train_cells
 from torch.nn.functional import cross_entropy
 
 from est_ds.data.indexed import Corpus
+from est_ds.data.loader import Portion
 from est_ds.run.metrics import read_metrics
 
 
@@ -52,7 +53,7 @@ def check(cell, run_dir, corpus, capsys):
 @torch.no_grad()
 def plain_loss(run, model) -> float:
     """Mean cross-entropy over the targets, all samples at once."""
-    [(inputs, (labels, *_))] = with_tuples(run.valid["valid"].held_out(5, rank=0, world=1, micro=5))
+    [(inputs, (labels, *_))] = with_tuples(run.valid["valid"].held_out(5, Portion(0, 1, micro=5)))
     more = {"position_ids": inputs[1]} if run.config.data.documents == "separate" else {}
     if more and model.config.model_type == "bert":
         number_BT = (inputs[1] == 0).cumsum(-1)  # of the document; the library makes no mask of it

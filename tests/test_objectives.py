@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from batches import batches_of, windows_of
 
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import Batches, Windows
+from est_ds.data.loader import Portion
 from est_ds.data.objectives.base import HELD_OUT, TRAINING, Draws
 from est_ds.data.objectives.causal import Causal
 from est_ds.data.objectives.loss import IGNORED, token_loss
@@ -265,7 +266,7 @@ def objectives():
 
 def batches(packed, objective, **changes):
     given = {"sequence": 64, "global_batch": 8, "seed": 5, "objective": objective, **changes}
-    return Batches([packed], **given)
+    return batches_of([packed], **given)
 
 
 def rows(parts):
@@ -280,9 +281,9 @@ def rows(parts):
 @pytest.mark.parametrize("name", objectives())
 def test_samples_do_not_depend_on_the_layout(name, packed):
     b = batches(packed, objectives()[name])
-    whole = rows(b.micro_batches(3, rank=0, world=1, micro=8))
+    whole = rows(b.micro_batches(3, Portion(0, 1, micro=8)))
     for world, micro in [(1, 1), (2, 2), (4, 1), (8, 1)]:
-        parts = [b.micro_batches(3, rank=r, world=world, micro=micro) for r in range(world)]
+        parts = [b.micro_batches(3, Portion(r, world, micro=micro)) for r in range(world)]
         assert [row for part in parts for row in rows(part)] == whole
 
 
@@ -306,13 +307,13 @@ def test_loss_is_the_mean_over_the_targets_of_the_global_batch(name, packed):
     def loss(world, micro):
         losses = []
         for rank in range(world):
-            for _, (labels, divisor) in b.micro_batches(2, rank=rank, world=world, micro=micro):
+            for _, (labels, divisor) in b.micro_batches(2, Portion(rank, world, micro=micro)):
                 # Logits that are a function of the row's labels, as a model's would be.
                 logits = torch.cos(labels[..., None] * torch.arange(vocabulary) / 7.0)
                 losses.append(token_loss(logits, (labels, divisor)).item())
         return sum(losses) / len(losses)
 
-    [(_, (labels, _))] = b.micro_batches(2, rank=0, world=1, micro=8)
+    [(_, (labels, _))] = b.micro_batches(2, Portion(0, 1, micro=8))
     logits = torch.cos(labels[..., None] * torch.arange(vocabulary) / 7.0)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     for world, micro in [(1, 8), (1, 1), (2, 2), (4, 2), (8, 1)]:
@@ -321,13 +322,13 @@ def test_loss_is_the_mean_over_the_targets_of_the_global_batch(name, packed):
 
 @pytest.mark.parametrize("name", objectives())
 def test_held_out_samples_and_their_mean_are_the_same_in_every_layout(name, corpus):
-    windows = Windows(Corpus.open(corpus / "valid"), sequence=64, objective=objectives()[name])
+    windows = windows_of(Corpus.open(corpus / "valid"), sequence=64, objective=objectives()[name])
     count, means, seen = 5, [], []
     for world, micro in [(1, 5), (1, 2), (2, 2), (3, 4)]:
         parts = [
             part
             for rank in range(world)
-            for part in windows.held_out(count, rank=rank, world=world, micro=micro)
+            for part in windows.held_out(count, Portion(rank, world, micro=micro))
         ]
         sums = [(labels != IGNORED).sum().item() / divisor.item() for _, (labels, divisor) in parts]
         means.append(sum(sums) / len(sums) * len(parts) * micro / count)
@@ -337,7 +338,7 @@ def test_held_out_samples_and_their_mean_are_the_same_in_every_layout(name, corp
 
 
 def test_digest_of_causal_data_is_unchanged_and_others_name_their_objective(packed):
-    plain = Batches([packed], sequence=64, global_batch=8, seed=5)
+    plain = batches_of([packed], sequence=64, global_batch=8, seed=5)
     assert plain.digest(3) == batches(packed, Causal(64)).digest(3)
     other = Mlm(64, Masking(9, 0.8, 0.1, 512, 512, (1, 2)))
     found = [plain.digest(3), *(batches(packed, o).digest(3) for o in objectives().values())]
@@ -349,7 +350,7 @@ def test_windows_of_masked_language_model_do_not_overlap(packed):
     mlm = objectives()["mlm"]
     b = batches(packed, mlm)
     assert b.corpora[0].num_samples == packed.num_tokens // 64
-    [(inputs, (labels, divisor))] = b.micro_batches(0, rank=0, world=1, micro=8)
+    [(inputs, (labels, divisor))] = b.micro_batches(0, Portion(0, 1, micro=8))
     assert divisor == 80.0
     for row, sample in enumerate(b.samples(0)[2]):
         window = torch.from_numpy(packed.window(int(sample) * 64, 64))

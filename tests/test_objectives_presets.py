@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT
 
 from est_ds.config.run_file import load_run
+from est_ds.data.loader import Portion
 from est_ds.report.plan_text import plan_report
 from est_ds.run.prepare import prepare
 
@@ -42,6 +43,6 @@ def test_run_reads_a_packed_corpus(name, method, corpus, tmp_path):
     small = [*SMALL, "batch={global: 8, micro: 2}", "evaluate={every: 24, sequences: 4}"]
     overrides = [*data, *small, *method, "steps=24", f"run_dir={tmp_path / 'run'}"]
     run = prepare(load_run(ROOT / "configs" / "run" / f"{name}.yaml", overrides), 2)
-    [(inputs, (labels, divisor)), *_] = run.train.micro_batches(3, rank=1, world=2, micro=2)
+    [(inputs, (labels, divisor)), *_] = run.train.micro_batches(3, Portion(1, 2, micro=2))
     assert inputs.shape == labels.shape == (2, run.config.data.sequence)
     assert inputs.max() < run.method.shape.vocabulary and divisor > 0

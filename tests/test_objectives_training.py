@@ -10,6 +10,7 @@ from conftest import train
 from reference import assert_close
 
 from est_ds.config.run_file import load_run
+from est_ds.data.loader import Portion
 from est_ds.engine.optimizer import adamw
 from est_ds.plans.lr import learning_rate
 from est_ds.run.metrics import read_metrics
@@ -80,14 +81,14 @@ def plain_torch(file, run_dir):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         with subnetwork.active(run.method.plan(step)):
-            [batch] = run.train.micro_batches(step, rank=0, world=1, micro=8)
+            [batch] = run.train.micro_batches(step, Portion(0, 1, micro=8))
             value = loss(*batch)
             value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(value.item())
         if (step + 1) % config.evaluate.every == 0:
-            [batch] = run.valid["valid"].held_out(5, rank=0, world=1, micro=5)
+            [batch] = run.valid["valid"].held_out(5, Portion(0, 1, micro=5))
             with torch.no_grad():
                 held_out.append(loss(*batch).item())
     return losses, held_out

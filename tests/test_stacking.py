@@ -12,6 +12,7 @@ from cases.tiny import TINY_MODEL
 from conftest import est_ds, train
 
 from est_ds.config.run_file import load_run
+from est_ds.data.loader import Portion
 from est_ds.data.objectives.loss import token_loss
 from est_ds.errors import UserError
 from est_ds.plans.lr import learning_rate
@@ -114,7 +115,7 @@ def reference(config, run, mode, moments, depths):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
         optimizer.zero_grad()
-        [(ids, labels)] = run.train.micro_batches(step, rank=0, world=1, micro=8)
+        [(ids, labels)] = run.train.micro_batches(step, Portion(0, 1, micro=8))
         loss = torch.nn.functional.cross_entropy(
             model(input_ids=ids, use_cache=False).logits.flatten(0, 1), labels.flatten()
         )
@@ -123,7 +124,7 @@ def reference(config, run, mode, moments, depths):
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 6 == 0:
-            [(ids, labels)] = run.valid["valid"].held_out(10, rank=0, world=1, micro=10)
+            [(ids, labels)] = run.valid["valid"].held_out(10, Portion(0, 1, micro=10))
             with torch.no_grad():
                 logits = model(input_ids=ids, use_cache=False).logits
             held_out.append(token_loss(logits, labels).item())

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from est_ds.config.sections import Batch as BatchSettings
 from est_ds.data.indexed import Corpus
-from est_ds.data.mixture import Mixture, Share
+from est_ds.data.mixture import Mixture, PhaseWeights
 from est_ds.data.objectives.base import HELD_OUT, TRAINING, Draws, Example, Objective
 from est_ds.data.objectives.causal import Causal
 from est_ds.data.objectives.loss import IGNORED, Labels
@@ -32,14 +34,61 @@ from est_ds.errors import UserError
 Inputs = Tensor | tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class Portion:
+    """What one replica reads.
+
+    Attributes:
+        replica: 0 <= replica < num_replicas.
+        micro: samples a micro-batch, B.
+    """
+
+    replica: int
+    num_replicas: int
+    micro: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.replica < self.num_replicas and self.micro >= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a sample is.
+
+    Attributes:
+        sequence: input tokens, T.
+        objective: next-token prediction if None.
+        separate: whether samples keep their documents apart.
+    """
+
+    sequence: int
+    objective: Objective | None = None
+    separate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordering:
+    """Which samples a step takes.
+
+    Attributes:
+        global_batch: samples a step, over all replicas and micro-batches.
+        seed: key of the order and of the objective's draws.
+        weights: of several corpora, by step; not needed for one.
+        shuffled: whether documents are permuted in every epoch, before they are cut.
+    """
+
+    global_batch: int
+    seed: int
+    weights: tuple[PhaseWeights, ...] = (PhaseWeights(0, (1.0,)),)
+    shuffled: bool = False
+
+
 class Windows:
     """The samples of one corpus.
 
     Args:
         corpus: The corpus.
-        sequence: Input tokens a sample, T.
-        objective: What a sample is; next-token prediction if None.
-        separate: Whether samples keep their documents apart.
+        sampling: What a sample is.
         stream: What windows are cut from; the corpus in its own order if None.
         choice: Which samples `held_out` gives: `even` over the corpus, or the `first` ones.
 
@@ -53,19 +102,17 @@ class Windows:
     def __init__(
         self,
         corpus: Corpus,
+        sampling: Sampling,
         *,
-        sequence: int,
-        objective: Objective | None = None,
-        separate: bool = False,
         stream: Stream | None = None,
         choice: Literal["even", "first"] = "even",
     ) -> None:
+        sequence = sampling.sequence
         if sequence < 1:
             raise UserError(f"data.sequence={sequence} is not allowed; use at least 1 token.")
         self.corpus = corpus
-        self.sequence = sequence
-        self.objective = objective or Causal(sequence)
-        self.separate = separate
+        self.sequence, self.separate = sequence, sampling.separate
+        self.objective = sampling.objective or Causal(sequence)
         self.stream = stream or Stream(corpus)
         self.choice = choice
         assert self.objective.sequence == sequence
@@ -109,14 +156,12 @@ class Windows:
         # Without any target the sum of the losses is 0, and so must their mean be.
         return torch.tensor(micro * (max(sum(counts), 1) / len(counts)), dtype=torch.float32)
 
-    def held_out(
-        self, count: int, *, rank: int, world: int, micro: int
-    ) -> Iterator[tuple[Inputs, Labels]]:
-        """This rank's share of `count` samples, always the same ones.
+    def held_out(self, count: int, portion: Portion) -> Iterator[tuple[Inputs, Labels]]:
+        """One replica's portion of `count` samples, always the same ones.
 
-        Every rank gets the same number of micro-batches; rows past `count` have token 0
+        Every replica gets the same number of micro-batches; rows past `count` have token 0
         and label -100 throughout, and a whole micro-batch may be such rows. A loss that
-        does not depend on the layout is the mean over all ranks' micro-batches, times the
+        does not depend on the layout is the mean over all replicas' micro-batches, times the
         rows of these over `count`.
 
         Yields:
@@ -125,22 +170,22 @@ class Windows:
         Raises:
             UserError: The corpus has fewer than `count` samples.
         """
-        assert 0 <= rank < world and micro >= 1
         if not 1 <= count <= self.num_samples:
             raise UserError(
                 f"evaluate.sequences={count} is not allowed: the held-out corpus "
                 f"{self.corpus.prefix} has {self.num_samples} windows of "
                 f"data.sequence={self.sequence}; use 1 to {self.num_samples}."
             )
-        return self._held_out(count, rank, world, micro)
+        return self._held_out(count, portion)
 
-    def _held_out(self, count, rank, world, micro):
+    def _held_out(self, count, portion):
+        micro = portion.micro
         self.corpus.check_unchanged()
         drawn = [(s, Draws(0, HELD_OUT, i)) for i, s in enumerate(self.held_out_samples(count))]
         divisor = self.divisor((self.num_targets(*sample) for sample in drawn), micro)
-        # Micro-batches go round the ranks, so that padding gathers in the last round.
-        for start in range(0, count, world * micro):
-            first = start + rank * micro
+        # Micro-batches go round the replicas, so that padding gathers in the last round.
+        for start in range(0, count, portion.num_replicas * micro):
+            first = start + portion.replica * micro
             rows = [self.example(*sample) for sample in drawn[first : first + micro]]
             rows += [self._nothing()] * (micro - len(rows))
             yield stacked(rows, divisor)
@@ -186,13 +231,8 @@ class Batches:
 
     Args:
         corpora: The training corpora.
-        sequence: Input tokens a sample, T.
-        global_batch: Samples a step, over all replicas and micro-batches.
-        seed: Key of the order and of the objective's draws.
-        objective: What a sample is; next-token prediction if None.
-        shares: Weights of several corpora by step; not needed for one.
-        shuffled: Whether documents are permuted in every epoch, before they are cut.
-        separate: Whether samples keep their documents apart.
+        sampling: What a sample is.
+        ordering: Which samples a step takes.
 
     Attributes:
         corpora: Samples of every corpus.
@@ -202,31 +242,18 @@ class Batches:
         UserError: A corpus is shorter than one window or than its part of one global batch.
     """
 
-    def __init__(
-        self,
-        corpora: Sequence[Corpus],
-        *,
-        sequence: int,
-        global_batch: int,
-        seed: int,
-        objective: Objective | None = None,
-        shares: Sequence[Share] = (Share(0, (1.0,)),),
-        shuffled: bool = False,
-        separate: bool = False,
-    ) -> None:
-        self.corpora = [
-            Windows(
-                corpus,
-                sequence=sequence,
-                objective=objective,
-                separate=separate,
-                stream=ShuffledStream(corpus, seed=seed, corpus_index=i) if shuffled else None,
-            )
-            for i, corpus in enumerate(corpora)
-        ]
-        self.mixture = Mixture(shares, global_batch)
+    def __init__(self, corpora: Sequence[Corpus], sampling: Sampling, ordering: Ordering) -> None:
+        self.global_batch, self.seed = ordering.global_batch, ordering.seed
+
+        def stream(i: int, corpus: Corpus) -> Stream | None:
+            if not ordering.shuffled:
+                return None
+            return ShuffledStream(corpus, seed=ordering.seed, corpus_index=i)
+
+        self.corpora = [Windows(c, sampling, stream=stream(i, c)) for i, c in enumerate(corpora)]
+        self.mixture = Mixture(ordering.weights, ordering.global_batch)
         assert self.mixture.num_corpora == len(corpora)
-        self.sequence, self.global_batch, self.seed = sequence, global_batch, seed
+        self.sequence = sampling.sequence
         self.objective = self.corpora[0].objective
         self._check_sizes()
 
@@ -280,34 +307,21 @@ class Batches:
             state.update(f" {self.objective.identity} {self.seed} {first}".encode())
         return state.hexdigest()[:16]
 
-    def micro_batches(
-        self, step: int, *, rank: int, world: int, micro: int
-    ) -> Iterator[tuple[Inputs, Labels]]:
-        """The accumulation micro-batches of one data-parallel replica.
-
-        Args:
-            rank: This replica, 0 <= rank < world.
-            world: Number of data-parallel replicas.
-            micro: Samples a micro-batch, B.
+    def micro_batches(self, step: int, portion: Portion) -> Iterator[tuple[Inputs, Labels]]:
+        """The accumulation micro-batches of one replica.
 
         Yields:
-            Inputs and labels, int64, global_batch / (world * micro) times.
+            Inputs and labels, int64, global_batch / (num_replicas * micro) times.
 
         Raises:
             LocalFailure: A file of a corpus is no longer what it was.
-            UserError: world * micro does not divide global_batch.
+            UserError: num_replicas * micro does not divide global_batch.
         """
-        assert 0 <= rank < world and micro >= 1
-        if self.global_batch % (world * micro):
-            up = world * micro * -(-self.global_batch // (world * micro))
-            raise UserError(
-                f"batch.global={self.global_batch} is not a multiple of batch.micro={micro} x "
-                f"data_parallel={world} (global_batch = micro_batch x accumulation x "
-                f"data_parallel); use batch.global={up} or change batch.micro."
-            )
-        return self._micro_batches(step, rank, world, micro)
+        batch = BatchSettings(global_=self.global_batch, micro=portion.micro)
+        batch.accumulation(portion.num_replicas)  # raises
+        return self._micro_batches(step, portion)
 
-    def _micro_batches(self, step, rank, world, micro):
+    def _micro_batches(self, step, portion):
         for windows in self.corpora:
             windows.corpus.check_unchanged()
         first = step * self.global_batch
@@ -319,6 +333,7 @@ class Batches:
             return getattr(windows, function)(int(ids[row]), draws[row], int(epochs[row]))
 
         every = range(self.global_batch)
-        divisor = self.corpora[0].divisor((of_row("num_targets", row) for row in every), micro)
-        for rows in np.array(every).reshape(world, -1, micro)[rank]:
+        divisor = self.corpora[0].divisor((of_row("num_targets", row) for row in every), portion.micro)
+        by_replica = np.array(every).reshape(portion.num_replicas, -1, portion.micro)
+        for rows in by_replica[portion.replica]:
             yield stacked([of_row("example", row) for row in rows], divisor)

@@ -27,7 +27,7 @@ _MARK_EVERY = 4096
 
 
 @dataclass(frozen=True)
-class Share:
+class PhaseWeights:
     """Weights of the corpora from a step on.
 
     Attributes:
@@ -52,17 +52,17 @@ class Mixture:
     """The corpora of all samples of a run, by global position (step x global_batch + row).
 
     Args:
-        shares: the phases of the data, in order.
+        weights: the phases of the data, in order.
         global_batch: samples a step.
 
     Raises:
         UserError: weights whose sequence repeats too late to be exact.
     """
 
-    def __init__(self, shares: Sequence[Share], global_batch: int) -> None:
-        self.num_corpora = len(shares[0].weights)
-        self._firsts = [share.from_step * global_batch for share in shares]
-        self._cycles = [_Cycle(share.parts) for share in shares]
+    def __init__(self, weights: Sequence[PhaseWeights], global_batch: int) -> None:
+        self.num_corpora = len(weights[0].weights)
+        self._firsts = [phase.from_step * global_batch for phase in weights]
+        self._cycles = [_Cycle(phase.parts) for phase in weights]
         self._before = [np.zeros(self.num_corpora, np.int64)]
         for i, cycle in enumerate(self._cycles[:-1]):
             length = self._firsts[i + 1] - self._firsts[i]
@@ -144,7 +144,7 @@ def whole_parts(weights: Sequence[float]) -> tuple[int, ...]:
     if period > LONGEST_PERIOD:
         raise UserError(
             f"data: the weights {', '.join(map(str, weights))} have exact proportions only over "
-            f"{period:,} sequences, more than {LONGEST_PERIOD:,}; round them to shares of at most "
+            f"{period:,} sequences, more than {LONGEST_PERIOD:,}; round them to weights of at most "
             f"six decimals that add up to 1."
         )
     return tuple(part // divisor for part in parts)

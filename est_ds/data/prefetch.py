@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from est_ds.data.loader import Batches, Inputs
+from est_ds.data.loader import Batches, Inputs, Portion
 from est_ds.data.objectives.loss import Labels
 
 AHEAD = 2  # steps; memory is this many steps' ids and labels of one replica
@@ -24,14 +24,11 @@ class Prefetched:
     Args:
         batches: where they come from.
         end: the step after the last.
-        rank: this replica, 0 <= rank < world.
-        world: number of replicas.
-        micro: samples a micro-batch.
+        portion: what this replica reads.
     """
 
-    def __init__(self, batches: Batches, end: int, *, rank: int, world: int, micro: int) -> None:
-        self._batches, self._end = batches, end
-        self._share = {"rank": rank, "world": world, "micro": micro}
+    def __init__(self, batches: Batches, end: int, portion: Portion) -> None:
+        self._batches, self._end, self._portion = batches, end, portion
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="est_ds-loader")
         self._coming: dict[int, Future[list[tuple[Inputs, Labels]]]] = {}
 
@@ -60,7 +57,7 @@ class Prefetched:
         yield from self._coming.pop(step).result()
 
     def _read(self, step: int) -> list[tuple[Inputs, Labels]]:
-        found = list(self._batches.micro_batches(step, **self._share))
+        found = list(self._batches.micro_batches(step, self._portion))
         # Memory that a GPU copies from by itself, while the step before still computes.
         return [_pinned(batch) for batch in found] if torch.cuda.is_available() else found
 

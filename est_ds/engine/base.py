@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from est_ds.config.sections import RunConfig
-from est_ds.data.loader import Inputs
+from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels
 from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
@@ -77,6 +77,11 @@ class Engine(ABC):
         """How busy the pipe stages were since the last call; None without a pipeline. Every
         process calls it."""
         return None
+
+    @property
+    def portion(self) -> Portion:
+        """What this process's replica reads of every batch."""
+        return Portion(self.replica, self.num_replicas, self.config.batch.micro)
 
     @property
     def layout(self) -> dict[str, int]:

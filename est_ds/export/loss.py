@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from est_ds.checkpoints.index import Index
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
-from est_ds.data.loader import Windows
+from est_ds.data.loader import Portion, Windows
 from est_ds.data.objectives.loss import IGNORED
 from est_ds.design import Planned
 from est_ds.errors import Failure, UserError
@@ -104,7 +104,7 @@ def _mean_loss(
     """Mean over the targets of the held-out samples, nats per token."""
     began, batches = time.monotonic(), -(-count // micro)
     total = 0.0
-    for i, batch in enumerate(windows.held_out(count, rank=0, world=1, micro=micro)):
+    for i, batch in enumerate(windows.held_out(count, Portion(0, 1, micro=micro))):
         inputs, labels = (part if isinstance(part, tuple) else (part,) for part in batch)
         named = family.named_inputs(tuple(ids.to(model.device) for ids in inputs))
         logits_BTV = model(**named, use_cache=False).logits.cpu().float()

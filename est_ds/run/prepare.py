@@ -6,15 +6,14 @@ import os
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from est_ds.config.sections import RunConfig
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import Batches, Windows
+from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
-from est_ds.design import Planned, data_shares, plan_run
+from est_ds.design import Planned, corpus_weights, plan_run
 from est_ds.engine.settings import check_zero_section
 from est_ds.errors import UserError
 from est_ds.run.directory import check_run_dir
@@ -109,19 +108,18 @@ def _data(
     config, data = planned.config, planned.config.data
     _refuse_copies(train, valid)
     _refuse_unlike([*train, *valid.values()])
-    sample = _sample(planned, train)
-    batches = Batches(
-        train,
+    sampling = _sampling(planned, train)
+    ordering = Ordering(
         global_batch=config.batch.global_,
         seed=config.seed,
-        shares=data_shares(config),
+        weights=corpus_weights(config),
         shuffled=data.shuffle == "documents",
-        **sample,
     )
+    batches = Batches(train, sampling, ordering)
     choice = config.evaluate.choice
-    windows = {name: Windows(corpus, **sample, choice=choice) for name, corpus in valid.items()}
+    windows = {name: Windows(corpus, sampling, choice=choice) for name, corpus in valid.items()}
     for held_out in windows.values():
-        held_out.held_out(config.evaluate.sequences, rank=0, world=1, micro=1)
+        held_out.held_out(config.evaluate.sequences, Portion(0, 1, micro=1))  # raises
     return batches, windows
 
 
@@ -183,19 +181,22 @@ def held_out_windows(planned: Planned) -> dict[str, Windows]:
         known = [Corpus.open(part.corpus) for part in data.parts]
     except UserError:
         known = list(held_out.values())
-    sample = _sample(planned, known)
+    sampling = _sampling(planned, known)
     choice = planned.config.evaluate.choice
-    return {n: Windows(c, **sample, choice=choice) for n, c in held_out.items()}
+    return {n: Windows(c, sampling, choice=choice) for n, c in held_out.items()}
 
 
-def _sample(planned: Planned, corpora: list[Corpus]) -> dict[str, Any]:
-    """What a sample is, as `Windows` and `Batches` take it."""
+def _sampling(planned: Planned, corpora: list[Corpus]) -> Sampling:
+    """What a sample is.
+
+    Args:
+        corpora: by whose manifests the objective goes.
+    """
     data = planned.config.data
-    return {
-        "sequence": data.sequence,
-        "objective": _objective(planned, corpora),
-        "separate": data.documents == "separate",
-    }
+    objective = _objective(planned, corpora)
+    return Sampling(
+        sequence=data.sequence, objective=objective, separate=data.documents == "separate"
+    )
 
 
 def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:

@@ -25,10 +25,9 @@ def evaluate(
     """
     config, losses = run.config, {}
     part = AT_ONCE * config.parallel.pipe  # a pipeline fills and drains for each
-    share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
     whole = run.method.whole(step)
     for name, windows in run.valid.items():
-        batches = list(windows.held_out(config.evaluate.sequences, **share))
+        batches = list(windows.held_out(config.evaluate.sequences, engine.portion))
         rows = len(batches) * config.batch.micro * engine.num_replicas
         losses[name] = 0.0
         for begin in range(0, len(batches), part):

@@ -90,8 +90,7 @@ def _train(
     if resumed:
         load_checkpoint(engine, store, resumed)
     engine.forget_events(start)
-    share = {"rank": engine.replica, "world": engine.num_replicas, "micro": config.batch.micro}
-    loader = Prefetched(run.train, config.steps, **share)
+    loader = Prefetched(run.train, config.steps, engine.portion)
     history = History(config.divergence, first_steps(run), resumed and resumed.state.divergence)
     with Recorder(run, engine, start) as recorder, loader, Saver(engine, store) as saver:
         check_agreement(run, start)

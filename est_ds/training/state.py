@@ -7,7 +7,7 @@ from importlib.metadata import version
 from est_ds.checkpoints.state import Next, State
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
-from est_ds.design import data_shares
+from est_ds.design import corpus_weights
 from est_ds.errors import UserError
 from est_ds.plans.lr import learning_rate
 from est_ds.run.directory import differences
@@ -33,7 +33,7 @@ def run_state(run: Run, done: int, history: History, evaluation_due: bool = Fals
 
 def first_steps(run: Run) -> set[int]:
     """Returns the first steps of phases, of the method's and of the data's."""
-    shares = data_shares(run.config)
+    shares = corpus_weights(run.config)
     return {phase.until_step for phase in run.method.phases} | {s.from_step for s in shares}
 
 

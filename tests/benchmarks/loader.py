@@ -21,15 +21,16 @@ import numpy as np
 from common import timed
 
 from est_ds.data.indexed import Corpus
-from est_ds.data.loader import Batches
-from est_ds.data.mixture import Share
+from est_ds.data.loader import Batches, Ordering, Portion, Sampling
+from est_ds.data.mixture import PhaseWeights
 
 GPUS, TOKENS_PER_S, LEAST = 8, 24_000, 20
+# name: documents apart, shuffled
 MODES = {
-    "one corpus": {},
-    "documents apart": {"separate": True},
-    "documents shuffled": {"shuffled": True},
-    "shuffled and apart": {"shuffled": True, "separate": True},
+    "one corpus": (False, False),
+    "documents apart": (True, False),
+    "documents shuffled": (False, True),
+    "shuffled and apart": (True, True),
 }
 
 
@@ -57,10 +58,10 @@ def measure(name: str, batches: Batches, steps: int) -> None:
     sequences, length = batches.global_batch, batches.sequence
     rates = {}
     for world in (1, GPUS):
-        share = {"rank": 0, "world": world, "micro": 8}
+        portion = Portion(0, world, micro=8)
 
         def read(step: int) -> float:
-            return timed(lambda: [None for _ in batches.micro_batches(step, **share)])
+            return timed(lambda: [None for _ in batches.micro_batches(step, portion)])
 
         seconds = min(read(step) for step in range(steps + 1))
         rates[world] = sequences * length / world / seconds
@@ -84,17 +85,20 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    size = {"sequence": options.sequence, "global_batch": options.batch, "seed": 0}
+    size = {"global_batch": options.batch, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
         first = write_corpus(Path(folder, "first"), options.tokens, seed=1)
         second = write_corpus(Path(folder, "second"), options.tokens // 2, seed=2)
-        for name, mode in MODES.items():
-            measure(name, Batches([first], **size, **mode), options.steps)
-        shares = [Share(0, (0.6936, 0.3064))]
-        for name, mode in list(MODES.items())[:: len(MODES) - 1]:
+        for name, (apart, shuffled) in MODES.items():
+            sampling = Sampling(sequence=options.sequence, separate=apart)
+            batches = Batches([first], sampling, Ordering(**size, shuffled=shuffled))
+            measure(name, batches, options.steps)
+        weights = (PhaseWeights(0, (0.6936, 0.3064)),)
+        for name, (apart, shuffled) in list(MODES.items())[:: len(MODES) - 1]:
             name = name.replace("one corpus", "two corpora, .6936 / .3064")
-            mixture = Batches([first, second], **size, **mode, shares=shares)
-            measure(f"mixture: {name}", mixture, options.steps)
+            sampling = Sampling(sequence=options.sequence, separate=apart)
+            ordering = Ordering(**size, shuffled=shuffled, weights=weights)
+            measure(f"mixture: {name}", Batches([first, second], sampling, ordering), options.steps)
 
 
 if __name__ == "__main__":

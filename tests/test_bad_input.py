@@ -364,6 +364,11 @@ def test_a_token_that_the_model_lacks_is_named_with_its_corpus(tiny_run, corpus,
         f.write((777).to_bytes(2, "little"))
     error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", train)
     assert f"corpus {tmp_path}/train: it holds the token 777" in error and "vocab_size=512" in error
+    model = ["model={model_type: bert, vocab_size: 900, hidden_size: 64, num_hidden_layers: 4, "
+             "num_attention_heads: 8, intermediate_size: 96, hidden_dropout_prob: 0.0, "
+             "attention_probs_dropout_prob: 0.0}", "objective={name: mlm, vocabulary: 600}"]  # fmt: skip
+    error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", train, *model)
+    assert "it holds the token 777, but objective.vocabulary=600 is smaller" in error
     assert not (tmp_path / "run").exists()
 
 

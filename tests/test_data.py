@@ -224,7 +224,7 @@ def test_a_token_above_the_vocabulary_that_nobody_looked_for_is_named_when_it_is
         corpus.check_vocabulary(1)  # what probes see
     corpus.check_vocabulary(9_999)
     assert corpus.window(0, 1_000_000).max() == 1
-    with pytest.raises(LocalFailure, match="odd: it holds the token 9999, but model"):
+    with pytest.raises(LocalFailure, match="odd: it holds the token 9999, but"):
         corpus.window(2_020_000, 10)
 
 

@@ -246,7 +246,7 @@ def test_files_of_other_endings_are_read_as_text_where_they_are_named(tmp_path, 
     read = {"path": str(tmp_path), "plain": (".md", ".c")}
     assert texts_of(**read) == ["1==2", "3==4", "5"]
     assert texts_of(**read, separator="==") == ["1", "2", "3", "4", "5"]
-    assert "not found in 1 files" in capsys.readouterr().out
+    assert "the separator was not found in c.c: one document" in capsys.readouterr().out
     command = ["corpus", "--out", str(tmp_path / "o"), "--input", str(tmp_path / "b.md")]
     assert main(command) == 2 and "--plain .md reads it as text" in capsys.readouterr().err
     assert main([*command, "--plain", "md"]) == 2
@@ -263,7 +263,7 @@ def test_a_separator_that_is_nowhere_is_said(tmp_path, tokenizer, capsys):
         assert main([*command, "--out", out, "--separator", separator, "--no-eos"]) == 0
         said = capsys.readouterr().out
         assert Corpus.open(out).num_documents == documents
-        assert ("separator was not found in 1 files" in said) == (documents == 1)
+        assert ("the separator was not found in a.txt" in said) == (documents == 1)
         assert "no EOS: nothing ends a document" in said
 
 

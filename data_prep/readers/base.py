@@ -140,13 +140,11 @@ class Reader(ABC):
 
 
 def report_undivided(readers: Iterable[Reader]) -> None:
-    """Prints in how many sources the separator was not found; nothing if it was in all."""
+    """Prints in which files the separator was not found; nothing if it was in all."""
     undivided = [reader.id for reader in readers if reader.undivided]
     if undivided:
-        print(
-            f"the separator was not found in {len(undivided):,} files, each of which became one "
-            f"document (the first: {undivided[0]})"
-        )
+        more = f" and {len(undivided) - 1:,} more" if len(undivided) > 1 else ""
+        print(f"the separator was not found in {undivided[0]}{more}: one document each")
 
 
 def file_identity(id_: str, path: Path) -> tuple[str, int]:

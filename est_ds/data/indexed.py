@@ -210,8 +210,8 @@ class Corpus:
         for shard in self.shards:
             shard.header.check_entries()
 
-    def check_vocabulary(self, model_vocabulary: int) -> None:
-        """Checks that the model has an embedding for every token.
+    def check_vocabulary(self, vocabulary: int, field: str = "model vocab_size") -> None:
+        """Checks that every token is below a vocabulary, as of the model's embedding.
 
         Without a manifest the vocabulary is unknown, and the tokens are looked at (`token_range`).
         Of a corpus that is too much for that, up to a million tokens spread evenly over it are, and
@@ -221,20 +221,22 @@ class Corpus:
             UserError: The corpus needs a larger vocabulary.
         """
         if self.vocabulary is not None:
-            if self.vocabulary > model_vocabulary:
+            if self.vocabulary > vocabulary:
                 raise UserError(
-                    f"model vocab_size={model_vocabulary} is smaller than the vocabulary "
-                    f"{self.vocabulary} of the corpus {self.prefix}; use at least "
-                    f"{self.vocabulary}, or a corpus packed with a smaller tokenizer."
+                    f"{field}={vocabulary} is smaller than the vocabulary {self.vocabulary} of "
+                    f"the corpus {self.prefix}; use at least {self.vocabulary}, or a corpus "
+                    f"packed with a smaller tokenizer."
                 )
             return
         known = token_range(self.shards[0].header)
-        if wrong := self._outside(*(known or self._probed_range()), model_vocabulary):
+        if wrong := self._outside(*(known or self._probed_range()), vocabulary, field):
             raise UserError(wrong)
-        self._unproven_vocabulary = None if known else model_vocabulary
+        self._unproven_vocabulary = None if known else vocabulary
 
-    def _outside(self, smallest: int, largest: int, vocabulary: int) -> str | None:
-        """What is wrong with tokens for which a model may have no embedding."""
+    def _outside(
+        self, smallest: int, largest: int, vocabulary: int, field: str = "vocabulary"
+    ) -> str | None:
+        """What is wrong with tokens that may not be below a vocabulary."""
         if smallest < 0:
             return (
                 f"corpus {self.prefix}: it holds the token {smallest}, and tokens count from 0; "
@@ -242,9 +244,9 @@ class Corpus:
             )
         if largest >= vocabulary:
             return (
-                f"corpus {self.prefix}: it holds the token {largest}, but model "
-                f"vocab_size={vocabulary} is smaller; use at least {largest + 1}, or a corpus "
-                f"packed with a smaller tokenizer."
+                f"corpus {self.prefix}: it holds the token {largest}, but {field}={vocabulary} "
+                f"is smaller; use at least {largest + 1}, or a corpus packed with a smaller "
+                f"tokenizer."
             )
         return None
 

@@ -84,7 +84,7 @@ def main() -> None:
         texts = [json.loads(line)["text"] for line in file]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     encoder = load_encoder(options.tokenizer)
-    print(f"{megabytes:.1f} MB of text in {len(texts):,} documents, {type(encoder).__name__}")
+    print(f"{megabytes:.1f} MB of text in {len(texts):,} documents")
     encoding: dict[int, list[float]] = {workers: [] for workers in options.workers}
     packing: dict[int, list[tuple[float, float]]] = {workers: [] for workers in options.workers}
     with tempfile.TemporaryDirectory() as name:

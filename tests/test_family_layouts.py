@@ -120,8 +120,8 @@ def test_copies_that_differ_end_the_run_before_it_is_saved(two_stages):
     """With DeepSpeed's own summing, which finds no gradient where they are accumulated in fp32."""
     folder, logs = two_stages
     for log in logs:
-        assert "est_ds.errors.Failure: after 2 steps the pipe stages [0, 1]" in log
-        assert "model.embed_tokens.weight, differ in it (weight as computed with, weight, " in log
+        assert "after 2 steps the copies of model.embed_tokens.weight in the pipe stages" in log
+        assert "Set parallel.pipe=1 and start the run again" in log
     assert len(read_metrics(folder / "without")[0]) == 2
     assert not list((folder / "without" / "checkpoints").iterdir())
 

@@ -32,22 +32,16 @@ BF16_LAYOUTS = [
 # Weights in bf16 have 8 bits: a sum in another order may round one of them the other way, and these
 # losses fall by a third in five steps.
 BF16_BOUND = 1e-3
-# Overrides, and the bound on the losses of all steps, relative.
+# What EST is trained at, against float64.
 SIZES = {
-    "the tests' model, 20 steps, lr 1e-2": (["method=" + METHODS["est"]], 1e-5),
-    "quickstart's model, 16 steps, lr 3e-3": (
-        [
-            "model=" + yaml.safe_dump(
-                yaml.safe_load((ROOT / "configs/model/toy.yaml").read_text()),
-                default_flow_style=True, width=10_000,
-            ).strip(),
-            "steps=16", "optimizer.lr=3.0e-3",
-            "method={name: est, balance_groups: 4, phases: ["
-            "{name: small, until: 0.3, layers: 0.5, heads: 0.5, columns: 0.5}, "
-            "{name: narrow, until: 0.65, heads: 0.5, columns: 0.5}, {name: full, until: 1.0}]}",
-        ],
-        1e-4,
-    ),
+    "the tests' model, 20 steps, lr 1e-2": ["method=" + METHODS["est"]],
+    "quickstart's model, 16 steps, lr 3e-3": [
+        f"model={ROOT / 'configs/model/toy.yaml'}",
+        "steps=16", "optimizer.lr=3.0e-3",
+        "method={name: est, balance_groups: 4, phases: ["
+        "{name: small, until: 0.3, layers: 0.5, heads: 0.5, columns: 0.5}, "
+        "{name: narrow, until: 0.65, heads: 0.5, columns: 0.5}, {name: full, until: 1.0}]}",
+    ],
 }  # fmt: skip
 
 
@@ -154,7 +148,7 @@ def test_bf16_equals_plain_adamw_on_fp32_weights_within_the_bound(layout, traine
 def test_layouts_are_no_farther_from_float64_than_plain_torch(size, synthetic_run, tmp_path):
     """What differs between layouts is rounding: plain torch differs as much between orders of
     summation. Prints the figures of `configs/LAYOUTS.md`: `-k float64 -s`."""
-    overrides, bound = SIZES[size]
+    overrides = SIZES[size]
 
     def plain(micro: int, double: bool = False) -> Reference:
         extra = [f"run_dir={tmp_path}/none", "parallel={}", f"batch.micro={micro}"]
@@ -172,7 +166,8 @@ def test_layouts_are_no_farther_from_float64_than_plain_torch(size, synthetic_ru
         first, norm = (largest_difference(run.norms[:n], exact.norms[:n]) for n in (1, None))
         print(f"{size} | {name} | loss {apart[name]:.1e} | norm {norm:.1e}, first {first:.1e}")
         assert first <= 1e-6
-    assert max(apart.values()) <= bound
+    of_plain = max(apart[name] for name in apart if name not in LAYOUTS)
+    assert max(apart.values()) <= 3 * of_plain
 
 
 def test_some_plan_of_raptr_leaves_a_pipe_stage_without_layers(synthetic_run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def plain_adamw(
     run = prepare(config, 1)
     model = build_model(run.hf_config, config.seed)
     if double:
-        model.double()
+        _make_double(model)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     wide = torch.float64 if double else torch.float32
     for parameter in model.parameters():
@@ -92,7 +93,9 @@ def plain_adamw(
                     if parameter.grad is not None:
                         master.grad += parameter.grad.to(wide)
                         parameter.grad = None
-        found.norms.append(nn.utils.clip_grad_norm_(masters, config.optimizer.clip).item())
+        norm = nn.utils.get_total_norm([master.grad.double() for master in masters])
+        nn.utils.clip_grads_with_norm_(masters, config.optimizer.clip, norm.to(wide))
+        found.norms.append(norm.item())
         idle = [(m, m.grad == 0, m.detach().clone()) for m in masters]
         moments = {m: {k: t.clone() for k, t in optimizer.state[m].items()} for m in masters}
         optimizer.step()
@@ -113,6 +116,23 @@ def plain_adamw(
             with torch.no_grad():
                 found.held_out[step] = loss_of(run, model, *batch).item()
     return found
+
+
+def _make_double(model: nn.Module) -> None:
+    """Makes a model compute in float64, its norms too, which the library computes in float32."""
+
+    def norm(module: nn.Module, x: Tensor) -> Tensor:
+        mean = x.pow(2).mean(-1, keepdim=True)
+        return module.weight * x * torch.rsqrt(mean + module.variance_epsilon)
+
+    for module in model.double().modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(norm, module)
+
+
+def largest_difference(found: list[float], expected: list[float]) -> float:
+    """Relative to what is expected."""
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
 def assert_close(found: list[float], expected: list[float], within: float = 1e-5) -> None:

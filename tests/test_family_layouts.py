@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
-from reference import Reference, plain_adamw
+from reference import Reference, largest_difference, plain_adamw
 from test_slicing_reference import CASES
 from workers import start
 
@@ -30,6 +30,7 @@ MODELS = {
     if tied or family != "t5"  # the library ties T5 always
 }  # fmt: skip
 TIED = [name for name in MODELS if name.endswith(", tied")]
+QWEN3 = "qwen3, untied"
 FAST_LAYOUT = "pipe 2, ZeRO 1"
 LAYOUTS_OF = {
     "fp32": [*LAYOUTS, *MORE_LAYOUTS],
@@ -53,9 +54,12 @@ def overrides_of(model: str, precision: str) -> list[str]:
     ]  # fmt: skip
 
 
-def reference_of(run: Path, folder: Path, model: str, precision: str) -> Reference:
+def reference_of(
+    run: Path, folder: Path, model: str, precision: str, double: bool = False
+) -> Reference:
     overrides = [f"run_dir={folder / name_of(model, precision)}", "parallel={zero: 1}"]
-    return plain_adamw(load_run(run, [*overrides, *overrides_of(model, precision)]))
+    config = load_run(run, [*overrides, *overrides_of(model, precision)])
+    return plain_adamw(config, double=double)
 
 
 def differences(run_dir: Path, expected: Reference) -> tuple[float, float]:
@@ -65,26 +69,24 @@ def differences(run_dir: Path, expected: Reference) -> tuple[float, float]:
     wanted = expected.losses + list(expected.held_out.values())
     norms = [e["grad_norm"] for e in steps]
     assert (len(losses), len(norms)) == (len(wanted), STEPS)
-    return largest(losses, wanted), largest(norms, expected.norms)
-
-
-def largest(found: list[float], expected: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    return largest_difference(losses, wanted), largest_difference(norms, expected.norms)
 
 
 @pytest.fixture(scope="module")
 def two_stages(synthetic_run, tmp_path_factory):
-    """The folder of a tied bf16 run of every family, of one without our summing, and its logs."""
+    """The folder of a tied bf16 run of every family and two others, and the logs of all.
+
+    The last run is without our summing of gradients."""
     folder = tmp_path_factory.mktemp("two_stages")
     jobs = [
         {
             "run": synthetic_run,
             "overrides": [
-                f"run_dir={folder / name_of(model)}", *MORE_LAYOUTS[FAST_LAYOUT][1],
-                *overrides_of(model, "bf16"),
+                f"run_dir={folder / name_of(model, precision)}", *MORE_LAYOUTS[FAST_LAYOUT][1],
+                *overrides_of(model, precision),
             ],
         }
-        for model in TIED
+        for model, precision in [*((model, "bf16") for model in TIED), (QWEN3, "fp32")]
     ]  # fmt: skip
     without = ["checkpoint.every=2", f"run_dir={folder / 'without'}"]
     last = {**jobs[0], "overrides": [*jobs[0]["overrides"], *without], "sums_no_ties": True}
@@ -97,19 +99,28 @@ def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):
     folder, _ = two_stages
     for model in TIED:
         expected = reference_of(synthetic_run, folder, model, "bf16")
-        loss, norm = differences(folder / name_of(model), expected)
+        loss, norm = differences(folder / name_of(model, "bf16"), expected)
         assert loss <= BOUNDS["bf16"][0] and norm <= BOUNDS["bf16"][1], (model, loss, norm)
         # The weights are the same yet. One process adds up a tied weight's gradients in bf16.
-        first = read_metrics(folder / name_of(model))[0][0]["grad_norm"]
-        assert largest([first], expected.norms[:1]) <= 1e-4, model
+        first = read_metrics(folder / name_of(model, "bf16"))[0][0]["grad_norm"]
+        assert largest_difference([first], expected.norms[:1]) <= 1e-4, model
+
+
+def test_the_norm_counts_every_gradient_once(two_stages, synthetic_run):
+    """Those of Qwen3's norms of queries and keys too; the sum in float64 tells."""
+    folder, _ = two_stages
+    exact = reference_of(synthetic_run, folder, QWEN3, "fp32", double=True)
+    norms = [e["grad_norm"] for e in read_metrics(folder / name_of(QWEN3, "fp32"))[0]]
+    assert largest_difference(norms[:1], exact.norms[:1]) <= 1e-6
+    assert largest_difference(norms, exact.norms) <= BOUNDS["fp32"][1]
 
 
 def test_copies_that_differ_end_the_run_before_it_is_saved(two_stages):
     """With DeepSpeed's own summing, which finds no gradient where they are accumulated in fp32."""
     folder, logs = two_stages
     for log in logs:
-        assert "est_ds.errors.Failure: after 2 steps the pipe stages [0, 1]" in log
-        assert "model.embed_tokens.weight, differ in it (weight as computed with, weight, " in log
+        assert "after 2 steps the copies of model.embed_tokens.weight in the pipe stages" in log
+        assert "Set parallel.pipe=1 and start the run again" in log
     assert len(read_metrics(folder / "without")[0]) == 2
     assert not list((folder / "without" / "checkpoints").iterdir())
 

@@ -84,9 +84,11 @@ class Fragments:
 
     def owned(self) -> Iterator[Fragment]:
         """Each element of the model exactly once over all processes."""
+        return (part for part in self.divided() if self._is_first.get(part.name, True))
+
+    def divided(self) -> Iterator[Fragment]:
+        """Each element of this pipe stage exactly once over its replicas."""
         for fragment in self.held():
-            if not self._is_first.get(fragment.name, True):
-                continue
             if self._zero == 0:
                 total = fragment.stop
                 start, stop = (total * (self._replica + i) // self._num_replicas for i in (0, 1))

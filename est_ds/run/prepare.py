@@ -60,6 +60,9 @@ def prepare(config: RunConfig, processes: int) -> Run:
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in (*train, *valid.values()):
         corpus.check_vocabulary(planned.method.shape.vocabulary)
+        given = getattr(planned.objective, "vocabulary", None)
+        if given and not corpus.manifest:  # above it come the objective's own ids
+            corpus.check_vocabulary(given, "objective.vocabulary")
         corpus.check_tokenizer(data.tokenizer)
         if data.documents == "separate" or data.shuffle == "documents":
             corpus.check_boundaries()

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import ROOT, write_corpus
+from cases.corpora import write_corpus
+from conftest import ROOT
 
 from est_ds.data import streams
 from est_ds.data.indexed import Corpus

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cases.corpora import write_corpus
 from conftest import train
 from layouts import LAYOUTS, train_in
 from reference import assert_close
-from test_data import write_corpus
 from torch.nn.functional import cross_entropy
 from workers import train_all
 

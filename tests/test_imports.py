@@ -46,3 +46,12 @@ def test_imports_go_down(file):
             assert file.parts[0] == "engine"
         if parts[0] == "torch":
             assert file.parts[0] not in ("plans", "flops.py", "lr.py", "config.py")
+
+
+TESTS = Path(__file__).parent
+
+
+def test_no_test_file_is_imported_by_another():
+    """What tests share stands in `cases/` and in the files beside it."""
+    found = {file.name: imported(file) for file in TESTS.glob("**/*.py")}
+    assert not [pair for pair in found.items() if any(name.startswith("test_") for name in pair[1])]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_plans import TINYLLAMA, est, shape_of
+from cases.plans import TINYLLAMA, est, shape_of
 
 from est_ds.config import Parallel
 from est_ds.engine.layout import bubble, imbalance, pipe_cuts, schedule_costs, stage_costs

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from cases.objectives import BERT, T5
 from conftest import TINY_MODEL
-from test_objectives_training import BERT, T5
 from workers import train_all
 
 from est_ds import cli

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from batches import batches_of, windows_of
-from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
+from cases.corpora import write_corpus
 
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Portion
@@ -22,16 +22,6 @@ from est_ds.errors import LocalFailure, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TYPE_CODE_AT = 17  # after magic (9 bytes) and version (8)
-
-
-def write_corpus(prefix, documents, dtype=np.uint16):
-    """A corpus as Megatron's tools leave it: .bin and .idx, no manifest."""
-    builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_item_numpy(np.asarray(document, dtype))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 def write_manifest(prefix, **changes):

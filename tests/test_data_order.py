@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from batches import batches_of, windows_of
+from cases.corpora import write_corpus
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import ROOT, write_corpus
 
 from est_ds.data import streams
 from est_ds.data.indexed import Corpus

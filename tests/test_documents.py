@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from batches import batches_of, windows_of
+from cases.corpora import write_corpus
 from conftest import train
 from layouts import LAYOUTS, train_in
 from reference import assert_close
-from test_data import write_corpus
 from torch.nn.functional import cross_entropy
 from workers import train_all
 

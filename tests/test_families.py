@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from test_slicing_reference import (
+from cases.families import (
     CASES,
     config_of,
     draw_plan,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases.families import CASES
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
 from reference import Reference, largest_difference, plain_adamw
-from test_slicing_reference import CASES
 from workers import start
 
 from est_ds.config.run_file import load_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_plans import GPT2, TINYLLAMA, est, shape_of
+from cases.plans import GPT2, TINYLLAMA, est, shape_of
 
 from est_ds.cost import flops
 from est_ds.plans.methods import build_method

@@ -80,3 +80,9 @@ def test_no_file_imports_itself_by_way_of_others():
 
 def test_few_modules_stand_beside_the_wings():
     assert len(list(PACKAGE.glob("*.py"))) <= 5
+
+
+def test_no_test_file_is_imported_by_another():
+    """What tests share stands in `cases/` and in the files beside it."""
+    found = {file.name: imported(file) for file in Path(__file__).parent.glob("**/*.py")}
+    assert not [pair for pair in found.items() if any(name.startswith("test_") for name in pair[1])]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_methods import SECTIONS
-from test_slicing_reference import (
+from cases.families import (
     CASES,
     assert_close,
     installed,
@@ -13,32 +12,13 @@ from test_slicing_reference import (
     run_step,
     shape_of,
 )
+from cases.methods import SECTIONS, fitting
 
 from est_ds.errors import UserError
 from est_ds.plans.methods import METHODS, build_method
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
 STEPS = 100
-
-
-def fitting(section: dict, num_layers: int) -> dict:
-    """A section of the table of eight layers for a model of fewer."""
-    section = dict(section)
-    if isinstance(groups := section.get("balance_groups"), list):
-        section["balance_groups"] = [num_layers - 1, 1]
-    elif groups:
-        section["balance_groups"] = min(groups, 2)
-    if section["name"] == "stacking":
-        depths = [min(p["layers"], num_layers - n) for n, p in enumerate(section["phases"][::-1])]
-        depths[0] = num_layers
-        section["phases"] = [
-            {**p, "layers": d} for p, d in zip(section["phases"], depths[::-1], strict=True)
-        ]
-    if isinstance(section.get("always_keep"), list):
-        section["always_keep"] = [i for i in section["always_keep"] if i < num_layers]
-    if section["name"] == "raptr" and "layers" in section["phases"][0]:
-        section["phases"] = [{"until": 0.5, "layers": num_layers - 1}, {"until": 1.0}]
-    return section
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +28,7 @@ def test_sliced_step_of_every_method_on_every_family_equals_the_masked_step(meth
     shape = shape_of(case)
     model = our_model(case)
     subnetwork = installed(case, model)
-    for name, section in SECTIONS.items():
+    for section in SECTIONS.values():
         if section["name"] != method:
             continue
         built = fitting(section, shape.num_layers)

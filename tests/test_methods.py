@@ -7,55 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from test_plans import GOLDEN, TINYLLAMA, assert_uniform, digests, shape_of
+from cases.methods import SECTIONS
+from cases.plans import GOLDEN, TINYLLAMA, assert_uniform, digests, shape_of
 
 from est_ds.cost import flops
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import plan_loads
 
-HALF = dict(layers=0.5, heads=0.5, columns=0.5)
-TWO = [dict(until=0.5, **HALF), dict(until=1.0)]
-
-# Every setting of every method at least once; eight layers and a hundred steps fit them all.
-SECTIONS = {
-    "full": dict(name="full"),
-    "est": dict(name="est", phases=TWO),
-    "est_layers": dict(name="est", phases=[dict(until=1.0, layers=0.5)]),
-    "est_heads": dict(name="est", phases=[dict(until=1.0, heads=0.5)], head_rule="groups"),
-    "est_columns": dict(name="est", phases=[dict(until=1.0, columns=0.3)]),
-    "est_heads_columns": dict(name="est", phases=[dict(until=1.0, heads=0.5, columns=0.7)]),
-    "est_five_phases": dict(
-        name="est",
-        phases=[dict(until=u, layers=u, name=f"p{u}") for u in (0.2, 0.4, 0.6, 0.8)]
-        + [dict(until=1.0)],
-    ),
-    "est_bernoulli": dict(name="est", phases=TWO, counts="bernoulli", scale=dict(layers="sqrt")),
-    "est_bernoulli_balanced": dict(
-        name="est", phases=TWO, counts="bernoulli", balance_groups=3, head_rule="groups",
-        scale=dict(layers="inverse"),
-    ),
-    "est_sublayer": dict(name="est", phases=TWO, skip="sublayer", always_keep=[2]),
-    "est_sublayer_balanced": dict(name="est", phases=TWO, skip="sublayer", balance_groups=[3, 5]),
-    "raptr": dict(name="raptr", phases=[dict(until=0.5, layers=4), dict(until=1.0)]),
-    "raptr_width": dict(
-        name="raptr", phases=[dict(until=0.5, heads=0.5, columns=0.5), dict(until=1.0)]
-    ),
-    "layer_drop": dict(name="layer_drop", drop=0.3),
-    "layer_drop_balanced": dict(
-        name="layer_drop", drop=0.6, balance_groups=4, scale=dict(layers="inverse")
-    ),
-    "layer_drop_sublayer": dict(name="layer_drop", skip="sublayer", always_keep=[0, -1]),
-    "pld": dict(name="pld", gamma=0.05),
-    "pld_sublayer": dict(name="pld", gamma=0.05, skip="sublayer", count_from=0),
-    "decay_drop": dict(name="decay_drop", p_max=0.9),
-    "static": dict(name="static", until=0.5, **HALF),
-    "static_sublayer": dict(name="static", until=40, layers=3, skip="sublayer"),
-    "stacking": dict(name="stacking", phases=[dict(until=0.5, layers=4), dict(until=1.0, layers=8)]),
-    "stacking_fresh_balanced": dict(
-        name="stacking", mode="fresh", balance_groups=2,
-        phases=[dict(until=0.2, layers=0), dict(until=0.5, layers=3), dict(until=1.0, layers=8)],
-    ),
-}
 # Stacking may start with fewer layers than runs, or none.
 BALANCED = [
     n for n, s in SECTIONS.items() if s.get("balance_groups") and s["name"] != "stacking"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_plans import GPT2, TINYLLAMA
+from cases.plans import GPT2, TINYLLAMA
 
 from est_ds.cost import flops
 from est_ds.plans.methods import METHODS, build_method

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from cases.methods import SECTIONS, fitting
 from conftest import train
 from reference import assert_close
-from test_matrix import fitting
-from test_methods import SECTIONS
 
 from est_ds.run.metrics import read_metrics
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from test_data import write_corpus
-from test_objectives_training import BERT, T5
+from cases.corpora import write_corpus
+from cases.objectives import BERT, T5
 
 from est_ds.config.run_file import load_run
 from est_ds.errors import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from cases.objectives import BERT, T5
 from cases.tiny import TINY_MODEL
 from conftest import train
 from reference import assert_close
@@ -19,15 +20,6 @@ from est_ds.slicing.build import build_model
 from est_ds.slicing.subnetwork import Subnetwork
 
 STEPS = 6
-BERT = {
-    "model_type": "bert", "vocab_size": 520, "hidden_size": 32, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-T5 = {
-    "model_type": "t5", "vocab_size": 560, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2,
-    "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
-}  # fmt: skip
 CASES = {
     "bert": (BERT, {"name": "mlm"}),
     "llama": (

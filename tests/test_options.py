@@ -88,7 +88,7 @@ def check(some, folder: Path, run: Path, expected) -> None:
         jobs.setdefault(LAYOUTS[COLUMNS[column]][0], []).append(job)
     for processes, of_them in jobs.items():
         train_all(folder / f"processes_{processes}", processes, of_them)
-    for i, (overrides, column) in enumerate(some):
+    for i, (overrides, _) in enumerate(some):
         kind = tuple(k for k in ("bf16", "freeze") if any(k in o for o in overrides))
         bound = BF16_BOUND if "bf16" in kind else 1e-5
         losses = [e["loss"] for e in read_metrics(folder / str(i))[0]]

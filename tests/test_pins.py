@@ -11,25 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from cases.pins import applies_here, read_pins
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-PINS = ROOT / "launch" / "requirements.txt"
-
-
-def read_pins():
-    lines = (line.partition("#")[0].strip() for line in PINS.read_text().splitlines())
-    return [Requirement(line) for line in lines if line]
-
-
-def applies_here(pin, extra):
-    return pin.marker is None or pin.marker.evaluate({"extra": extra})
-
-
-def pin_of(name):
-    (found,) = (p for p in read_pins() if p.name == name and applies_here(p, ""))
-    return f"{found.name}{found.specifier}"
 
 
 def test_every_pin_is_exact_and_one_applies_to_each_package():

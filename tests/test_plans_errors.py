@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from test_plans import PHASES, TINYLLAMA, est, shape_of
+from cases.plans import PHASES, TINYLLAMA, est, shape_of
 
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method

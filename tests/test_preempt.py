@@ -167,7 +167,7 @@ def test_notice_saves_and_the_resumed_run_is_the_one_that_never_stopped(
                 return any(run_dir.glob("checkpoints/.step_*"))
             return steps >= 3
 
-        wait_until(lambda: started.poll() is not None or reached(), 60, every_s=0.01)
+        wait_until(lambda: started.poll() is not None or reached(), 240, every_s=0.01)
         began = time.monotonic()
         if when == "training":
             started.send_signal(signal.SIGTERM)  # to est-ds, as a scheduler does

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_slicing_reference import (
+from cases.families import (
     assert_close,
     assert_equal,
     draw_plan,

@@ -9,7 +9,7 @@ since they compute the scores again in the backward. None of them halves causal 
 
 from __future__ import annotations
 
-from test_slicing_reference import (
+from cases.families import (
     CASES,
     Case,
     draw_plan,

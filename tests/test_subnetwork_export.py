@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from test_slicing_reference import (
+from cases.families import (
     CASES,
     config_of,
     draw_plan,

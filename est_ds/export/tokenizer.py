@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.encoders import Encoder
+from est_ds.data.auto_tokenizer import copy_tokenizer, plain_ids
 from est_ds.data.indexed import Corpus
 from est_ds.data.objectives.base import Objective
-from est_ds.data.tokenizer import tokenizer_files
 from est_ds.errors import UserError
 
 _CONFIG = "tokenizer_config.json"
@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path, source: str, objective: Objective) -> tuple[An
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _copied(source, folder)
+    tokenizer = copy_tokenizer(source, folder)
     if not objective.own_tokens:
         return tokenizer, []
     names = _add_tokens(tokenizer, objective)
@@ -52,36 +52,6 @@ def write_tokenizer(folder: Path, source: str, objective: Objective) -> tuple[An
         for file in Path(beside).iterdir():
             shutil.copyfile(file, folder / file.name)
     return AutoTokenizer.from_pretrained(folder), []
-
-
-def _copied(source: str, folder: Path) -> Any:
-    """Copies a tokenizer into a model's folder, and returns it as transformers loads it there.
-
-    Beside the config.json of some model types transformers takes a class of its own, whatever the
-    file says, which reads a tokenizer.json otherwise; but where the file names code, which is not
-    run, it takes the class that the file names.
-    """
-    from transformers import AutoTokenizer
-
-    files = tokenizer_files(source)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    wanted = AutoTokenizer.from_pretrained(files[0].parent)
-    for more in ({}, {"auto_map": {"AutoTokenizer": [None, None]}}):
-        loaded = AutoTokenizer.from_pretrained(folder)
-        if _definition(loaded) == _definition(wanted):
-            break
-        wanted.save_pretrained(folder)
-        settings = json.loads((folder / _CONFIG).read_text())
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **more}
-        (folder / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _definition(loaded: Any) -> dict[str, Any]:
-    # Every call sets these anew.
-    definition = json.loads(loaded.backend_tokenizer.to_str())
-    return definition | {"truncation": None, "padding": None}
 
 
 def _add_tokens(tokenizer: Any, objective: Objective) -> dict[int, str]:
@@ -139,9 +109,8 @@ def check_tokenizer(tokenizer: Any, encoder: Encoder, corpora: list[Corpus]) -> 
         same = tokens = documents = 0
         for ids, is_whole in _documents(corpus, encoder):
             text = encoder.decode(ids)
-            given = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            packed, [expected] = ids, encoder.encode([text])
-            given = given["input_ids"]
+            given, [expected] = plain_ids(tokenizer, text), encoder.encode([text])
+            packed = ids
             if not is_whole:
                 until = len(ids) - _TORN
                 packed, expected, given = packed[:until], expected[:until], given[:until]
@@ -192,9 +161,9 @@ def _refuse(corpus: Corpus, text: str, expected: list[int], given: list[int]) ->
     raise UserError(
         f"the tokenizer does not encode as the corpus {corpus.prefix} was packed: of "
         f"{text[:40]!r}... packing gives token {at} as {expected[at : at + 3]}, and "
-        f"AutoTokenizer.from_pretrained(export) as {given[at : at + 3]}; nothing was exported. "
-        f"Give data.tokenizer=DIR a folder that transformers reads as the corpus was packed, or "
-        f"pack the corpus again and train on it."
+        f"AutoTokenizer.from_pretrained(export) as {given[at : at + 3]}; nothing was exported. Give "
+        f"data.tokenizer=DIR a folder that transformers reads as the corpus was packed, or pack "
+        f"the corpus again and train on it."
     )
 
 

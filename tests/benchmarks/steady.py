@@ -15,8 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layouts import LAYOUTS, train_in
-from test_layouts import write_run
+from layouts import LAYOUTS, train_in, write_run
 
 from est_ds.run.metrics import read_metrics
 

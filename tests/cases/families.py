@@ -1,0 +1,304 @@
+"""An independent reference for subnetworks: the unmodified library model, masked by hooks.
+
+Every family is a row of `CASES`. The reference knows only where a family's output projections
+are: what they read is multiplied by 0 or n / k, and a skipped layer hands on what it was given.
+Nothing of `est_ds.slicing` takes part. Weights are redrawn large, so that every head, column and
+bias matters to the comparison.
+
+Shapes: H heads, D head size; a projection reads [B, T, H * D] or [B, T, columns].
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from est_ds.plans.plan import Kept, LayerPlan, Plan
+from est_ds.plans.shape import Attention, ModelShape
+from est_ds.slicing.build import build_model
+from est_ds.slicing.families import family_of, hf_config
+from est_ds.slicing.subnetwork import Subnetwork
+
+torch.set_num_threads(1)  # products this small are slower on more
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small model of a family.
+
+    Attributes:
+        section: the `model` section of a run file.
+        auto_class: the library's class that builds the unmodified model.
+        layers: for every stack of layers, its path and the output projection of every part.
+        head: path of the output head.
+        norm_after: the parent of an output projection adds the residual, its second argument,
+            and norms their sum.
+    """
+
+    section: dict[str, Any]
+    layers: tuple[tuple[str, tuple[str, ...]], ...]
+    auto_class: str = "AutoModelForCausalLM"
+    head: str = "lm_head"
+    norm_after: bool = False
+
+
+LLAMA = (("model.layers", ("self_attn.o_proj", "mlp.down_proj")),)
+SMALL = dict(hidden_size=24, num_hidden_layers=4, intermediate_size=37, vocab_size=61)
+GQA = dict(num_attention_heads=12, num_key_value_heads=4, head_dim=4, max_position_embeddings=32)
+MHA = {**GQA, "num_key_value_heads": 12}
+GPT2 = dict(
+    n_embd=24, n_layer=4, n_head=12, n_inner=37, n_positions=32, vocab_size=61,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)
+GPT2_LAYERS = (("transformer.h", ("attn.c_proj", "mlp.c_proj")),)
+BERT = dict(
+    num_attention_heads=12, max_position_embeddings=32,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)
+T5_SIZES = dict(
+    d_model=24, d_kv=4, num_heads=12, d_ff=37, num_layers=4, num_decoder_layers=4, vocab_size=61,
+    relative_attention_num_buckets=8, relative_attention_max_distance=6, dropout_rate=0.0,
+)
+T5_LAYERS = (
+    ("encoder.block", ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo")),
+    (
+        "decoder.block",
+        ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo"),
+    ),
+)
+
+CASES = {
+    "llama": Case({"model_type": "llama", **SMALL, **GQA}, LLAMA),
+    "llama_mha": Case({"model_type": "llama", **SMALL, **MHA}, LLAMA),
+    "llama_biases_tied": Case(
+        {
+            "model_type": "llama", **SMALL, **GQA,
+            "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+        },
+        LLAMA,
+    ),
+    "mistral": Case({"model_type": "mistral", **SMALL, **GQA}, LLAMA),
+    "mistral_window": Case({"model_type": "mistral", **SMALL, **GQA, "sliding_window": 4}, LLAMA),
+    "qwen2": Case({"model_type": "qwen2", **SMALL, **GQA}, LLAMA),
+    "qwen3": Case({"model_type": "qwen3", **SMALL, **GQA, "tie_word_embeddings": True}, LLAMA),
+    "gpt2": Case({"model_type": "gpt2", **GPT2}, GPT2_LAYERS),
+    "gpt2_untied": Case({"model_type": "gpt2", **GPT2, "tie_word_embeddings": False}, GPT2_LAYERS),
+    "bert": Case(
+        {"model_type": "bert", **SMALL, **BERT},
+        (("bert.encoder.layer", ("attention.output.dense", "output.dense")),),
+        "AutoModelForMaskedLM",
+        head="cls",
+        norm_after=True,
+    ),
+    "t5": Case({"model_type": "t5", **T5_SIZES}, T5_LAYERS, "AutoModelForSeq2SeqLM"),
+    "t5_gated": Case(
+        {
+            "model_type": "t5", **T5_SIZES, "num_decoder_layers": 3,
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        },
+        T5_LAYERS,
+        "AutoModelForSeq2SeqLM",
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step gives: logits, loss, and a gradient for every parameter name."""
+
+    logits: Tensor
+    loss: Tensor
+    grads: dict[str, Tensor]
+
+
+def config_of(case: Case) -> Any:
+    return hf_config(dict(case.section))
+
+
+def shape_of(case: Case) -> ModelShape:
+    return family_of(case.section["model_type"]).shape(config_of(case))
+
+
+_built: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+
+def _models(case: Case) -> tuple[nn.Module, nn.Module]:
+    """Ours and the library's, with the same large weights; built once."""
+    if id(case) not in _built:
+        ours = build_model(config_of(case), seed=1)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for p in ours.parameters():
+                p.copy_(
+                    0.15 * torch.randn_like(p) if p.ndim > 1 else p + 0.2 * torch.randn_like(p)
+                )
+            # A residual stream larger than what layers add keeps comparisons well conditioned.
+            ours.get_input_embeddings().weight.mul_(8)
+        _built[id(case)] = ours, library_model_of(case, config_of(case), ours.state_dict())
+    return _built[id(case)]
+
+
+def library_model_of(case: Case, config: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """The library's model, loaded as it loads checkpoints: it unties heads that differ."""
+    kind = getattr(transformers, case.auto_class)._model_mapping[type(config)]
+    own = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return kind.from_pretrained(
+        None, config=config, state_dict=own, attn_implementation="sdpa"
+    ).train()
+
+
+def our_model(case: Case) -> nn.Module:
+    """The model that est_ds builds, with large weights."""
+    return copy.deepcopy(_models(case)[0])
+
+
+def library_model(case: Case) -> nn.Module:
+    """The unmodified library model with the same weights."""
+    return copy.deepcopy(_models(case)[1])
+
+
+def installed(case: Case, model: nn.Module) -> Subnetwork:
+    family = family_of(case.section["model_type"])
+    return Subnetwork(family, shape_of(case), dict(enumerate(family.layers(model))))
+
+
+def inputs_of(case: Case) -> dict[str, Tensor]:
+    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6]."""
+    generator = torch.Generator().manual_seed(3)
+    vocabulary = case.section["vocab_size"]
+    ids = {"input_ids": torch.randint(2, vocabulary, (2, 9), generator=generator)}
+    if case.auto_class == "AutoModelForSeq2SeqLM":
+        ids["decoder_input_ids"] = torch.randint(2, vocabulary, (2, 6), generator=generator)
+    return ids
+
+
+def run_step(model: nn.Module, case: Case) -> Step:
+    """Forward and backward of a cross-entropy against fixed labels."""
+    model.zero_grad(set_to_none=True)
+    model.train()
+    cache = {} if case.auto_class == "AutoModelForMaskedLM" else {"use_cache": False}
+    logits = model(**inputs_of(case), **cache).logits
+    labels = torch.arange(logits[..., 0].numel()) * 7 % logits.shape[-1]
+    loss = cross_entropy(logits.flatten(0, 1), labels)
+    loss.backward()
+    grads = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+    return Step(logits.detach(), loss.detach(), grads)
+
+
+def masked_step(case: Case, plan: Plan) -> Step:
+    """The plan's step by masks in plain torch, on the unmodified library model."""
+    model = library_model(case)
+    layers = [
+        (layer, projections)
+        for path, projections in case.layers
+        for layer in model.get_submodule(path)
+    ]
+    for (layer, projections), layer_plan, parts in zip(layers, plan.layers, shape_of(case).layers):
+        if layer_plan is None:
+            layer.register_forward_hook(_hand_on)
+            continue
+        for path, kept, part in zip(projections, layer_plan.parts, parts):
+            module = layer.get_submodule(path)
+            if kept.count == 0:
+                module.register_forward_hook(lambda _m, _x, out: out * 0)
+                if case.norm_after:
+                    parent = layer.get_submodule(path.rpartition(".")[0])
+                    parent.register_forward_hook(lambda _m, args, _out: args[1])
+                continue
+            size = part.head_dim if isinstance(part, Attention) else 1
+            module.register_forward_pre_hook(_masks(kept, size))
+            module.register_forward_hook(lambda _m, _x, out, scale=layer_plan.scale: out * scale)
+    return run_step(model, case)
+
+
+def _masks(kept: Kept, size: int):
+    mask = torch.ones(kept.total)
+    if kept.units is not None:
+        mask = torch.zeros(kept.total)
+        mask[torch.from_numpy(kept.units)] = kept.total / len(kept.units)
+    mask = mask.repeat_interleave(size)
+    return lambda _module, args: (args[0] * mask,)
+
+
+def _hand_on(_layer: nn.Module, args: tuple, out: Any) -> Any:
+    """The layer's input in place of its output; what else it returns stays as it was."""
+    return (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+
+
+def draw_plan(
+    shape: ModelShape,
+    *,
+    skipped: tuple[int, ...] = (),
+    without: tuple[tuple[int, int], ...] = (),
+    heads: int | None = None,
+    columns: int | None = None,
+    rule: str = "within_groups",
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Plan:
+    """A plan with the given counts, at random.
+
+    Args:
+        without: skipped parts, as pairs of a layer and a part of it.
+        heads: kept heads of every key/value group (`within_groups`), or kept groups (`groups`,
+            and always without grouped-query attention).
+        columns: kept columns.
+    """
+    rng = np.random.default_rng(seed)
+
+    def some(n: int, k: int) -> np.ndarray:
+        return np.sort(rng.permutation(n)[:k])
+
+    def keep(part: Any) -> Kept:
+        if not isinstance(part, Attention):
+            return Kept(None if columns is None else some(part.columns, columns), part.columns)
+        if heads is None:
+            return Kept(None, part.heads)
+        per_group = part.heads // part.groups
+        if rule == "groups" or per_group == 1:
+            groups = some(part.groups, heads)
+            units = (groups[:, None] * per_group + np.arange(per_group)).reshape(-1)
+            return Kept(units, part.heads, groups)
+        units = [some(per_group, heads) + g * per_group for g in range(part.groups)]
+        return Kept(np.concatenate(units), part.heads)
+
+    def keep_or_skip(i: int, p: int, part: Any) -> Kept:
+        kept, nothing = keep(part), np.arange(0)
+        return Kept(nothing, part.units, nothing) if (i, p) in without else kept
+
+    layers = [
+        None
+        if i in skipped
+        else LayerPlan(tuple(keep_or_skip(i, p, x) for p, x in enumerate(parts)), scale)
+        for i, parts in enumerate(shape.layers)
+    ]
+    return Plan(0, 0, tuple(layers))
+
+
+def assert_close(ours: Step, theirs: Step) -> None:
+    """Equal within 1e-5 of the largest entry, or of 1."""
+    pairs = [("logits", ours.logits, theirs.logits), ("loss", ours.loss, theirs.loss)]
+    assert list(ours.grads) == list(theirs.grads)
+    pairs += [(name, ours.grads[name], theirs.grads[name]) for name in theirs.grads]
+    for name, a, b in pairs:
+        error = (a - b).abs().max().item()
+        assert error <= 1e-5 * max(1.0, b.abs().max().item()), f"{name}: {error:.2e}"
+
+
+def assert_equal(ours: Step, theirs: Step) -> None:
+    assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.loss, theirs.loss)
+    assert list(ours.grads) == list(theirs.grads)
+    for name in theirs.grads:
+        assert torch.equal(ours.grads[name], theirs.grads[name]), name

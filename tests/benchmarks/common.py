@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from est_ds.config import RunConfig, checked
@@ -80,7 +81,8 @@ def zero_engine(config: RunConfig):
     from est_ds.runtime import world
     from est_ds.slicing.families import family_of, hf_config
 
-    start_processes(world())
+    if not dist.is_initialized():
+        start_processes(world())
     hf = hf_config(config.model, config.data.sequence)
     family = family_of(hf.model_type)
     shape = family.shape(hf)

@@ -1,17 +1,39 @@
-"""Every benchmark runs, at sizes at which its figures mean nothing."""
+"""Every benchmark runs, at sizes at which its figures mean nothing.
+
+Those that need no processes of their own run one after the other in one; `-m slow` has the rest,
+and more of their settings.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import run_command
 
-pytestmark = pytest.mark.slow
-
 FOLDER = Path(__file__).parent / "benchmarks"
 SMALL = ("--hidden", "128", "--layers", "2", "--batch", "1", "--sequence", "32", "--rounds", "1")
+
+TINY = {
+    "blocks.py": SMALL,
+    "overhead.py": (*SMALL, "--draws", "2"),
+    "step.py": (*SMALL, "--vocabulary", "128"),
+    "gpu.py": ("--tiny", "--backend", "none", "--warmup", "0", "--steps", "1"),
+    "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
+    "packing.py": ("--rounds", "1"),
+}
+STARTING_PROCESSES = {"dense.py", "steady.py"}
+PARTS = {"common.py", "contenders.py", "gate.py"}
+IN_TURN = """
+import json, runpy, sys
+sys.path.insert(0, sys.argv[1])
+if __name__ == "__main__":
+    for script, arguments in json.loads(sys.argv[2]).items():
+        sys.argv = [script, *arguments]
+        runpy.run_path(f"{sys.path[0]}/{script}", run_name="__main__")
+"""
 
 
 def run(script: str, *arguments: str) -> str:
@@ -20,6 +42,17 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_every_script_runs(corpus):
+    assert {f.name for f in FOLDER.glob("*.py")} == {*TINY, *STARTING_PROCESSES, *PARTS}
+    texts = ("--input", f"{corpus}/text.train.jsonl", "--tokenizer", f"{corpus}/tokenizer")
+    scripts = TINY | {"packing.py": (*TINY["packing.py"], *texts)}
+    done = run_command(sys.executable, "-c", IN_TURN, FOLDER, json.dumps(scripts))
+    assert done.returncode == 0, done.stderr
+    for row in ("columns .5", "phase narrow", "dense step", "late: of these", "x the need of 8"):
+        assert row in done.stdout, done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_blocks_runs(family):
     lines = run("blocks.py", *SMALL, "--family", family).splitlines()
@@ -28,37 +61,44 @@ def test_blocks_runs(family):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["0", "1"])
 def test_step_runs(zero):
     assert "layers .5" in run("step.py", *SMALL, "--vocabulary", "128", "--zero", zero)
 
 
+@pytest.mark.slow
 def test_overhead_runs():
     out = run("overhead.py", *SMALL, "--draws", "2")
     assert "phase narrow" in out and "dense step" in out
 
 
+@pytest.mark.slow
 def test_dense_runs_every_loop_that_needs_no_other_package():
     rows = run("dense.py", *SMALL, "--vocabulary", "128").splitlines()[2:]
     assert [row.split()[0] for row in rows] == ["bare", "est_ds_zero0", "est_ds_zero1", "trainer"]
 
 
+@pytest.mark.slow
 def test_gpu_compiles_one_graph_for_sliced_layers_and_one_for_whole_ones():
     rows = run("gpu.py", "--tiny", "--backend", "aot_eager", "--warmup", "1", "--steps", "3")
     compiled = [row.split()[-2:] for row in rows.splitlines()[2:5]]
     assert compiled == [["1", "0"], ["0", "0"], ["1", "0"]]
 
 
+@pytest.mark.slow
 def test_steady_runs():
     rows = run("steady.py", "--steps", "8", "--stretches", "2").splitlines()[1:]
     assert [row[:16].strip() for row in rows] == [f"data 2, ZeRO {zero}" for zero in range(4)]
 
 
+@pytest.mark.slow
 def test_loader_runs():
     rows = run("loader.py", "--tokens", "2000000", "--batch", "64", "--steps", "1").splitlines()
     assert len(rows) == 6 and all("x the need of 8 GPUs" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_packing_runs(corpus):
     arguments = ("--input", corpus / "text.train.jsonl", "--tokenizer", corpus / "tokenizer")
     rows = run("packing.py", *arguments, "--rounds", "1").splitlines()[2:]

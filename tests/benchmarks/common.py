@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from est_ds.config.sections import RunConfig
@@ -82,10 +83,11 @@ def zero_engine(config: RunConfig):
     from est_ds.engine.start import start_processes
     from est_ds.ranks.world import World
 
-    start_processes(World.from_environment())
+    world = World.from_environment()
+    if not dist.is_initialized():
+        start_processes(world)
     design = plan_run(config)
-    engine = build_engine(design, World.from_environment(), Path(tempfile.mkdtemp()))
-    return engine, design.method.shape
+    return build_engine(design, world, Path(tempfile.mkdtemp())), design.method.shape
 
 
 def random_batch(batch: int, sequence: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:

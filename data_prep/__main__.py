@@ -21,6 +21,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`.")
 
 
+_SHARE = "share of the documents, by hash of their text, that goes into a part of its own"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m data_prep", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -28,29 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, summary: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=summary, description=summary)
 
-    def sources(to: argparse.ArgumentParser, note: str = "") -> None:
-        to.add_argument("--input", nargs="+", metavar="PATH", help=_KINDS + note)
-        file = "data file that names the sources instead (configs/data); flags go before it"
-        to.add_argument("--config", type=Path, metavar="FILE", help=file)
-        field = "field or column of --input that holds the text; default text"
-        to.add_argument("--text", metavar="FIELD", help=field)
-        separator = r"what stands between the documents of a .txt file, such as '<|endoftext|>'"
-        to.add_argument("--separator", metavar="TEXT", help=separator)
-        plain = "further endings of files that are read as .txt, such as .md .rst .c"
-        to.add_argument("--plain", nargs="+", metavar="ENDING", help=plain)
-        invalid = "documents that cannot be read end the command (default), or are left out"
-        to.add_argument("--invalid", choices=("error", "skip"), help=invalid)
-        limit = "longer documents are left out and counted; default 64 MiB"
-        to.add_argument("--max-document-bytes", type=int, metavar="N", help=limit)
-
     corpus = verb("corpus", "Gather documents into PREFIX.train.jsonl and PREFIX.valid.jsonl.")
-    sources(corpus, "; default: the sources of Python's standard library")
+    _add_sources(corpus, "; default: the sources of Python's standard library")
     corpus.add_argument("--out", required=True, metavar="PREFIX")
-    share = "share of the documents, by hash of their text, that goes into a part of its own"
-    corpus.add_argument("--held-out", type=float, metavar="FRACTION", help=f"{share}; default 0.02")
+    corpus.add_argument("--held-out", type=float, metavar="FRACTION", help=f"{_SHARE}; default 0.02")
 
     tokenizer = verb("tokenizer", "Train a sentencepiece tokenizer into a folder.")
-    sources(tokenizer)
+    _add_sources(tokenizer)
     tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR")
     size = "number of ids, with 256 bytes and 3 special tokens; default 4096"
     tokenizer.add_argument("--vocab", type=int, default=4096, metavar="N", help=size)
@@ -59,14 +46,37 @@ def _parser() -> argparse.ArgumentParser:
     kind = "kind of tokenizer; default bpe, as Llama's"
     tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=kind)
 
-    pack = verb("pack", "Tokenize documents into PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.")
-    sources(pack)
+    _add_pack(
+        verb("pack", "Tokenize documents into PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.")
+    )
+    _add_verify(verb("verify", "Check a packed corpus against its manifest, byte by byte."))
+    return parser
+
+
+def _add_sources(to: argparse.ArgumentParser, note: str = "") -> None:
+    to.add_argument("--input", nargs="+", metavar="PATH", help=_KINDS + note)
+    file = "data file that names the sources instead (configs/data); flags go before it"
+    to.add_argument("--config", type=Path, metavar="FILE", help=file)
+    field = "field or column of --input that holds the text; default text"
+    to.add_argument("--text", metavar="FIELD", help=field)
+    separator = r"what stands between the documents of a .txt file, such as '<|endoftext|>'"
+    to.add_argument("--separator", metavar="TEXT", help=separator)
+    plain = "further endings of files that are read as .txt, such as .md .rst .c"
+    to.add_argument("--plain", nargs="+", metavar="ENDING", help=plain)
+    invalid = "documents that cannot be read end the command (default), or are left out"
+    to.add_argument("--invalid", choices=("error", "skip"), help=invalid)
+    limit = "longer documents are left out and counted; default 64 MiB"
+    to.add_argument("--max-document-bytes", type=int, metavar="N", help=limit)
+
+
+def _add_pack(pack: argparse.ArgumentParser) -> None:
+    _add_sources(pack)
     model = "folder of a sentencepiece tokenizer.model or a Hugging Face tokenizer, or a file of it"
     pack.add_argument("--tokenizer", metavar="DIR", help=model)
     pack.add_argument("--out", required=True, metavar="PREFIX")
     processes = "processes; the output does not depend on them; default: all cores"
     pack.add_argument("--workers", type=int, metavar="N", help=processes)
-    help_ = f"{share}: PREFIX.train and PREFIX.valid; default: one corpus, PREFIX"
+    help_ = f"{_SHARE}: PREFIX.train and PREFIX.valid; default: one corpus, PREFIX"
     pack.add_argument("--held-out", type=float, metavar="FRACTION", help=help_)
     for name, place in (("bos", "before"), ("eos", "after")):
         help_ = f"put the tokenizer's {name.upper()} {place} every document; default: if it has one"
@@ -76,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     fresh = "begin anew instead of going on with what was interrupted"
     pack.add_argument("--fresh", action="store_true", help=fresh)
 
-    verify = verb("verify", "Check a packed corpus against its manifest, byte by byte.")
+
+def _add_verify(verify: argparse.ArgumentParser) -> None:
     verify.add_argument("--out", "--input", dest="prefix", required=True, metavar="PREFIX")
     made_by = "also check that this tokenizer made the corpus"
     verify.add_argument("--tokenizer", type=Path, metavar="DIR", help=made_by)
@@ -86,7 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--max-unknown", type=float, default=0.01, metavar="SHARE", help=unknown)
     density = "fewest bytes of text a token; default 1"
     verify.add_argument("--min-bytes-per-token", type=float, default=1.0, metavar="N", help=density)
-    return parser
 
 
 def _preparation(options: argparse.Namespace) -> Any:
@@ -141,10 +151,10 @@ def _run(options: argparse.Namespace) -> None:
         share = preparation.held_out if preparation else options.held_out
         gather(sources, options.out, 0.02 if share is None else share, rules)
     elif options.verb == "tokenizer":
-        from data_prep.tokenizer import train
+        from data_prep.tokenizer import Wish, train
 
-        out, size = options.out, options.vocab
-        train(sources, out, size, options.sentences, options.model_type, rules)
+        wish = Wish(options.vocab, options.sentences, options.model_type)
+        train(sources, options.out, wish, rules)
     else:
         from data_prep.pack import pack
 

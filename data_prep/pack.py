@@ -6,16 +6,18 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from data_prep.config import Preparation
-from data_prep.encoders import load_encoder, surrounding_ids
 from data_prep.packing import Packing
 from data_prep.progress import PackingProgress
 from data_prep.readers.base import PIECE_BYTES, Piece, Place, Reader, Rules, report_undivided
 from data_prep.sources import open_sources
 from data_prep.tokenizing import Job, cores, tokenized
+from est_ds.data.encoders import load_encoder, surrounding_ids
+from est_ds.data.manifest import Manifest
 from est_ds.data.tokenizer import tokenizer_fingerprint, tokenizer_sha256
 from est_ds.errors import Failure, UserError
 
@@ -69,33 +71,38 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
             _read(packing, readers, job, workers or _useful_workers(readers))
             report_undivided(readers)
             _check_parts(packing, out, preparation.held_out)
-        manifests = packing.finish(
-            {
-                "dtype": dtype.name,
-                "vocabulary": encoder.vocabulary,
-                "bos_id": bos_id,
-                "eos_id": eos_id,
-                "unknown_id": encoder.unknown_id,
-                "tokenizer_sha256": settings["tokenizer_sha256"],
-                "tokenizer_fingerprint": settings["tokenizer_fingerprint"],
-                "sources": [
-                    source.model_dump(mode="json", exclude_defaults=True)
-                    for source in preparation.sources
-                ],
-            }
+        manifests = packing.finish(_facts(job, settings, preparation))
+    _report(manifests)
+    packing.skipped.report()
+    if eos_id is None:
+        print(
+            "no EOS: nothing ends a document, so that a model trained on this never learns to "
+            "stop, and documents run into one another"
         )
+
+
+def _facts(job: Job, settings: dict[str, Any], preparation: Preparation) -> dict[str, Any]:
+    """Fields of the manifests that all parts share."""
+    sources = [s.model_dump(mode="json", exclude_defaults=True) for s in preparation.sources]
+    return {
+        "dtype": job.dtype.name,
+        "vocabulary": job.encoder.vocabulary,
+        "bos_id": job.bos_id,
+        "eos_id": job.eos_id,
+        "unknown_id": job.encoder.unknown_id,
+        "tokenizer_sha256": settings["tokenizer_sha256"],
+        "tokenizer_fingerprint": settings["tokenizer_fingerprint"],
+        "sources": sources,
+    }
+
+
+def _report(manifests: dict[str, Manifest]) -> None:
     for prefix, manifest in manifests.items():
         shards = f" in {len(manifest.shards)} shards" if len(manifest.shards) > 1 else ""
         print(
             f"{prefix}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens"
             f"{shards}, {manifest.text_bytes / manifest.num_tokens:.2f} bytes a token, "
             f"unigram entropy {manifest.unigram_entropy:.4f} nats"
-        )
-    packing.skipped.report()
-    if eos_id is None:
-        print(
-            "no EOS: nothing ends a document, so that a model trained on this never learns to "
-            "stop, and documents run into one another"
         )
 
 

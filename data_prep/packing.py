@@ -82,15 +82,20 @@ class Packing:
             self._check(state)
             self.skipped.counts.update(state["skipped"])
             self.skipped.first.update(state["first_skipped"])
-        zeros = np.zeros(self._job.encoder.vocabulary, np.int64)
+
+        def begun(part: str) -> dict[str, Any]:
+            if state:
+                return {**parts[part], "counts": np.array(parts[part]["counts"])}
+            counts = np.zeros(self._job.encoder.vocabulary, np.int64)
+            return {**ShardWriter.NOTHING, "counts": counts}
+
         self.writers = {
             part: ShardWriter(
                 self.folder,
                 part,
                 dtype=self._job.dtype,
                 shard_tokens=self._settings["shard_tokens"],
-                counts=np.array(parts[part].pop("counts")) if state else zeros.copy(),
-                state=parts.get(part),
+                state=begun(part),
             )
             for part in self._job.parts
         }

@@ -37,24 +37,18 @@ class ShardWriter:
     again by the next one.
 
     Args:
-        state: what `commit` returned; None to begin.
-        counts: how often every token occurs in what was committed, int64 [vocabulary].
+        state: what `commit` returned, or `NOTHING`; with it `counts`, how often every token occurs
+            in what was committed, int64 [vocabulary].
     """
 
+    NOTHING = {"finished": [], "tokens": 0, "documents": 0, "text_bytes": 0}
+
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        dtype: np.dtype,
-        shard_tokens: int,
-        counts: np.ndarray,
-        state: dict[str, Any] | None,
+        self, folder: Path, name: str, *, dtype: np.dtype, shard_tokens: int, state: dict[str, Any]
     ) -> None:
         self._folder, self._name, self._dtype = folder, name, dtype
         self._shard_tokens = shard_tokens
-        self.counts = counts
-        state = state or {"finished": [], "tokens": 0, "documents": 0, "text_bytes": 0}
+        self.counts = state["counts"]
         self.finished = [Shard(**shard) for shard in state["finished"]]
         self.text_bytes = state["text_bytes"]
         self._open: _Unfinished | None = None

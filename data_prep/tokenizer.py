@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -43,13 +44,24 @@ _SETTINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Wish:
+    """The tokenizer to train.
+
+    Attributes:
+        vocabulary: Number of ids, with 3 special tokens and 256 bytes.
+        max_chunks: Chunks of about 1000 characters to train on; those with the smallest hash are
+            taken.
+        model_type: `bpe` (Llama) or `unigram`.
+    """
+
+    vocabulary: int
+    max_chunks: int
+    model_type: str = "bpe"
+
+
 def train(
-    sources: Iterable[SourceConfig],
-    out: Path,
-    vocabulary: int,
-    max_chunks: int,
-    model_type: str = "bpe",
-    rules: Rules = Rules(),
+    sources: Iterable[SourceConfig], out: Path, wish: Wish, rules: Rules = Rules()
 ) -> None:
     """Trains a tokenizer; the same documents give the same files.
 
@@ -60,17 +72,15 @@ def train(
     Args:
         sources: Where the documents are.
         out: Folder to write into; other files in it are left alone.
-        vocabulary: Number of ids, with 3 special tokens and 256 bytes.
-        max_chunks: Chunks of about 1000 characters to train on; those with the smallest
-            hash are taken.
-        model_type: `bpe` (Llama) or `unigram`.
+        wish: What to train.
         rules: What becomes of documents that are too long or cannot be read.
 
     Raises:
         UserError: Wrong input, or a vocabulary that the text cannot fill.
     """
-    if max_chunks < 1:
-        raise UserError(f"--sentences={max_chunks} is not allowed; use at least 1.")
+    vocabulary, model_type = wish.vocabulary, wish.model_type
+    if wish.max_chunks < 1:
+        raise UserError(f"--sentences={wish.max_chunks} is not allowed; use at least 1.")
     if vocabulary < 260:
         raise UserError(
             f"--vocab={vocabulary} is not allowed; use at least 260: 256 bytes, 3 special tokens "
@@ -78,7 +88,7 @@ def train(
         )
     skipped = Skipped()
     documents = read_documents(open_sources(sources), rules, skipped)
-    chunks = _sample(documents, max_chunks)
+    chunks = _sample(documents, wish.max_chunks)
     if not chunks:
         raise skipped.nothing_left()
     parts = [part for chunk in chunks for part in chunk.split(_RESERVED) if part]

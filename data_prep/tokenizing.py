@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_prep.encoders import Encoder
 from data_prep.readers.base import Piece, Place, Rules, Skipped
+from est_ds.data.encoders import Encoder
 from est_ds.errors import Failure
 
 # Tasks under way, of each worker: one in work and one that waits.

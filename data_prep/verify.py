@@ -93,7 +93,7 @@ def _made(corpus: Corpus, tokenizer: Path | None) -> _Made:
     if corpus.manifest is not None:
         of = corpus.manifest
     else:
-        from data_prep.encoders import load_encoder
+        from est_ds.data.encoders import load_encoder
 
         of = load_encoder(tokenizer)
     return _Made(of.vocabulary, of.bos_id, of.eos_id, of.unknown_id)

@@ -74,27 +74,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=est_ds.__version__)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name, function, help):
+    def verb(name, function, help, overrides=True):
         sub = verbs.add_parser(name, help=help, description=help)
         sub.add_argument("run", metavar="RUN", help="a run file (YAML) or a run directory")
         sub.set_defaults(verb=function, parser=sub)
+        if overrides:
+            sub.add_argument(
+                "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
+            )
         return sub
 
-    def overrides(sub):
-        sub.add_argument(
-            "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
-        )
-
     plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
-    overrides(plan)
     plan.add_argument(
         "--processes", type=_positive, metavar="N", help="as of train (default: what RUN says)"
     )
     plan.add_argument("--json", action="store_true", help="JSON alone on standard output")
     plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
+    _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
+    _add_verify_resume(
+        verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
+    )
+    _add_export(verb("export", _export, "write a checkpoint as a Hugging Face folder"))
+    doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
+    _add_doctor(doctor)
+    verb("report", _report, "draw the page of a run directory: tables and plots", overrides=False)
+    return parser
 
-    train = verb("train", _train, "train a run, or resume it from its latest checkpoint")
-    overrides(train)
+
+def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--processes",
         type=_positive,
@@ -115,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     # Names the processes of one start; launch/ finds them by it.
     train.add_argument("--start", help=argparse.SUPPRESS)
 
-    check = verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
-    overrides(check)
+
+def _add_verify_resume(check: argparse.ArgumentParser) -> None:
     check.description = (
         "Trains a short version of RUN on this machine, kills it, resumes it, and compares every "
         "step, weight and moment with the same run uninterrupted. Reads only the config of RUN. "
@@ -140,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there")
 
-    export = verb("export", _export, "write a checkpoint as a Hugging Face folder")
-    overrides(export)
+
+def _add_export(export: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, or a number of steps"
     )
@@ -167,18 +174,18 @@ def _parser() -> argparse.ArgumentParser:
         help="do not compute the held-out loss again (long for a large model without a GPU)",
     )
 
-    doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.description = "Checks nodes side by side: versions, GPUs, corpus, disk, network."
     doctor.add_argument("run", metavar="RUN", nargs="?", help="a run file or a run directory")
     doctor.set_defaults(verb=_doctor, parser=doctor)
-    overrides(doctor)
+    doctor.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
+    )
     _many_nodes(doctor)
     doctor.add_argument(
         "--light", action="store_true", help="without a product on every GPU, as beside a training"
     )
-
-    verb("report", _report, "draw the page of a run directory: tables and plots")
-    return parser
 
 
 def _many_nodes(sub: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.__main__ import main
-from data_prep.encoders import load_encoder
+from est_ds.data.encoders import load_encoder
 from est_ds.data.indexed import Corpus
 
 # shards

@@ -22,7 +22,7 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_prep.__main__ import main
-from data_prep.encoders import load_encoder
+from est_ds.data.encoders import load_encoder
 from est_ds.data.indexed import Corpus
 from est_ds.data.objectives.ul2 import PRESETS, Ul2
 from est_ds.errors import UserError

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.encoders import Encoder
+from est_ds.data.encoders import Encoder
 from est_ds.data.manifest import Manifest
 from est_ds.design import Planned
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_prep.encoders import Encoder, load_encoder
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.config.sections import RunConfig
+from est_ds.data.encoders import Encoder, load_encoder
 from est_ds.data.loader import Windows
 from est_ds.design import Planned, plan_run
 from est_ds.errors import UserError

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encoders import Encoder
 from est_ds.data.auto_tokenizer import copy_tokenizer, plain_ids
+from est_ds.data.encoders import Encoder
 from est_ds.data.indexed import Corpus
 from est_ds.data.objectives.base import Objective
 from est_ds.errors import UserError

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -61,7 +62,15 @@ def launch(
         Exit code: 0, 1, 2, 3 or `preempt.EXIT_CODE` as the processes', 128 + n after signal n.
     """
     with Signals() as signals:
-        return start(arguments, where, limit_s, signals, log, kill_when)
+        return start(arguments, where, limit_s, signals, Watched(log, kill_when))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """How somebody looks on: see `launch`."""
+
+    log: TextIO | None = None
+    kill_when: Callable[[], bool] | None = None
 
 
 def start(
@@ -69,10 +78,10 @@ def start(
     where: Launch,
     limit_s: float,
     signals: Signals,
-    log: TextIO | None = None,
-    kill_when: Callable[[], bool] | None = None,
+    watched: Watched = Watched(),
 ) -> int:
     """As `launch`, for who goes on to heed signals afterwards."""
+    log = watched.log
     sentinel = Sentinel(where.name, where.slots) if where.by_ssh else nullcontext()
     with TemporaryDirectory(prefix="est-ds-") as folder, sentinel:
         environment = _environment(where, Path(folder))
@@ -91,7 +100,7 @@ def start(
         if where.by_ssh:
             sentinel.guard(launcher.pid)
         guard = _Guard(where, launcher, limit_s, signals)
-        code = guard.wait(kill_when)
+        code = guard.wait(watched.kill_when)
     if guard.was_killed:
         return 128 + signal.SIGKILL
     if signals.ended_by is not None:

@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 
 from data_prep.config import Preparation
-from data_prep.encoders import Encoder, load_encoder
 from data_prep.pack import pack
+from est_ds.data.encoders import Encoder, load_encoder
 
 BATCH_BYTES = 1 << 20
 

@@ -24,7 +24,7 @@ from est_ds.slicing.families.fields import refuse_dropout
 
 
 @dataclass(frozen=True)
-class Planned:
+class Design:
     """A run file whose model, method and objective fit together; nothing of the data is read."""
 
     config: RunConfig
@@ -54,7 +54,7 @@ class Planned:
         """Ends of the layer ranges of the pipe stages.
 
         Raises:
-            UserError: the method's runs of layers, or their number, do not allow it.
+            UserError: the method's bands of layers, or their number, do not allow it.
         """
         return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
 
@@ -69,7 +69,7 @@ class Planned:
         }
 
 
-def plan_run(config: RunConfig) -> Planned:
+def make_design(config: RunConfig) -> Design:
     """Checks model, method, objective, schedule and DeepSpeed section against each other.
 
     Raises:
@@ -89,9 +89,9 @@ def plan_run(config: RunConfig) -> Planned:
         model_type=hf.model_type,
         encoder_decoder=shape.encoder_layers > 0,
     )
-    planned = Planned(config, hf, family, method, objective)
-    planned.cuts
-    if shape.encoder_layers and planned.decoder_start is None:
+    design = Design(config, hf, family, method, objective)
+    design.cuts
+    if shape.encoder_layers and design.decoder_start is None:
         raise UserError(
             "model.pad_token_id=None and no model.decoder_start_token_id: the decoder has no first "
             "input; set one of them."
@@ -99,7 +99,7 @@ def plan_run(config: RunConfig) -> Planned:
     corpus_weights(config)
     if config.data.documents == "separate":
         _check_separable(config, family, objective)
-    return planned
+    return design
 
 
 def corpus_weights(config: RunConfig) -> tuple[PhaseWeights, ...]:

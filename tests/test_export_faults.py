@@ -15,7 +15,7 @@ from est_ds import cli
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.export.config_file import complete_config
 from est_ds.export.sample import continued
@@ -168,7 +168,7 @@ def test_a_decoder_start_of_0_is_one(fast_exports):
     config = load_run(fast_exports["t5", "ul2", "fp32"])
     for fields, start in (({"pad_token_id": 3}, 3), ({"decoder_start_token_id": 0}, 0)):
         model = {**config.model, "pad_token_id": 3, **fields}
-        assert plan_run(config.model_copy(update={"model": model})).decoder_start == start
+        assert make_design(config.model_copy(update={"model": model})).decoder_start == start
     nothing = config.model_copy(update={"model": {**config.model, "pad_token_id": None}})
     with pytest.raises(UserError, match="the decoder has no first input"):
-        plan_run(nothing)
+        make_design(nothing)

@@ -115,10 +115,10 @@ def test_layouts_are_no_farther_from_float64_than_plain_torch(size, synthetic_ru
 
 
 def test_some_plan_of_raptr_leaves_a_pipe_stage_without_layers(synthetic_run):
-    from est_ds.design import plan_run
+    from est_ds.design import make_design
 
     config = load_run(synthetic_run, [f"method={METHODS['raptr']}", "parallel={pipe: 1}"])
-    plans = [plan_run(config).method.plan(step) for step in range(8)]
+    plans = [make_design(config).method.plan(step) for step in range(8)]
     assert any(not set(plan.kept_layers) & set(pair) for plan in plans for pair in ((2, 3), (4, 5)))
 
 

@@ -95,7 +95,7 @@ def test_mean_cost_of_drawn_plans_is_the_expected_one(section):
 @pytest.mark.parametrize("name", BALANCED)
 def test_every_run_keeps_a_layer_or_one_of_each_part(name):
     method = method_of(SECTIONS[name])
-    ends = np.cumsum(method.run_lengths)
+    ends = np.cumsum(method.band_lengths)
     for step in range(100):
         plan = method.plan(step)
         for part in range(2):

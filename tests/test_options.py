@@ -13,7 +13,7 @@ from reference import assert_close, plain_adamw
 from workers import train_all
 
 from est_ds.config.run_file import load_run
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.run.metrics import read_metrics
 
@@ -60,7 +60,7 @@ WORKS = [(o, c) for o, c, word in cells() if word == "works"]
 @pytest.mark.parametrize(("overrides", "column"), REFUSED)
 def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run):
     with pytest.raises(UserError) as refused:
-        plan_run(load_run(synthetic_run, arguments(column, overrides)))
+        make_design(load_run(synthetic_run, arguments(column, overrides)))
     field = overrides[0].split("=")[0]
     assert field.split(".")[-1] in str(refused.value)
     assert re.search("remove|set |change|use ", str(refused.value))

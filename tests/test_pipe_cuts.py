@@ -92,10 +92,10 @@ def test_given_layers_are_taken_and_checked():
     assert pipe_cuts(full(shape_of(8)), given, **SIZE) == [1, 3, 8]
     with pytest.raises(UserError, match="adds up to 8, and the model has 9"):
         pipe_cuts(full(shape_of(9)), given, **SIZE)
-    with pytest.raises(UserError, match="whole runs"):
+    with pytest.raises(UserError, match="whole bands"):
         pipe_cuts(est(shape_of(8), balance_groups=4), given, **SIZE)
-    runs = Parallel(pipe=2, pipe_layers=[6, 2])
-    assert pipe_cuts(est(shape_of(8), balance_groups=4), runs, **SIZE) == [6, 8]
+    bands = Parallel(pipe=2, pipe_layers=[6, 2])
+    assert pipe_cuts(est(shape_of(8), balance_groups=4), bands, **SIZE) == [6, 8]
 
 
 def test_bubble_of_four_stages_and_eight_micro_batches():

@@ -12,7 +12,7 @@ from cases.tiny import TINY_MODEL
 from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_per_process
 from est_ds.errors import UserError
-from est_ds.report.estimate import make_plan
+from est_ds.report.estimate import make_estimate
 from est_ds.report.plan_figure import plan_figure
 from est_ds.report.plan_text import layouts, plan_report
 
@@ -89,8 +89,8 @@ def test_layouts_show_only_replicas_by_which_the_batch_divides():
 
 
 def test_stages_hold_all_parameters_together():
-    whole = make_plan(make_config())
-    cut = make_plan(make_config(parallel={"pipe": 2, "zero": 1}))
+    whole = make_estimate(make_config())
+    cut = make_estimate(make_config(parallel={"pipe": 2, "zero": 1}))
     assert whole.stage_parameters == (whole.json["parameters"],)
     assert len(cut.stage_parameters) == 2
     assert sum(cut.stage_parameters) == cut.json["parameters"]
@@ -150,7 +150,7 @@ def test_the_plot_of_an_encoder_decoder_saves_what_the_plan_says():
         "model_type": "t5", "vocab_size": 640, "d_model": 64, "d_kv": 16, "d_ff": 96,
         "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
     }  # fmt: skip
-    plan = make_plan(make_config(model=t5, objective={"name": "ul2"}))
+    plan = make_estimate(make_config(model=t5, objective={"name": "ul2"}))
     axes = plan_figure(plan).axes[1]
     end = {line.get_label(): line.get_ydata()[-1] for line in axes.get_lines()}
     saved = plan.json["saved"]["model"]

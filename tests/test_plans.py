@@ -151,7 +151,7 @@ def test_layers_are_uniform_in_every_run(groups, layers):
     steps, method = 2200, est(
         shape_of(22), steps=2200, phases=[dict(until=1.0, layers=layers)], balance_groups=groups
     )
-    lengths = method.run_lengths or (22,)
+    lengths = method.band_lengths or (22,)
     ends = np.cumsum(lengths)
     kept = [method.plan(s).kept_layers for s in range(steps)]
     count = round(layers * 22)
@@ -234,7 +234,7 @@ def test_inverse_layer_scale_is_one_over_the_chance_to_be_kept():
 
 
 def test_run_lengths_are_near_equal_or_as_listed():
-    assert balance.run_lengths(4, 22) == (6, 6, 5, 5)
-    assert balance.run_lengths([6, 5, 5, 6], 22) == (6, 5, 5, 6)
-    assert est(shape_of(6)).run_lengths is None
-    assert est(shape_of(6), balance_groups=2).run_lengths == (3, 3)
+    assert balance.band_lengths(4, 22) == (6, 6, 5, 5)
+    assert balance.band_lengths([6, 5, 5, 6], 22) == (6, 5, 5, 6)
+    assert est(shape_of(6)).band_lengths is None
+    assert est(shape_of(6), balance_groups=2).band_lengths == (3, 3)

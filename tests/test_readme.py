@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT, run_command
 
 from est_ds.config.run_file import load_run
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.report.plan_text import plan_report
 from est_ds.slicing.families import hf_config
 
@@ -33,7 +33,7 @@ def blocks(language: str) -> list[str]:
 )
 def test_run_file_is_a_valid_run(file, overrides):
     config = load_run(file, overrides)
-    plan_run(config)
+    make_design(config)
     report = json.loads(plan_report(config, as_json=True))
     assert report["total_steps"] == config.steps
     assert (report["saved"]["blocks"] > 0) == (config.method["name"] != "full")
@@ -44,7 +44,7 @@ def test_run_file_is_a_valid_run(file, overrides):
 )
 def test_mixture_file_is_the_data_section_of_a_run(file):
     run = load_run(ROOT / "configs" / "run" / "est_tinyllama.yaml", [f"data={file}"])
-    plan_run(run)
+    make_design(run)
     assert [part.weight for part in run.data.parts] == [0.6936, 0.3064]
     assert run.data.held_out.keys() == {"slimpajama", "starcoder"}
 

@@ -16,7 +16,7 @@ from conftest import est_ds, tensorboard_points, train
 from reference import assert_close, plain_adamw
 
 from est_ds.config.run_file import load_run
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.run.directory import check_run_dir, write_config
 from est_ds.run.metrics import read_metrics
 
@@ -168,8 +168,8 @@ def test_export_is_the_trained_model(trained, reference, tmp_path):
     for name, weight in reference.model.state_dict().items():
         torch.testing.assert_close(exported[name], weight, rtol=1e-3, atol=1e-4)
     # Its config.json is a model section as it is.
-    again = plan_run(load_run(trained, [f"model={tmp_path / 'hf'}"]))
-    assert again.method.shape == plan_run(load_run(trained)).method.shape
+    again = make_design(load_run(trained, [f"model={tmp_path / 'hf'}"]))
+    assert again.method.shape == make_design(load_run(trained)).method.shape
     ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("def f():\n    return 1\n")["input_ids"]
     assert len(ids) > 4
 

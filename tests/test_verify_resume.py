@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from est_ds import cli
 from est_ds.checkpoints.index import FILE, read_index
 from est_ds.config.run_file import load_run
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.disk import describe
 from est_ds.verify_resume.compare import Bounds, compare_runs
 from est_ds.verify_resume.short import default_cut, shortened
@@ -155,7 +155,7 @@ def test_weights_and_moments_count(trained, tmp_path):
 )
 def test_short_run_has_all_phases_and_is_cut_before_a_boundary(method, steps, ends, cut, tiny_run):
     short = shortened(load_run(tiny_run, [f"method={method}"]), steps)
-    phases = plan_run(short).method.phases
+    phases = make_design(short).method.phases
     assert [phase.until_step for phase in phases] == ends
     assert default_cut(phases, short.steps) == cut
 

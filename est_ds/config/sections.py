@@ -94,7 +94,7 @@ class Parallel(Strict):
         return self
 
 
-class Part(Strict):
+class CorpusShare(Strict):
     """A corpus of a mixture (prefix of .bin and .idx), and its share of the sequences."""
 
     corpus: PathText
@@ -129,7 +129,7 @@ class Data(Strict):
 
     train: Annotated[
         Annotated[PathText, Tag("<prefix>")]
-        | Annotated[tuple[Part, ...], Field(min_length=1), Tag("<mixture>")],
+        | Annotated[tuple[CorpusShare, ...], Field(min_length=1), Tag("<mixture>")],
         _either("<prefix>", "<mixture>"),
     ]
     phases: tuple[DataPhase, ...] = ()
@@ -145,9 +145,9 @@ class Data(Strict):
     verify: Literal["sizes", "hashes"] = "sizes"
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[CorpusShare, ...]:
         """The training corpora; one if it is no mixture."""
-        return (Part(corpus=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
+        return (CorpusShare(corpus=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -158,7 +158,7 @@ class Data(Strict):
     @classmethod
     def _train_is_one_or_several(cls, value: Any) -> Any:
         several = isinstance(value, (list, tuple)) and all(
-            isinstance(part, (dict, Part)) for part in value
+            isinstance(part, (dict, CorpusShare)) for part in value
         )
         if not isinstance(value, str) and not several:
             raise ValueError(

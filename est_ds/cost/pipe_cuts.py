@@ -17,31 +17,31 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
 
     As `parallel.pipe_layers` says; otherwise such that the FLOPs of every phase's busiest stage,
     head included, add up to as few as possible: the others wait for it. Where the method spreads
-    kept layers over runs, a stage holds whole runs, and as many as any other.
+    kept layers over bands, a stage holds whole bands, and as many as any other.
 
     Args:
         size: of a micro-batch, that of `flops.Size`.
 
     Raises:
-        UserError: there are too few layers, or the cuts do not fall on ends of runs.
+        UserError: there are too few layers, or the cuts do not fall on ends of bands.
     """
-    num_layers, pipe, runs = method.shape.num_layers, parallel.pipe, method.run_lengths
+    num_layers, pipe, bands = method.shape.num_layers, parallel.pipe, method.band_lengths
     if pipe > num_layers:
         raise UserError(
             f"parallel.pipe={pipe} is more than the model's {num_layers} layers; use fewer."
         )
-    ends = list(accumulate(runs or [1] * num_layers))
+    ends = list(accumulate(bands or [1] * num_layers))
     if parallel.pipe_layers is not None:
-        return _checked(list(accumulate(parallel.pipe_layers)), parallel, ends, runs)
-    if runs is not None:
-        if len(runs) % pipe:
+        return _checked(list(accumulate(parallel.pipe_layers)), parallel, ends, bands)
+    if bands is not None:
+        if len(bands) % pipe:
             raise UserError(
-                f"parallel.pipe={pipe} does not divide method.balance_groups ({len(runs)} runs of "
-                f"layers {list(runs)}): a pipe stage must hold whole runs; set "
+                f"parallel.pipe={pipe} does not divide method.balance_groups ({len(bands)} bands of "
+                f"layers {list(bands)}): a pipe stage must hold whole bands; set "
                 f"method.balance_groups to a multiple of {pipe} (it is part of the method: the "
-                f"plans change), or parallel.pipe to a divisor of {len(runs)}."
+                f"plans change), or parallel.pipe to a divisor of {len(bands)}."
             )
-        share = len(runs) // pipe
+        share = len(bands) // pipe
         return ends[share - 1 :: share]
     return _cheapest(_schedule_costs(method, **size), pipe)
 
@@ -69,7 +69,7 @@ def bubble(pipe: int, accumulation: int) -> float:
 
 
 def _checked(
-    cuts: list[int], parallel: Parallel, ends: list[int], runs: tuple[int, ...] | None
+    cuts: list[int], parallel: Parallel, ends: list[int], bands: tuple[int, ...] | None
 ) -> list[int]:
     if cuts[-1] != ends[-1]:
         raise UserError(
@@ -79,8 +79,8 @@ def _checked(
     if not set(cuts) <= set(ends):
         raise UserError(
             f"parallel.pipe_layers={parallel.pipe_layers}: the method spreads kept layers over "
-            f"runs of {list(runs or ())} (method.balance_groups), and a pipe stage must hold whole "
-            f"runs; cut at ends of them."
+            f"bands of {list(bands or ())} (method.balance_groups), and a pipe stage must hold whole "
+            f"bands; cut at ends of them."
         )
     return cuts
 

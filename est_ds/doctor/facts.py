@@ -22,7 +22,7 @@ import est_ds
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.data.indexed import Corpus
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.ranks.meeting import interface_of, own_address, versions
 from est_ds.slicing.build import count_parameters, empty_model
@@ -83,11 +83,11 @@ def _source_hash() -> str:
 def _run(path: str, overrides: list[str]) -> dict[str, Any]:
     try:
         config = load_run(path, overrides)
-        planned = plan_run(config)
+        design = make_design(config)
         found = {
             "config": hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16],
             "corpus": {name: _fingerprint(config, name) for name in ("train", "valid")},
-            "checkpoint_bytes": CHECKPOINT_BYTES * count_parameters(empty_model(planned.hf_config)),
+            "checkpoint_bytes": CHECKPOINT_BYTES * count_parameters(empty_model(design.hf_config)),
         }
     except UserError as e:
         return {"error": str(e)}

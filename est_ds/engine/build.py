@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from est_ds.design import Planned
+from est_ds.design import Design
 from est_ds.engine.base import Engine
 from est_ds.ranks.world import World
 
 
-def build_engine(design: Planned, world: World, folder: Path) -> Engine:
+def build_engine(design: Design, world: World, folder: Path) -> Engine:
     """A pipeline where `parallel.pipe` is above 1, otherwise plain ZeRO.
 
     Args:

@@ -11,7 +11,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
-from est_ds.design import Planned
+from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.optimizer import fill_missing_gradients
@@ -77,7 +77,7 @@ class CutPipeline(PipelineModule):
 class PipelineEngine(base.Engine):
     """Every process holds one pipe stage of one replica."""
 
-    def __init__(self, design: Planned, world: World, folder: Path) -> None:
+    def __init__(self, design: Design, world: World, folder: Path) -> None:
         config, hf_config, family = design.config, design.hf_config, design.family
         self.config = config
         pipe = config.parallel.pipe

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from est_ds.config.sections import RunConfig
-from est_ds.design import Planned
+from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.patches import clip_over_stages, forget_gradients, forget_order
@@ -24,7 +24,7 @@ from est_ds.slicing.subnetwork import Subnetwork
 class ZeroEngine(base.Engine):
     """Every process holds the whole model, or under ZeRO 3 its share of every parameter."""
 
-    def __init__(self, design: Planned, world: World, folder: Path) -> None:
+    def __init__(self, design: Design, world: World, folder: Path) -> None:
         config, hf_config, family = design.config, design.hf_config, design.family
         self.config, self.replica, self.num_replicas = config, world.rank, world.size
         settings = deepspeed_config(

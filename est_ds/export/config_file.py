@@ -8,11 +8,11 @@ from typing import Any
 
 from est_ds.data.encoders import Encoder
 from est_ds.data.manifest import Manifest
-from est_ds.design import Planned
+from est_ds.design import Design
 
 
 def special_ids(
-    planned: Planned, encoder: Encoder, manifest: Manifest | None, tokenizer: Any
+    design: Design, encoder: Encoder, manifest: Manifest | None, tokenizer: Any
 ) -> dict[str, int | None]:
     """The special ids that the model was trained with, by the names of a Hugging Face config.
 
@@ -22,14 +22,14 @@ def special_ids(
         manifest: of a corpus that the tokenizer made: what stands around its documents.
         tokenizer: the exported one, which may have a padding token.
     """
-    config = planned.hf_config
+    config = design.hf_config
     ids = {"bos_token_id": encoder.bos_id, "eos_token_id": encoder.eos_id}
     for name in ("bos", "eos"):
         if manifest and (id_ := getattr(manifest, f"{name}_id")) is not None:
             ids[f"{name}_token_id"] = id_
-    start = planned.decoder_start
+    start = design.decoder_start
     # Labels that are ignored become padding in the decoder's inputs, which must be some token.
-    given = "pad_token_id" in planned.config.model or start is not None
+    given = "pad_token_id" in design.config.model or start is not None
     ids["pad_token_id"] = config.pad_token_id if given else None
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < config.vocab_size:
         ids["pad_token_id"] = tokenizer.pad_token_id

@@ -18,7 +18,7 @@ from est_ds.checkpoints.store import LATEST, Store
 from est_ds.config.sections import RunConfig
 from est_ds.data.encoders import Encoder, load_encoder
 from est_ds.data.loader import Windows
-from est_ds.design import Planned, plan_run
+from est_ds.design import Design, make_design
 from est_ds.errors import UserError
 from est_ds.export.config_file import complete_config, special_ids
 from est_ds.export.logits import check_logits
@@ -85,7 +85,7 @@ class _Source:
         encoder: the tokenizer as packing uses it.
     """
 
-    planned: Planned
+    design: Design
     checkpoint: Path
     index: Index
     plan: Plan | None
@@ -138,60 +138,60 @@ def export(config: RunConfig, wish: Wish) -> Exported:
 
 
 def _open(config: RunConfig, wish: Wish) -> _Source:
-    planned = plan_run(config)
+    design = make_design(config)
     store = Store(Path(config.run_dir) / "checkpoints")
     step = store.find(wish.checkpoint)
     check_run_dir(config)
-    plan = plan_to_keep(wish.keep, planned.method, step)
+    plan = plan_to_keep(wish.keep, design.method, step)
     checkpoint = store.path(step)
     if wrong := damage(checkpoint):
         raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another one.")
     with Checkpoint(checkpoint) as held:
         index = held.index
     encoder = load_encoder(config.data.tokenizer)
-    return _Source(planned, checkpoint, index, plan, held_out_windows(planned), encoder)
+    return _Source(design, checkpoint, index, plan, held_out_windows(design), encoder)
 
 
 def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
     """Writes the folder's files and proves them."""
     import transformers
 
-    planned, corpus = source.planned, source.first.corpus
+    design, corpus = source.design, source.first.corpus
     weights = _weights(source)
-    model = exported = _with_weights(planned.hf_config, weights)
+    model = exported = _with_weights(design.hf_config, weights)
     if source.plan is not None:
-        smaller = smaller_model(model, planned.family, planned.hf_config, source.plan)
+        smaller = smaller_model(model, design.family, design.hf_config, source.plan)
         exported = _with_weights(*smaller)
     exported.save_pretrained(partial)
     objective = source.first.objective
-    tokenizer, lines = write_tokenizer(partial, planned.config.data.tokenizer, objective)
+    tokenizer, lines = write_tokenizer(partial, design.config.data.tokenizer, objective)
     lines += check_tokenizer(tokenizer, source.encoder, [w.corpus for w in source.windows.values()])
-    complete_config(partial, special_ids(planned, source.encoder, corpus.manifest, tokenizer))
+    complete_config(partial, special_ids(design, source.encoder, corpus.manifest, tokenizer))
 
     dtype = next(iter(weights.values())).dtype
-    auto_class = getattr(transformers, planned.family.auto_class)
+    auto_class = getattr(transformers, design.family.auto_class)
     reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
-    window = torch.from_numpy(corpus.window(0, planned.config.data.sequence))[None]
-    difference = check_logits(planned, model.eval(), source.plan, reloaded, window)
+    window = torch.from_numpy(corpus.window(0, design.config.data.sequence))[None]
+    difference = check_logits(design, model.eval(), source.plan, reloaded, window)
     if wish.keep != Keep():
         lines.append("held-out loss: not compared, since the run evaluated the whole model")
     elif wish.skip_loss:
         lines.append("held-out loss: not compared (--skip-loss)")
     else:
-        lines.append(check_loss(reloaded, planned, source.index, source.windows))
+        lines.append(check_loss(reloaded, design, source.index, source.windows))
     sample = None
     if reloaded.can_generate():
-        sample, line = continued(reloaded, tokenizer, wish.prompt, planned.method.shape.sequence)
+        sample, line = continued(reloaded, tokenizer, wish.prompt, design.method.shape.sequence)
         lines += line
     return Exported(partial, source.index.step, difference, tuple(lines), sample)
 
 
 def _weights(source: _Source) -> dict[str, Tensor]:
     """The weights that the engine computed with, tied ones under all their names."""
-    dtype = torch.bfloat16 if source.planned.config.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if source.design.config.precision == "bf16" else torch.float32
     with Checkpoint(source.checkpoint) as held:
         weights = {name: tensor.to(dtype) for name, tensor in held.weights().items()}
-    tied = empty_model(source.planned.hf_config).all_tied_weights_keys
+    tied = empty_model(source.design.hf_config).all_tied_weights_keys
     return weights | {name: weights[source_] for name, source_ in tied.items()}
 
 

@@ -18,7 +18,7 @@ from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.data.loader import Portion, Windows
 from est_ds.data.objectives.loss import IGNORED
-from est_ds.design import Planned
+from est_ds.design import Design
 from est_ds.errors import Failure, UserError
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.families.base import Family
@@ -29,7 +29,7 @@ _SAID_AFTER_S = 60.0
 
 
 def check_loss(
-    reloaded: nn.Module, planned: Planned, index: Index, windows: dict[str, Windows]
+    reloaded: nn.Module, design: Design, index: Index, windows: dict[str, Windows]
 ) -> str:
     """Computes the held-out loss of a checkpoint again, by plain transformers from the folder.
 
@@ -44,7 +44,7 @@ def check_loss(
     Raises:
         Failure: they differ beyond the tolerance.
     """
-    reported = _reported(index, Path(planned.config.run_dir))
+    reported = _reported(index, Path(design.config.run_dir))
     if reported is None:
         return f"held-out loss: not compared, since the run did not evaluate at step {index.step}"
     try:
@@ -54,8 +54,8 @@ def check_loss(
     fingerprints = {name: held.corpus.fingerprint for name, held in windows.items()}
     if index.state["held_out"] != fingerprints:
         return "held-out loss: not compared, since the held-out corpora (data.valid) are others now"
-    found = _mean_of_corpora(reloaded, planned, windows, then.evaluate.sequences)
-    tolerance = TOLERANCE[planned.config.precision]
+    found = _mean_of_corpora(reloaded, design, windows, then.evaluate.sequences)
+    tolerance = TOLERANCE[design.config.precision]
     if not abs(found - reported) <= tolerance * abs(reported):
         raise Failure(
             f"the run reported the held-out loss {reported:.6g} at step {index.step}, and the "
@@ -79,14 +79,14 @@ def _reported(index: Index, run_dir: Path) -> float | None:
 
 
 def _mean_of_corpora(
-    model: nn.Module, planned: Planned, windows: dict[str, Windows], count: int
+    model: nn.Module, design: Design, windows: dict[str, Windows], count: int
 ) -> float:
     """On a GPU, if there is one with room for it."""
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         try:
             model.to(device)
             losses = [
-                _mean_loss(model, planned.family, held, count, planned.config.batch.micro)
+                _mean_loss(model, design.family, held, count, design.config.batch.micro)
                 for held in windows.values()
             ]
             break

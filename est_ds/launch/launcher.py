@@ -23,7 +23,7 @@ from typing import TextIO
 import torch
 
 from est_ds.launch import hosts, ssh
-from est_ds.launch.orphans import Sentinel
+from est_ds.launch.orphans import Keeper
 from est_ds.launch.placement import Launch
 from est_ds.launch.signals import Signals
 from est_ds.ranks import preempt
@@ -82,8 +82,8 @@ def start(
 ) -> int:
     """As `launch`, for who goes on to heed signals afterwards."""
     log = watched.log
-    sentinel = Sentinel(where.name, where.slots) if where.by_ssh else nullcontext()
-    with TemporaryDirectory(prefix="est-ds-") as folder, sentinel:
+    keeper = Keeper(where.name, where.slots) if where.by_ssh else nullcontext()
+    with TemporaryDirectory(prefix="est-ds-") as folder, keeper:
         environment = _environment(where, Path(folder))
         command = where.command(arguments, Path(folder))
         sys.stdout.flush()
@@ -98,19 +98,19 @@ def start(
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
         if where.by_ssh:
-            sentinel.guard(launcher.pid)
-        guard = _Guard(where, launcher, limit_s, signals)
-        code = guard.wait(watched.kill_when)
-    if guard.was_killed:
+            keeper.end_too(launcher.pid)
+        running = _Running(where, launcher, limit_s, signals)
+        code = running.wait(watched.kill_when)
+    if running.was_killed:
         return 128 + signal.SIGKILL
     if signals.ended_by is not None:
         return 128 + signals.ended_by
-    if guard.all_obeyed:
+    if running.all_obeyed:
         return preempt.EXIT_CODE
     return code if code in PASSED_ON else 1
 
 
-class _Guard:
+class _Running:
     """Passes signals on to a launcher, and sees to it that nothing outlives it."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """Sees to it that no host trains on when `est-ds --hostfile` is killed and can do nothing itself.
 
-The sentinel is a process in a session of its own, at the other end of a pipe: when the pipe closes
+The orphans' keeper is a process in a session of its own, at the other end of a pipe: when the pipe closes
 without the word, `est-ds` is gone, and it kills the launcher and what was started on the hosts.
 """
 
@@ -20,7 +20,7 @@ DONE = "done"
 ROUNDS, BETWEEN_S = 3, 2.0  # a host may be about to start its processes
 
 
-class Sentinel:
+class Keeper:
     """To be used in a `with` around one start of processes.
 
     Args:
@@ -30,11 +30,11 @@ class Sentinel:
     def __init__(self, start: str, hosts: Iterable[str]) -> None:
         self._command = [sys.executable, "-m", "est_ds.launch.orphans", start, *hosts]
 
-    def __enter__(self) -> Sentinel:
+    def __enter__(self) -> Keeper:
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
-            # Not this process's: who reads them would wait for the sentinel too.
+            # Not this process's: who reads them would wait for the keeper too.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -42,7 +42,7 @@ class Sentinel:
         )
         return self
 
-    def guard(self, launcher: int) -> None:
+    def end_too(self, launcher: int) -> None:
         """Says which process group is to end too."""
         self._say(str(launcher))
 
@@ -54,7 +54,7 @@ class Sentinel:
         self._process.wait()
 
     def _say(self, word: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it was killed: nobody guards, and all goes on
+        with contextlib.suppress(BrokenPipeError):  # it was killed: nobody watches, and all goes on
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
 

@@ -1,12 +1,12 @@
-"""Spreading kept layers over runs of layers, so that every pipe stage has its share."""
+"""Spreading kept layers over bands of layers, so that every pipe stage has its share."""
 
 from __future__ import annotations
 
 from est_ds.errors import UserError
 
 
-def run_lengths(balance_groups: int | list[int], num_layers: int) -> tuple[int, ...]:
-    """Lengths of the runs: near-equal for a number, or as listed."""
+def band_lengths(balance_groups: int | list[int], num_layers: int) -> tuple[int, ...]:
+    """Lengths of the bands: near-equal for a number, or as listed."""
     if isinstance(balance_groups, list):
         if sum(balance_groups) != num_layers or min(balance_groups) < 1:
             raise UserError(
@@ -16,7 +16,7 @@ def run_lengths(balance_groups: int | list[int], num_layers: int) -> tuple[int, 
         return tuple(balance_groups)
     if not 1 <= balance_groups <= num_layers:
         raise UserError(
-            f"method.balance_groups={balance_groups}: use 1 to {num_layers} runs "
+            f"method.balance_groups={balance_groups}: use 1 to {num_layers} bands "
             f"(the model has {num_layers} layers), or list their lengths."
         )
     short, longer = divmod(num_layers, balance_groups)
@@ -24,15 +24,15 @@ def run_lengths(balance_groups: int | list[int], num_layers: int) -> tuple[int, 
 
 
 def spread(kept: int, lengths: tuple[int, ...], floors: tuple[int, ...], step: int) -> list[int]:
-    """How many layers each run keeps: in proportion, the remainder rotating with the step.
+    """How many layers each band keeps: in proportion, the remainder rotating with the step.
 
-    Over any `sum(lengths)` successive steps run i keeps `kept * lengths[i] / sum(lengths)` layers
+    Over any `sum(lengths)` successive steps band i keeps `kept * lengths[i] / sum(lengths)` layers
     on average, exactly, unless a floor lifts it.
 
     Args:
         kept: layers kept in all.
-        lengths: layers of every run.
-        floors: the least that a run keeps (at least 1, and its always-kept layers).
+        lengths: layers of every band.
+        floors: the least that a band keeps (at least 1, and its always-kept layers).
     """
     total = sum(lengths)
     turn = step % total

@@ -1,4 +1,4 @@
-"""Which layers are kept: exact counts or Bernoulli draws, over runs of layers."""
+"""Which layers are kept: exact counts or Bernoulli draws, over bands of layers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Skip = Literal["layer", "sublayer"]
 
 
 class LayerDraw:
-    """Draws kept layers, spread over runs when they are balanced.
+    """Draws kept layers, spread over bands when they are balanced.
 
     A kind of draw other than `draw.LAYERS` draws the layers whose part p is kept, when attention
     and MLP are skipped apart; all that is said of layers then holds of each kind of part.
 
     Attributes:
-        lengths: layers of every run; one run of all layers without `balance_groups`.
+        lengths: layers of every band; one band of all layers without `balance_groups`.
         always: layers that are always kept.
-        floors: the least that an exact count keeps in every run.
+        floors: the least that an exact count keeps in every band.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class LayerDraw:
         self.balanced = balance_groups is not None
         self.lengths = (num_layers,)
         if balance_groups is not None:
-            self.lengths = balance.run_lengths(balance_groups, num_layers)
+            self.lengths = balance.band_lengths(balance_groups, num_layers)
         self.always = frozenset(always_keep)
         ends = np.cumsum(self.lengths).tolist()
-        self._runs = [range(end - n, end) for end, n in zip(ends, self.lengths)]
-        self._free = [[i for i in run if i not in self.always] for run in self._runs]
-        self._fixed = [[i for i in run if i in self.always] for run in self._runs]
+        self._bands = [range(end - n, end) for end, n in zip(ends, self.lengths)]
+        self._free = [[i for i in band if i not in self.always] for band in self._bands]
+        self._fixed = [[i for i in band if i in self.always] for band in self._bands]
         self.floors = tuple(max(1, len(fixed)) for fixed in self._fixed)
 
     def exact(self, seed: int, kind: int, step: int, count: int) -> list[int]:
-        """`count` layers: in every run its always-kept ones and a uniform subset of the others."""
+        """`count` layers: in every band its always-kept ones and a uniform subset of the others."""
         if count == self.num_layers:
             return list(range(count))
         kept: list[int] = []
@@ -73,16 +73,16 @@ class LayerDraw:
         """Every layer on its own with its chance in `keep` [num_layers].
 
         A draw may keep no layer at all: the step then trains embeddings and head only, as the
-        papers' draws do. With balanced runs, a run of which nothing is kept keeps one of its
+        papers' draws do. With balanced bands, a band of which nothing is kept keeps one of its
         layers, drawn uniformly.
         """
         n = self.num_layers
-        keys = draw.keys(seed, kind, 0, step, n + len(self._runs))
+        keys = draw.keys(seed, kind, 0, step, n + len(self._bands))
         kept = draw.below(keys[:n], keep)
         if self.balanced:
-            for key, run in zip(keys[n:].tolist(), self._runs):
-                if not kept[run.start : run.stop].any():
-                    kept[run.start + key * len(run) // 2**32] = True
+            for key, band in zip(keys[n:].tolist(), self._bands):
+                if not kept[band.start : band.stop].any():
+                    kept[band.start + key * len(band) // 2**32] = True
         return np.flatnonzero(kept).tolist()
 
     def bernoulli_probabilities(self, keep: np.ndarray) -> np.ndarray:
@@ -90,10 +90,10 @@ class LayerDraw:
         if not self.balanced:
             return keep
         chances = keep.copy()
-        for run in self._runs:
-            part = keep[..., run.start : run.stop]
+        for band in self._bands:
+            part = keep[..., band.start : band.stop]
             none_kept = np.prod(1 - part, axis=-1, keepdims=True)
-            chances[..., run.start : run.stop] += none_kept / len(run)
+            chances[..., band.start : band.stop] += none_kept / len(band)
         return chances
 
 

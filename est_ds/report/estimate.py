@@ -8,7 +8,7 @@ from typing import Any
 
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import dense_flops, phase_ratios, saved
-from est_ds.design import Planned, plan_run
+from est_ds.design import Design, make_design
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.plans.shape import Attention, ModelShape
 from est_ds.run.prepare import unchecked_data
@@ -16,7 +16,7 @@ from est_ds.slicing.build import count_parameters, empty_model
 
 
 @dataclass(frozen=True)
-class Kept:
+class MeanKept:
     """What is kept on average.
 
     Attributes:
@@ -31,7 +31,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class Estimate:
     """A run in figures.
 
     Attributes:
@@ -42,23 +42,23 @@ class RunPlan:
         unchecked: paths of data that is not here, and so was not checked.
     """
 
-    planned: Planned
+    design: Design
     json: dict[str, Any]
-    dense: Kept
+    dense: MeanKept
     dense_step_flops: float
     stage_parameters: tuple[int, ...]
     unchecked: tuple[str, ...]
 
 
-def make_plan(config: RunConfig) -> RunPlan:
+def make_estimate(config: RunConfig) -> Estimate:
     """All figures of a run, from an empty model: seconds and no memory at any size.
 
     Raises:
         UserError: the run file's model, method, schedule, layout or data do not fit together.
     """
-    planned = plan_run(config)
-    method = planned.method
-    lengths = {"sequence": config.data.sequence, "target_sequence": planned.target_sequence}
+    design = make_design(config)
+    method = design.method
+    lengths = {"sequence": config.data.sequence, "target_sequence": design.target_sequence}
     phases = []
     for i, phase in enumerate(method.phases):
         ratios = phase_ratios(method, i, **lengths)
@@ -76,26 +76,26 @@ def make_plan(config: RunConfig) -> RunPlan:
             }
         )
     fractions = saved(method, **lengths)
-    model = empty_model(planned.hf_config)
+    model = empty_model(design.hf_config)
     document = {
         "phases": phases,
         "saved": {"blocks": fractions.blocks, "model": fractions.model},
         "total_steps": config.steps,
         "parameters": count_parameters(model),
     }
-    size = planned.flops_size(config.batch.global_)
-    return RunPlan(
-        planned=planned,
+    size = design.flops_size(config.batch.global_)
+    return Estimate(
+        design=design,
         json=document,
         dense=mean_kept(method.shape, full_loads(method.shape)),
         dense_step_flops=dense_flops(method.shape, **size).model,
-        stage_parameters=_stage_parameters(planned, model),
-        unchecked=tuple(unchecked_data(planned)),
+        stage_parameters=_stage_parameters(design, model),
+        unchecked=tuple(unchecked_data(design)),
     )
 
 
-def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> Kept:
-    """Kept layers, and heads and columns of a kept layer, each layer weighted by its chance.
+def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
+    """MeanKept layers, and heads and columns of a kept layer, each layer weighted by its chance.
 
     Where attention and MLP are skipped apart, a layer counts by the chance of each.
     """
@@ -107,16 +107,16 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> Kept:
             totals[is_attention] += load.probability * units
             counts[is_attention] += load.probability
     heads, columns = (totals[k] / counts[k] if counts[k] else 0.0 for k in (True, False))
-    return Kept(layers, heads, columns)
+    return MeanKept(layers, heads, columns)
 
 
-def _stage_parameters(planned: Planned, model: Any) -> tuple[int, ...]:
-    pipe = planned.config.parallel.pipe
+def _stage_parameters(design: Design, model: Any) -> tuple[int, ...]:
+    pipe = design.config.parallel.pipe
     if pipe == 1:
         return (count_parameters(model),)
-    starts = {0, *planned.cuts[:-1]}
+    starts = {0, *design.cuts[:-1]}
     stages: list[dict[int, int]] = []
-    for piece in planned.family.pieces(planned.hf_config):
+    for piece in design.family.pieces(design.hf_config):
         if not stages or (piece.layer in starts and piece.layer != 0):
             stages.append({})
         for path in piece.modules:

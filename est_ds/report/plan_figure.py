@@ -9,24 +9,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from est_ds.cost.flops import step_flops
-from est_ds.design import Planned
+from est_ds.design import Design
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
-from est_ds.report.estimate import RunPlan, mean_kept
+from est_ds.report.estimate import Estimate, mean_kept
 from est_ds.report.style import BLACK, GREY, ORANGE, RED, SKY
 
 # Loads of a step cost little, but a run may have millions of steps.
 MAX_SAMPLES = 1000
 
 
-def write_plan_figure(plan: RunPlan, file: Path) -> Path:
+def write_plan_figure(estimate: Estimate, file: Path) -> Path:
     """Draws a plan into `file`.
 
     Raises:
         UserError: the file's ending names no picture format, or it cannot be written.
     """
-    figure = plan_figure(plan)
+    figure = plan_figure(estimate)
     known = sorted(figure.canvas.get_supported_filetypes())
     try:
         if file.suffix.lower().lstrip(".") not in known:
@@ -45,35 +45,35 @@ def write_plan_figure(plan: RunPlan, file: Path) -> Path:
 
 
 @style.styled()
-def plan_figure(plan: RunPlan) -> Figure:
+def plan_figure(estimate: Estimate) -> Figure:
     """Two plots over the steps: fractions kept, and cumulative FLOPs."""
-    planned = plan.planned
-    config, method = planned.config, planned.method
+    design = estimate.design
+    config, method = design.config, design.method
     figure = Figure(figsize=(7.6, 6.4), layout="constrained")
     kept, flops = figure.subplots(2, 1)
-    style.dress(kept, f"Kept on average: {config.method['name']}", "fraction of the full model")
+    style.dress(kept, f"MeanKept on average: {config.method['name']}", "fraction of the full model")
     style.dress(flops, "Model FLOPs of the run", "cumulative FLOPs")
     for axes in (kept, flops):
         style.shade_phases(axes, method.phases, config.steps)
-    _draw_kept(kept, planned)
-    _draw_flops(flops, plan)
+    _draw_kept(kept, design)
+    _draw_flops(flops, estimate)
     return figure
 
 
-def _samples(planned: Planned) -> np.ndarray:
+def _samples(design: Design) -> np.ndarray:
     """Steps to draw, first and last of every phase among them, int64 [n]."""
-    steps = planned.config.steps
+    steps = design.config.steps
     spread = np.linspace(0, steps - 1, min(steps, MAX_SAMPLES)).astype(int)
-    ends = [s for p in planned.method.phases for s in (p.from_step, p.until_step - 1)]
+    ends = [s for p in design.method.phases for s in (p.from_step, p.until_step - 1)]
     return np.unique(np.concatenate([spread, ends]))
 
 
-def _draw_kept(axes: Axes, planned: Planned) -> None:
-    method, samples = planned.method, _samples(planned)
+def _draw_kept(axes: Axes, design: Design) -> None:
+    method, samples = design.method, _samples(design)
     dense = mean_kept(method.shape, full_loads(method.shape))
     kept = [mean_kept(method.shape, method.loads(int(step))) for step in samples]
     # A step's value holds until the next step.
-    edges = np.append(samples, planned.config.steps)
+    edges = np.append(samples, design.config.steps)
     # Nested widths: lines that coincide stay visible.
     lines = (("layers", SKY, 7.0), ("heads", ORANGE, 3.5), ("columns", BLACK, 1.2))
     for name, colour, width in lines:
@@ -83,11 +83,11 @@ def _draw_kept(axes: Axes, planned: Planned) -> None:
     axes.legend(loc="lower right", ncols=3)
 
 
-def _draw_flops(axes: Axes, plan: RunPlan) -> None:
-    planned, dense = plan.planned, plan.dense_step_flops
-    config, method = planned.config, planned.method
-    size = planned.flops_size(config.batch.global_)
-    samples = _samples(planned)
+def _draw_flops(axes: Axes, estimate: Estimate) -> None:
+    design, dense = estimate.design, estimate.dense_step_flops
+    config, method = design.config, design.method
+    size = design.flops_size(config.batch.global_)
+    samples = _samples(design)
     active = [step_flops(method.shape, method.loads(int(s)), **size).model for s in samples]
     edges = np.append(samples, config.steps)
     total = np.concatenate([[0.0], np.cumsum(np.diff(edges) * active)])
@@ -97,5 +97,5 @@ def _draw_flops(axes: Axes, plan: RunPlan) -> None:
     axes.plot(edges, total / unit, color=RED, label=config.method["name"])
     axes.fill_between(edges, total / unit, edges * dense / unit, color=RED, alpha=0.08, lw=0)
     axes.set_ylim(bottom=0)
-    saving = plan.json["saved"]["model"]  # exact, where the line goes by samples
+    saving = estimate.json["saved"]["model"]  # exact, where the line goes by samples
     axes.legend(loc="upper left", title=f"{saving:.1%} saved", alignment="left")

@@ -12,42 +12,42 @@ from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
-from est_ds.report.estimate import RunPlan, make_plan
+from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
 
 
-def plan_tables(plan: RunPlan) -> str:
+def plan_tables(estimate: Estimate) -> str:
     """A plan for the eye, at most 80 columns where names are short.
 
     Raises:
         UserError: the batch does not fit the processes.
     """
-    config = plan.planned.config
+    config = estimate.design.config
     head = f"{config.run_dir}: method {config.method['name']}, {config.steps:,} steps"
-    return rendered(head, facts_table(_facts(plan)), _phases(plan), _layouts(plan), _NOTE)
+    return rendered(head, facts_table(_facts(estimate)), _phases(estimate), _layouts(estimate), _NOTE)
 
 
 _NOTE = (
-    "Kept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
+    "MeanKept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
     "to a step of the full model; model: all matrix products, blocks: projections\n"
     "and MLP in the layers. Memory: of the fullest pipe stage, with these and more\n"
     "processes; activations and communication buffers come on top."
 )
 
 
-def _facts(plan: RunPlan) -> list[tuple[str, str]]:
-    config, shape = plan.planned.config, plan.planned.method.shape
+def _facts(estimate: Estimate) -> list[tuple[str, str]]:
+    config, shape = estimate.design.config, estimate.design.method.shape
     tokens = config.tokens_per_step
-    fractions = plan.json["saved"]
-    dense = config.steps * plan.dense_step_flops
+    fractions = estimate.json["saved"]
+    dense = config.steps * estimate.dense_step_flops
     cost = dense * (1.0 - fractions["model"])
     processes, accumulation = layouts(config)[0]
     pipe, replicas = config.parallel.pipe, config.data_parallel(processes)
     assumed = "" if config.parallel.processes else "; one replica is assumed"
     return [
-        ("model", f"{shape.family}, {plan.json['parameters']:,} parameters"),
+        ("model", f"{shape.family}, {estimate.json['parameters']:,} parameters"),
         (
             "tokens",
             f"{config.steps * tokens:,} = {config.steps:,} steps x {config.batch.global_:,} "
@@ -62,17 +62,17 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
             f"replica{'s' * (replicas > 1)}, ZeRO {config.parallel.zero}, "
             f"{config.precision}{assumed}",
         ),
-        *([("pipeline", _pipeline(plan, accumulation))] if pipe > 1 else []),
-        *([("not checked", f"not here: {', '.join(plan.unchecked)}")] if plan.unchecked else []),
+        *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
+        *([("not checked", f"not here: {', '.join(estimate.unchecked)}")] if estimate.unchecked else []),
     ]
 
 
-def _pipeline(plan: RunPlan, accumulation: int) -> str:
+def _pipeline(estimate: Estimate, accumulation: int) -> str:
     """The layers of the pipe stages, and how well they share the work of every phase."""
-    planned = plan.planned
-    method, cuts = planned.method, planned.cuts
+    design = estimate.design
+    method, cuts = design.method, design.cuts
     stages = " | ".join(f"{a}-{b - 1}" for a, b in zip([0, *cuts], cuts))
-    size = planned.flops_size(1)
+    size = design.flops_size(1)
     loads = ", ".join(
         f"{phase.name} {imbalance(stage_costs(method, i, cuts, **size)):.2f}"
         for i, phase in enumerate(method.phases)
@@ -81,8 +81,8 @@ def _pipeline(plan: RunPlan, accumulation: int) -> str:
     return f"layers {stages}; slowest stage over mean: {loads}; bubble {waits:.2f}"
 
 
-def _phases(plan: RunPlan) -> Table:
-    config, dense = plan.planned.config, plan.dense
+def _phases(estimate: Estimate) -> Table:
+    config, dense = estimate.design.config, estimate.dense
     tokens = config.tokens_per_step
     table = Table(box=PLAIN, pad_edge=False)
     table.add_column("phase", vertical="bottom", overflow="fold")
@@ -96,7 +96,7 @@ def _phases(plan: RunPlan) -> Table:
         "blocks\nFLOPs",
     ):
         table.add_column(name, justify="right", no_wrap=name == "steps", overflow="fold")
-    for phase in plan.json["phases"]:
+    for phase in estimate.json["phases"]:
         first, end = phase["from_step"], phase["until_step"]
         table.add_row(
             phase["name"],
@@ -111,9 +111,9 @@ def _phases(plan: RunPlan) -> Table:
     return table
 
 
-def _layouts(plan: RunPlan) -> Table:
+def _layouts(estimate: Estimate) -> Table:
     """Memory of a process with the processes of the run file, and with more replicas."""
-    config = plan.planned.config
+    config = estimate.design.config
     table = Table(box=PLAIN, pad_edge=False)
     for name in (
         "processes",
@@ -129,7 +129,7 @@ def _layouts(plan: RunPlan) -> Table:
         table.add_column("on the\nhost", justify="right", vertical="bottom")
     for processes, accumulation in layouts(config):
         memory = memory_per_process(
-            max(plan.stage_parameters),
+            max(estimate.stage_parameters),
             precision=config.precision,
             zero=config.parallel.zero,
             data_parallel=config.data_parallel(processes),
@@ -209,12 +209,12 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
             the file cannot be written.
     """
     layouts(config)  # the batch must fit the processes, whether a table shows it or not
-    plan = make_plan(config)
-    if as_json and plan.unchecked:
-        print(f"est-ds: not checked, since not here: {', '.join(plan.unchecked)}", file=sys.stderr)
-    text = json.dumps(plan.json, indent=2) if as_json else plan_tables(plan)
+    estimate = make_estimate(config)
+    if as_json and estimate.unchecked:
+        print(f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr)
+    text = json.dumps(estimate.json, indent=2) if as_json else plan_tables(estimate)
     if plot:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
 
-        write_plan_figure(plan, Path(plot))
+        write_plan_figure(estimate, Path(plot))
     return text

@@ -13,14 +13,14 @@ from est_ds.config.sections import RunConfig
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
-from est_ds.design import Planned, corpus_weights, plan_run
+from est_ds.design import Design, corpus_weights, make_design
 from est_ds.engine.settings import check_zero_section
 from est_ds.errors import UserError
 from est_ds.run.directory import check_run_dir
 
 
 @dataclass(frozen=True)
-class Run(Planned):
+class Run(Design):
     """A run that can start with `processes` processes: its corpora are open."""
 
     processes: int
@@ -46,12 +46,12 @@ class Run(Planned):
 
 
 def prepare(config: RunConfig, processes: int) -> Run:
-    """Everything `plan_run` checks, the batch equation, the corpora and the run directory.
+    """Everything `make_design` checks, the batch equation, the corpora and the run directory.
 
     Raises:
         UserError: something does not fit or is missing; nothing has been written.
     """
-    planned = plan_run(config)
+    design = make_design(config)
     check_zero_section(config)
     _check_compiler(config)
     config.batch.accumulation(config.data_parallel(processes))
@@ -59,20 +59,20 @@ def prepare(config: RunConfig, processes: int) -> Run:
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in (*train, *valid.values()):
-        corpus.check_vocabulary(planned.method.shape.vocabulary)
-        given = getattr(planned.objective, "vocabulary", None)
+        corpus.check_vocabulary(design.method.shape.vocabulary)
+        given = getattr(design.objective, "vocabulary", None)
         if given and not corpus.manifest:  # above it come the objective's own ids
             corpus.check_vocabulary(given, "objective.vocabulary")
         corpus.check_tokenizer(data.tokenizer)
         if data.documents == "separate" or data.shuffle == "documents":
             corpus.check_boundaries()
-    batches, windows = _data(planned, train, valid)
+    batches, windows = _data(design, train, valid)
     check_run_dir(config)
-    parts = {f.name: getattr(planned, f.name) for f in fields(planned)}
+    parts = {f.name: getattr(design, f.name) for f in fields(design)}
     return Run(**parts, processes=processes, train=batches, valid=windows)
 
 
-def unchecked_data(planned: Planned) -> list[str]:
+def unchecked_data(design: Design) -> list[str]:
     """Checks the corpora as a start does, as far as they are here; a plan is made elsewhere too.
 
     Returns:
@@ -81,7 +81,7 @@ def unchecked_data(planned: Planned) -> list[str]:
     Raises:
         UserError: what is here does not fit.
     """
-    data = planned.config.data
+    data = design.config.data
     train = [Corpus.described(part.corpus) for part in data.parts]
     valid = {name: Corpus.described(prefix) for name, prefix in data.held_out.items()}
     prefixes = [*(part.corpus for part in data.parts), *data.held_out.values()]
@@ -92,26 +92,26 @@ def unchecked_data(planned: Planned) -> list[str]:
     if not has_tokenizer:
         absent.append(data.tokenizer)
     for corpus in filter(None, corpora.values()):
-        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        corpus.check_vocabulary(design.method.shape.vocabulary)
         if has_tokenizer:
             corpus.check_tokenizer(data.tokenizer)
     if None not in corpora.values():
-        _data(planned, train, valid)
+        _data(design, train, valid)
     return absent
 
 
 def _data(
-    planned: Planned, train: list[Corpus], valid: dict[str, Corpus]
+    design: Design, train: list[Corpus], valid: dict[str, Corpus]
 ) -> tuple[Batches, dict[str, Windows]]:
     """The samples to train and to evaluate on.
 
     Raises:
         UserError: the corpora do not fit the objective, the batch or each other.
     """
-    config, data = planned.config, planned.config.data
+    config, data = design.config, design.config.data
     _refuse_copies(train, valid)
     _refuse_unlike([*train, *valid.values()])
-    sampling = _sampling(planned, train)
+    sampling = _sampling(design, train)
     ordering = Ordering(
         global_batch=config.batch.global_,
         seed=config.seed,
@@ -166,7 +166,7 @@ def _refuse_unlike(corpora: list[Corpus]) -> None:
                 )
 
 
-def held_out_windows(planned: Planned) -> dict[str, Windows]:
+def held_out_windows(design: Design) -> dict[str, Windows]:
     """The samples of the held-out corpora, where nothing is to be trained.
 
     The training corpora, by whose manifests the objective goes, need not be there: those of the
@@ -175,38 +175,38 @@ def held_out_windows(planned: Planned) -> dict[str, Windows]:
     Raises:
         UserError: a held-out corpus is missing, or does not fit the model or the tokenizer.
     """
-    data = planned.config.data
+    data = design.config.data
     held_out = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in held_out.values():
-        corpus.check_vocabulary(planned.method.shape.vocabulary)
+        corpus.check_vocabulary(design.method.shape.vocabulary)
         corpus.check_tokenizer(data.tokenizer)
     try:
         known = [Corpus.open(part.corpus) for part in data.parts]
     except UserError:
         known = list(held_out.values())
-    sampling = _sampling(planned, known)
-    choice = planned.config.evaluate.choice
+    sampling = _sampling(design, known)
+    choice = design.config.evaluate.choice
     return {n: Windows(c, sampling, choice=choice) for n, c in held_out.items()}
 
 
-def _sampling(planned: Planned, corpora: list[Corpus]) -> Sampling:
+def _sampling(design: Design, corpora: list[Corpus]) -> Sampling:
     """What a sample is.
 
     Args:
         corpora: by whose manifests the objective goes.
     """
-    data = planned.config.data
-    objective = _objective(planned, corpora)
+    data = design.config.data
+    objective = _objective(design, corpora)
     return Sampling(
         sequence=data.sequence, objective=objective, separate=data.documents == "separate"
     )
 
 
-def _objective(planned: Planned, corpora: list[Corpus]) -> Objective:
+def _objective(design: Design, corpora: list[Corpus]) -> Objective:
     surroundings = Surroundings.of(
         corpora,
-        sequence=planned.config.data.sequence,
-        model_vocabulary=planned.method.shape.vocabulary,
-        decoder_start=planned.decoder_start,
+        sequence=design.config.data.sequence,
+        model_vocabulary=design.method.shape.vocabulary,
+        decoder_start=design.decoder_start,
     )
-    return planned.objective.build(surroundings)
+    return design.objective.build(surroundings)

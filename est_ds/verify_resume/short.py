@@ -6,7 +6,7 @@ from typing import Any
 
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.plans.phases import Phase
 
@@ -30,7 +30,7 @@ def shortened(config: RunConfig, steps: int | None) -> RunConfig:
     for i, number in enumerate(tried, start=1):
         try:
             short = _in_steps(config, number)
-            plan_run(short)
+            make_design(short)
             return short
         except UserError as e:
             if i == len(tried):

@@ -14,7 +14,7 @@ from pathlib import Path
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Checkpoint, RunConfig
-from est_ds.design import plan_run
+from est_ds.design import make_design
 from est_ds.errors import Failure, UserError
 from est_ds.launch.launcher import launch
 from est_ds.launch.placement import check_processes, default_processes, this_machine
@@ -185,7 +185,7 @@ def _checked(folder: Path, config: RunConfig, then: RunConfig, wanted: Wanted) -
             f"activation_checkpointing, compile and deepspeed.*."
         )
     short = shortened(config, wanted.steps)
-    cut = wanted.cut or default_cut(plan_run(short).method.phases, short.steps)
+    cut = wanted.cut or default_cut(make_design(short).method.phases, short.steps)
     if cut >= short.steps:
         raise UserError(f"--at={cut} is not inside the run; use 1 to {short.steps - 1}.")
     processes = wanted.processes or default_processes(config)
@@ -199,7 +199,7 @@ def _checked(folder: Path, config: RunConfig, then: RunConfig, wanted: Wanted) -
 
 def _carry_out(check: ResumeCheck) -> Comparison:
     config, steps = check.first.config, check.first.config.steps
-    phases = plan_run(config).method.phases
+    phases = make_design(config).method.phases
     shown = ", ".join(f"{p.name} {p.from_step}-{p.until_step}" for p in phases)
     print(f"{steps} steps (phases: {shown}), {config.precision}")
     _timed(f"training on {check.first}", check.train_uninterrupted)

@@ -78,7 +78,7 @@ def run_config(section: dict, batch: int, sequence: int, zero: int, **fields: An
 
 def zero_engine(config: RunConfig):
     """The real engine of `est-ds train` on one process, and its model's shape."""
-    from est_ds.design import plan_run
+    from est_ds.design import make_design
     from est_ds.engine.build import build_engine
     from est_ds.engine.start import start_processes
     from est_ds.ranks.world import World
@@ -86,7 +86,7 @@ def zero_engine(config: RunConfig):
     world = World.from_environment()
     if not dist.is_initialized():
         start_processes(world)
-    design = plan_run(config)
+    design = make_design(config)
     return build_engine(design, world, Path(tempfile.mkdtemp())), design.method.shape
 
 

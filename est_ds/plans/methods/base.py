@@ -57,13 +57,13 @@ class Method(ABC):
     Attributes:
         Settings: the pydantic model of the method's section of the run file.
         phases: the step ranges of the schedule.
-        run_lengths: runs of layers over which kept layers are spread; a pipeline may cut only
+        band_lengths: bands of layers over which kept layers are spread; a pipeline may cut only
             at their ends. None: no promise is made.
     """
 
     Settings: ClassVar[type[Strict]]
     phases: tuple[Phase, ...]
-    run_lengths: tuple[int, ...] | None = None
+    band_lengths: tuple[int, ...] | None = None
 
     def __init__(self, settings: Strict, *, seed: int, steps: int, shape: ModelShape) -> None:
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape

@@ -25,7 +25,7 @@ class RateSettings(Strict):
     Attributes:
         skip: whole layers, or attention and MLP of a layer apart (each with the layer's chance).
         always_keep: layers that are never skipped; -1 is the last.
-        balance_groups: number of runs of layers, or their lengths; a run of which a draw keeps
+        balance_groups: number of bands of layers, or their lengths; a band of which a draw keeps
             nothing keeps one layer. Without it a step may train embeddings and head alone.
     """
 
@@ -54,7 +54,7 @@ class KeepRates(Method):
             )
         self._draw = LayerDraw(shape.num_layers, settings.balance_groups, self._always)
         if settings.balance_groups is not None:
-            self.run_lengths = self._draw.lengths
+            self.band_lengths = self._draw.lengths
 
     @abstractmethod
     def rates(self, steps: np.ndarray) -> np.ndarray:

@@ -85,8 +85,8 @@ class Stacking(Method):
         self._check(settings)
         lengths = (shape.num_layers,)
         if settings.balance_groups is not None:
-            lengths = balance.run_lengths(settings.balance_groups, shape.num_layers)
-            self.run_lengths = lengths
+            lengths = balance.band_lengths(settings.balance_groups, shape.num_layers)
+            self.band_lengths = lengths
         self.places = [self._places(p.layers, lengths) for p in settings.phases]
 
     def _check(self, settings: StackingSettings) -> None:
@@ -122,7 +122,7 @@ class Stacking(Method):
 
     @staticmethod
     def _places(depth: int, lengths: tuple[int, ...]) -> list[int]:
-        """Places of the layers that exist: the first of every run, runs in proportion."""
+        """Places of the layers that exist: the first of every band, bands in proportion."""
         counts = balance.spread(depth, lengths, (0,) * len(lengths), step=0)
         starts = np.cumsum([0, *lengths[:-1]]).tolist()
         return [start + i for start, n in zip(starts, counts) for i in range(n)]

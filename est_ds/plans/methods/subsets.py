@@ -38,7 +38,7 @@ class SubsetSettings(Strict):
         counts: exactly `round(fraction * n)` layers, heads and columns, or each on its own.
         skip: whole layers, or attention and MLP of a layer apart.
         always_keep: layers that are never skipped; -1 is the last.
-        balance_groups: number of runs of layers, or their lengths, among which the kept ones
+        balance_groups: number of bands of layers, or their lengths, among which the kept ones
             are spread.
     """
 
@@ -121,7 +121,7 @@ class _PhaseDraw:
             keeps = count if exact else f"{mean:g}"
             raise UserError(
                 f"{field}={layers} keeps {keeps} of {n} layers, but always_keep and "
-                f"balance_groups need at least {least} (one in every run); use at least "
+                f"balance_groups need at least {least} (one in every band); use at least "
                 f"{least if isinstance(layers, int) else f'{least / n:.3g}'}."
             )
         keep = np.full(n, (mean - len(always)) / max(1, n - len(always)))
@@ -181,7 +181,7 @@ class PhasedSubsets(Method):
         self.phases = self._phases(settings, steps)
         self._draws = [_PhaseDraw(size, settings, shape) for size in self._sizes(settings)]
         if settings.balance_groups is not None:
-            self.run_lengths = self._draws[0].layer_draw.lengths
+            self.band_lengths = self._draws[0].layer_draw.lengths
         self._refuse_settings_without_effect()
 
     def _phases(self, settings: Any, steps: int) -> tuple[Phase, ...]:

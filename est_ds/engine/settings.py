@@ -177,6 +177,8 @@ def _check_zero_section(section: Any, zero: int) -> None:
     prefix = "zero_optimization."
     refused = [k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix)]
     _check_keys(section, where, ZERO_WORKS, refused, zero)
+    if isinstance(size := section.get("allgather_bucket_size"), int) and size % 2:
+        raise UserError(f"{where}.allgather_bucket_size={size}: must be even; use {size + 1}.")
     for key in NEEDS_GPU:
         if section.get(key) and not torch.cuda.is_available():
             raise UserError(f"{where}.{key} needs a GPU: DeepSpeed has no kernel for CPUs.")
@@ -209,7 +211,7 @@ def deepspeed_config(
     config: RunConfig, *, data_parallel: int, parameters: int, tensorboard_dir: str
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` takes."""
-    bucket = min(500_000_000, max(1, parameters))
+    bucket = min(500_000_000, max(2, parameters + parameters % 2))  # DeepSpeed wants it even
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
         # DeepSpeed allocates buckets whole: no larger than the model.

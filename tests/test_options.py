@@ -14,6 +14,7 @@ from workers import train_all
 
 from est_ds.config.run_file import load_run
 from est_ds.design import make_design
+from est_ds.engine.settings import deepspeed_config
 from est_ds.errors import UserError
 from est_ds.run.metrics import read_metrics
 
@@ -64,6 +65,19 @@ def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run)
     field = overrides[0].split("=")[0]
     assert field.split(".")[-1] in str(refused.value)
     assert re.search("remove|set |change|use ", str(refused.value))
+
+
+def test_buckets_are_even_as_deepspeed_asks(synthetic_run):
+    """A pipe stage, or a BERT whose head has a bias for every token, may have an odd number."""
+    config = load_run(synthetic_run, arguments("ZeRO 1", ()))
+    for parameters, bucket in ((1, 2), (6, 6), (7, 8), (10**9 + 1, 500_000_000)):
+        settings = deepspeed_config(
+            config, data_parallel=2, parameters=parameters, tensorboard_dir="none"
+        )
+        assert settings["zero_optimization"]["allgather_bucket_size"] == bucket
+    odd = ("deepspeed.zero_optimization.allgather_bucket_size=7",)
+    with pytest.raises(UserError, match="allgather_bucket_size=7: must be even; use 8"):
+        make_design(load_run(synthetic_run, arguments("ZeRO 1", odd)))
 
 
 @pytest.fixture(scope="session")

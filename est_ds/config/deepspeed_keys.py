@@ -172,6 +172,8 @@ def _check_zero_section(section: Any, zero: int) -> None:
     prefix = "zero_optimization."
     refused = [k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix)]
     _check_keys(section, where, ZERO_WORKS, refused, zero)
+    if isinstance(size := section.get("allgather_bucket_size"), int) and size % 2:
+        raise UserError(f"{where}.allgather_bucket_size={size}: must be even; use {size + 1}.")
     offload = section.get("offload_param") or {}
     device = offload.get("device", "none") if isinstance(offload, dict) else offload
     if device not in ("none", "cpu"):

@@ -39,7 +39,7 @@ def deepspeed_config(
     config: RunConfig, *, data_parallel: int, parameters: int, tensorboard_dir: str
 ) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` takes."""
-    bucket = min(500_000_000, max(1, parameters))
+    bucket = min(500_000_000, max(2, parameters + parameters % 2))  # DeepSpeed wants it even
     zero: dict[str, Any] = {
         "stage": config.parallel.zero,
         # DeepSpeed allocates buckets whole: no larger than the model.

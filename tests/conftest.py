@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-import slices
 import yaml
+
+import slices
 from cases.tiny import TINY_RUN
 from forks import fork, wait
 from layouts import METHODS, Lazily, train_in, write_run

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+
 from cases.objectives import BERT, T5
 from conftest import TINY_MODEL
-from workers import train_all
-
 from est_ds import cli
 from est_ds.config.run_file import load_run
 from est_ds.run.prepare import prepare
+from workers import train_all
 
 STEPS = 2
 SEQUENCE = 32

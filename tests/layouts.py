@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+
 from cases.tiny import TINY_MODEL, TINY_RUN
 from workers import train_all
 

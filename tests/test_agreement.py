@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import pytest
-from layouts import LAYOUTS, METHODS
-from workers import start
 
 from est_ds.run.metrics import read_metrics
+from layouts import LAYOUTS, METHODS
+from workers import start
 
 
 # ZeRO 3 and a pipeline would hang, ZeRO 1 would silently mix gradients of different layers.

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import est_ds, refused, train
-from packings import pack
 
+from conftest import est_ds, refused, train
 from est_ds import cli
 from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.ranks.world import World, meeting_place
 from est_ds.run.directory import lock_run_dir
 from est_ds.run.prepare import prepare
+from packings import pack
 
 # Overrides of the tiny run, and what the error must name.
 REFUSED = {

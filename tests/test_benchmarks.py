@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import run_command
 
 FOLDER = Path(__file__).parent / "benchmarks"

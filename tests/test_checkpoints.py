@@ -14,16 +14,16 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import train
-from layouts import LAYOUTS, METHODS, name_of
-from reference import assert_close
-from workers import start, train_all
 
+from conftest import train
 from est_ds.checkpoints.index import FILE, Damaged, Index, read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import Store
 from est_ds.config.sections import Checkpoint as Settings
 from est_ds.run.metrics import read_metrics
+from layouts import LAYOUTS, METHODS, name_of
+from reference import assert_close
+from workers import start, train_all
 
 EST = [f"method={METHODS['est']}"]
 OFFLOAD = ["parallel.zero=2", "parallel.offload=true"]

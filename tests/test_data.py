@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from batches import batches_of, windows_of
 from cases.corpora import write_corpus
-
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Portion
 from est_ds.data.order import positions

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from packings import SmallSteps, files_of, pack, pack_arguments, source, texts  # noqa: F401
 
 from data_prep.__main__ import main
 from est_ds.data.indexed import Corpus
+from packings import SmallSteps, files_of, pack, pack_arguments, source, texts  # noqa: F401
 
 
 def committed(state):

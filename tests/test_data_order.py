@@ -12,12 +12,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from batches import batches_of, windows_of
-from cases.corpora import write_corpus
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batches import batches_of, windows_of
+from cases.corpora import write_corpus
+from conftest import ROOT
 from est_ds.data import streams
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Portion

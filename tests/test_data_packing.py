@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, est_ds, train
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
-from packings import files_of, pack, pack_arguments, source, texts  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from conftest import ROOT, est_ds, train
 from data_prep.__main__ import main
 from est_ds.data.encoders import load_encoder
 from est_ds.data.indexed import Corpus
+from packings import files_of, pack, pack_arguments, source, texts  # noqa: F401
 
 # shards
 

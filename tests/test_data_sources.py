@@ -14,10 +14,10 @@ import pyarrow
 import pytest
 import yaml
 import zstandard
-from conftest import ROOT
 from datasets import Dataset
 from pyarrow import parquet
 
+from conftest import ROOT
 from data_prep.__main__ import main
 from data_prep.config import Preparation, read_data_file
 from data_prep.readers.base import Rules, Skipped

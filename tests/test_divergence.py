@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import est_ds, tensorboard_points, train
-from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily, name_of
-from reference import assert_close, plain_adamw
-from workers import start, train_all
 
+from conftest import est_ds, tensorboard_points, train
 from est_ds.checkpoints.state import Seen
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
@@ -25,6 +22,9 @@ from est_ds.report.summary import summarise
 from est_ds.run.metrics import read_events, read_metrics
 from est_ds.training.divergence import History
 from est_ds.verify_resume.compare import Bounds, compare_runs
+from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily, name_of
+from reference import assert_close, plain_adamw
+from workers import start, train_all
 
 EST, FULL = (f"method={METHODS[name]}" for name in ("est", "full"))
 # A whole activation on the last rank, then gradients of the first rank alone: in a pipeline those

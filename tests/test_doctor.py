@@ -6,8 +6,8 @@ import copy
 import threading
 
 import pytest
-from conftest import est_ds
 
+from conftest import est_ds
 from est_ds.doctor.checks import Node, find
 from est_ds.doctor.facts import collect
 from est_ds.ranks.verdict import Record, is_broken_connection, verdict, where_main_is

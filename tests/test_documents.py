@@ -8,14 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+
 from batches import batches_of, windows_of
 from cases.corpora import write_corpus
 from conftest import train
-from layouts import LAYOUTS, train_in
-from reference import assert_close
-from torch.nn.functional import cross_entropy
-from workers import train_all
-
 from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import IGNORED, Portion
@@ -27,6 +24,9 @@ from est_ds.run.directory import check_run_dir
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
+from layouts import LAYOUTS, train_in
+from reference import assert_close
+from workers import train_all
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

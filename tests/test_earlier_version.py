@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from workers import train_all
 
 from est_ds.run.metrics import read_metrics
+from workers import train_all
 
 EARLIER = Path(__file__).parent / "golden" / "run"
 SAME = ("step", "phase", "lr", "tokens", "flops_active", "plan_digest", "data_digest")

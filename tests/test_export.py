@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from exports import CELLS, FAST, exported, load, named, train_cells
 from torch.nn.functional import cross_entropy
 
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Portion
 from est_ds.run.metrics import read_metrics
+from exports import CELLS, FAST, exported, load, named, train_cells
 
 
 @pytest.fixture(scope="module")

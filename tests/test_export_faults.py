@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 import transformers
-from exports import MODELS, STEPS, exported, load
 
 from est_ds import cli
 from est_ds.checkpoints.index import read_index
@@ -21,6 +20,7 @@ from est_ds.export.config_file import complete_config
 from est_ds.export.sample import continued
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.families import hf_config
+from exports import MODELS, STEPS, exported, load
 
 
 def refused(capsys, *arguments: str) -> tuple[int, str]:

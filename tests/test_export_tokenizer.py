@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from packings import source, texts  # noqa: F401
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -27,6 +26,7 @@ from est_ds.data.indexed import Corpus
 from est_ds.data.objectives.ul2 import PRESETS, Ul2
 from est_ds.errors import UserError
 from est_ds.export.tokenizer import check_tokenizer, write_tokenizer
+from packings import source, texts  # noqa: F401
 
 
 def wordpiece(texts, folder):

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+
 from cases.families import (
     CASES,
     config_of,
@@ -22,7 +23,6 @@ from cases.families import (
     run_step,
     shape_of,
 )
-
 from est_ds.config.run_file import read_sections
 from est_ds.errors import UserError
 from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise

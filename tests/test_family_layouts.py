@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from cases.families import CASES
+from est_ds.config.run_file import load_run
+from est_ds.run.metrics import read_metrics
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
 from reference import Reference, largest_difference, plain_adamw
 from workers import start
-
-from est_ds.config.run_file import load_run
-from est_ds.run.metrics import read_metrics
 
 STEPS = 4
 OBJECTIVES = {"bert": "{name: mlm, vocabulary: 61}", "t5": "{name: ul2, vocabulary: 61}"}

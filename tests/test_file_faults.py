@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import fork_ranks, refused
-from namespaces import Started, kill_all, wait_until
 
+from conftest import fork_ranks, refused
 from est_ds.checkpoints.index import FILE as INDEX
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import damage
@@ -25,6 +24,7 @@ from est_ds.config.sections import Checkpoint as Settings
 from est_ds.data.indexed import Corpus
 from est_ds.errors import LocalFailure
 from est_ds.run.metrics import FILE, MetricsFile, read_metrics
+from namespaces import Started, kill_all, wait_until
 
 slow = pytest.mark.slow
 SETTINGS = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cases.plans import GPT2, TINYLLAMA, est, shape_of
 
+from cases.plans import GPT2, TINYLLAMA, est, shape_of
 from est_ds.cost import flops
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Load, full_loads, plan_loads

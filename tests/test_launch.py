@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from cases.pins import pin_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ from argparse import Namespace
 
 import pytest
 import yaml
-from conftest import ROOT, est_ds
 
+from conftest import ROOT, est_ds
 from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.launch import hosts

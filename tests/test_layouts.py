@@ -10,12 +10,12 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily, train_in, write_run
-from reference import Reference, assert_close, largest_difference, plain_adamw
 
+from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.run.metrics import read_metrics
+from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily, train_in, write_run
+from reference import Reference, assert_close, largest_difference, plain_adamw
 
 GOLDEN = Path(__file__).parent / "golden"
 # Every layout and every method once; raptr leaves a stage of the pipelines without any layer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from cases.families import (
     CASES,
     assert_close,
@@ -13,7 +14,6 @@ from cases.families import (
     shape_of,
 )
 from cases.methods import SECTIONS, fitting
-
 from est_ds.errors import UserError
 from est_ds.plans.methods import METHODS, build_method
 

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
+
 from cases.methods import SECTIONS
 from cases.plans import GOLDEN, TINYLLAMA, assert_uniform, digests, shape_of
-
 from est_ds.cost import flops
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import plan_loads

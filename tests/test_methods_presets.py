@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cases.plans import GPT2, TINYLLAMA
 
+from cases.plans import GPT2, TINYLLAMA
 from est_ds.cost import flops
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import Method

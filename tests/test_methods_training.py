@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import yaml
+
 from cases.methods import SECTIONS, fitting
 from conftest import train
-from reference import assert_close
-
 from est_ds.run.metrics import read_metrics
+from reference import assert_close
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, train
-from namespaces import LIMIT_S, Cluster, signal_all, wait_until, why_not
 
+from conftest import ROOT, train
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.run.metrics import read_metrics
+from namespaces import LIMIT_S, Cluster, signal_all, wait_until, why_not
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")

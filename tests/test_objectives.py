@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from batches import batches_of, windows_of
 
+from batches import batches_of, windows_of
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Portion
 from est_ds.data.objectives.base import HELD_OUT, TRAINING, Draws

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import yaml
+
 from cases.corpora import write_corpus
 from cases.objectives import BERT, T5
-
 from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.run.directory import check_run_dir

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.data.loader import Portion
 from est_ds.report.plan_text import plan_report

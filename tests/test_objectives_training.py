@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+
 from cases.objectives import BERT, T5
 from cases.tiny import TINY_MODEL
 from conftest import train
-from reference import assert_close
-
 from est_ds.config.run_file import load_run
 from est_ds.data.loader import Portion
 from est_ds.engine.optimizer import adamw
@@ -18,6 +17,7 @@ from est_ds.run.metrics import read_metrics
 from est_ds.run.prepare import prepare
 from est_ds.slicing.build import build_model
 from est_ds.slicing.subnetwork import Subnetwork
+from reference import assert_close
 
 STEPS = 6
 CASES = {

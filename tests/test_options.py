@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily
-from reference import assert_close, plain_adamw
-from workers import train_all
 
+from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.design import make_design
 from est_ds.engine.settings import deepspeed_config
 from est_ds.errors import UserError
 from est_ds.run.metrics import read_metrics
+from layouts import BF16_BOUND, LAYOUTS, METHODS, Lazily
+from reference import assert_close, plain_adamw
+from workers import train_all
 
 COLUMNS = {
     "ZeRO 0": "data 2, ZeRO 0",

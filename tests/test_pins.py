@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from cases.pins import applies_here, read_pins
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from cases.pins import applies_here, read_pins
 
 ROOT = Path(__file__).resolve().parents[1]
 

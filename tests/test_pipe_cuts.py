@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
-from cases.plans import TINYLLAMA, est, shape_of
 
+from cases.plans import TINYLLAMA, est, shape_of
 from est_ds.config.sections import Parallel
 from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_cuts, stage_costs
 from est_ds.errors import UserError

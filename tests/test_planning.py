@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from cases.tiny import TINY_MODEL
 
+from cases.tiny import TINY_MODEL
 from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_per_process
 from est_ds.errors import UserError

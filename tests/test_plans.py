@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases.plans import GOLDEN, PHASES, TINYLLAMA, assert_uniform, digests, est, shape_of
 
+from cases.plans import GOLDEN, PHASES, TINYLLAMA, assert_uniform, digests, est, shape_of
 from est_ds.plans import balance
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases.plans import PHASES, TINYLLAMA, est, shape_of
 
+from cases.plans import PHASES, TINYLLAMA, est, shape_of
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import train
-from namespaces import ranks_of, wait_until
 
+from conftest import train
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.ranks.meeting import connect
 from est_ds.ranks.preempt import EXIT_CODE
 from est_ds.run.metrics import read_metrics
+from namespaces import ranks_of, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run_command
 
+from conftest import ROOT, run_command
 from est_ds.config.run_file import load_run
 from est_ds.design import make_design
 from est_ds.report.plan_text import plan_report

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from cases.tiny import TINY_MODEL
 
+from cases.tiny import TINY_MODEL
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.data.manifest import Manifest, manifest_path, read_manifest

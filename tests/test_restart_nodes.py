@@ -9,10 +9,10 @@ import signal
 import time
 
 import pytest
-from conftest import ROOT, train
-from namespaces import Cluster, signal_all, wait_until, why_not
 
+from conftest import ROOT, train
 from est_ds.run.metrics import read_metrics
+from namespaces import Cluster, signal_all, wait_until, why_not
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no hosts: {REASON}")

@@ -14,11 +14,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from conftest import est_ds, train
 from hypothesis import given
 from hypothesis import strategies as st
-from namespaces import ranks_of, wait_until
 
+from conftest import est_ds, train
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Batch
 from est_ds.launch import retries
@@ -26,6 +25,7 @@ from est_ds.launch.placement import Launch, where_to
 from est_ds.launch.retries import fit, train_again_until_done
 from est_ds.ranks.preempt import EXIT_CODE
 from est_ds.run.metrics import read_metrics
+from namespaces import ranks_of, wait_until
 
 SMALL = ["parallel={pipe: 1, zero: 1}", "batch={global: 4, micro: 1}"]
 ALONE = ["parallel={pipe: 1, zero: 1, processes: 1}"]

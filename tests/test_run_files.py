@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
 
+from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import dump, parse, read_mapping

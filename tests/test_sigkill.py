@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import train
-from namespaces import kill_all
 
+from conftest import train
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.reader import damage
 from est_ds.checkpoints.store import BEST, LATEST, Store
 from est_ds.run.metrics import FILE, read_metrics
 from est_ds.verify_resume.compare import Bounds, compare_runs
+from namespaces import kill_all
 
 STEPS, ENDS, SAVED_EVERY, EVALUATED_EVERY = 60, (20, 40, 60), 4, 6
 SETTINGS = [

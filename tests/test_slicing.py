@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
 from cases.families import (
     assert_close,
     assert_equal,
@@ -22,8 +24,6 @@ from cases.families import (
     run_step,
     shape_of,
 )
-from torch import nn
-
 from est_ds.plans.methods import build_method
 from est_ds.plans.shape import Attention
 

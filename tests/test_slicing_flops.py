@@ -9,6 +9,10 @@ since they compute the scores again in the backward. None of them halves causal 
 
 from __future__ import annotations
 
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from cases.families import (
     CASES,
     Case,
@@ -20,10 +24,6 @@ from cases.families import (
     run_step,
     shape_of,
 )
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
 from est_ds.cost.flops import Flops, step_flops
 from est_ds.plans.methods.base import Load
 from est_ds.plans.plan import Plan

@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
+
 from cases.tiny import TINY_MODEL
 from conftest import est_ds, train
-
 from est_ds.config.run_file import load_run
 from est_ds.data.loader import Portion
 from est_ds.data.objectives.loss import token_loss

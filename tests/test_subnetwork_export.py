@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+
 from cases.families import (
     CASES,
     config_of,
@@ -19,7 +20,6 @@ from cases.families import (
     our_model,
     shape_of,
 )
-
 from est_ds import cli
 from est_ds.errors import UserError
 from est_ds.export.part import Keep, plan_to_keep

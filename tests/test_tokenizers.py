@@ -9,15 +9,15 @@ import random
 
 import pytest
 import sentencepiece
-from conftest import ROOT
-from packings import pack, pack_arguments
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
+from conftest import ROOT
 from data_prep.__main__ import main
 from est_ds.data.auto_tokenizer import copy_tokenizer, load_processor
 from est_ds.data.indexed import Corpus
 from est_ds.errors import UserError
+from packings import pack, pack_arguments
 
 CODE = (ROOT / "est_ds" / "config.py").read_text()
 TEXTS = [

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
 from layouts import LAYOUTS, METHODS, Lazily, name_of
 from workers import train_all
 

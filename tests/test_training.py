@@ -12,13 +12,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import est_ds, tensorboard_points, train
-from reference import assert_close, plain_adamw
 
+from conftest import est_ds, tensorboard_points, train
 from est_ds.config.run_file import load_run
 from est_ds.design import make_design
 from est_ds.run.directory import check_run_dir, write_config
 from est_ds.run.metrics import read_metrics
+from reference import assert_close, plain_adamw
 
 
 @pytest.fixture(scope="session")

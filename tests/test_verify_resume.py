@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import est_ds
 from safetensors.torch import load_file, save_file
 
+from conftest import est_ds
 from est_ds import cli
 from est_ds.checkpoints.index import FILE, read_index
 from est_ds.config.run_file import load_run

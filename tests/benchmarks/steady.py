@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layouts import LAYOUTS, train_in, write_run
-
 from est_ds.run.metrics import read_metrics
+from layouts import LAYOUTS, train_in, write_run
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """The pins of `launch/requirements.txt`."""
 
-from conftest import ROOT
 from packaging.requirements import Requirement
+
+from conftest import ROOT
 
 PINS = ROOT / "launch" / "requirements.txt"
 

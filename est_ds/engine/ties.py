@@ -1,10 +1,10 @@
 """Parameters that several pipe stages hold a copy of, as of an output head tied to the embedding.
 
-Each copy needs the sum of the gradients of all, or they are no longer one parameter.
-DeepSpeed sums `weight.grad`, where nothing is if its ZeRO optimizer accumulates in another
-precision than the model's, and then averages over the replicas, in an order of its own in every
-pipe stage. Here one reduction over all copies of all replicas gives all the same sum; the first
-replica keeps it, and the others add zero to the average that follows, which is exact in any order.
+Each copy needs the sum of the gradients of all, or they are no longer one parameter. DeepSpeed
+sums `weight.grad`, where nothing is if its ZeRO optimizer accumulates in another precision than the
+model's, and then averages over the replicas, in another order in every pipe stage. Here one
+reduction over all copies of all replicas gives all the same sum; the first replica keeps it, and
+the others add zero to the average that follows, which is exact in any order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Tie:
     Attributes:
         name: of the parameter, as in the Hugging Face model.
         stages: the pipe stages that hold a copy.
-        group: the processes of these stages, of all replicas; None: this one is not among them.
+        group: the processes of these stages, of all replicas.
         parameter: the copy of this process, if it holds one.
     """
 

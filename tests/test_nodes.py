@@ -257,7 +257,7 @@ def test_notice_while_hosts_wait_for_one_that_is_not_there_ends_all_with_75(dela
     hostfile = str(job.cluster.hostfile(2, "node0", missing))
     where = ("watchdog.limit_s=300", "--hostfile", hostfile, "--master", "node0")
     started, first = job.cluster.est_ds(*job.arguments, *where), job.cluster.hosts[0]
-    wait_until(lambda: started.process.poll() is not None or first.ranks(), 90)
+    wait_until(lambda: started.process.poll() is not None or first.ranks(), 240)
     time.sleep(delay_s)
     began = time.monotonic()
     started.notify(signal.SIGTERM)

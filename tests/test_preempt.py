@@ -133,7 +133,7 @@ def test_signal_to_one_of_two_nodes_whose_other_is_not_there_ends_it(
     ]  # fmt: skip
     log = tmp_path / "log"
     with subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT) as started:
-        wait_until(lambda: started.poll() is not None or len(ranks_of(started.pid)) == 2, 120)
+        wait_until(lambda: started.poll() is not None or len(ranks_of(started.pid)) == 2, 240)
         time.sleep(20)
         began = time.monotonic()
         started.send_signal(number)

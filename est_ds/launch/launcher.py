@@ -33,7 +33,7 @@ from est_ds.ranks.world import STARTER
 HOST_FAILED = re.compile(r"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
 # DeepSpeed's log of every host's processes: over ssh it cannot be told to be quiet.
 CHATTER = re.compile(r"(\S+: )?\[[-\d :,]+\] \[(INFO|ERROR)\] \[launch\.py:")
-SSH_FAILED = 255  # ssh's own exit code; of the processes it is none
+OBEYED = {preempt.EXIT_CODE, 255}  # 255 is ssh's own; of the processes it is none
 POLL_S = 0.005
 # Of the processes, when all end alike: done, wrong input, diverged, pre-empted. The rest is 1.
 PASSED_ON = (0, 2, 3, preempt.EXIT_CODE)
@@ -105,7 +105,7 @@ def start(
         return 128 + signal.SIGKILL
     if signals.ended_by is not None:
         return 128 + signals.ended_by
-    if running.all_obeyed:
+    if running.obeyed:
         return preempt.EXIT_CODE
     return code if code in PASSED_ON else 1
 
@@ -147,18 +147,19 @@ class _Running:
         _signal_group(self._launcher, signal.SIGKILL)  # whatever outlived the launcher
         for listener in self._listeners:
             listener.join(5.0)
-        if self._where.by_ssh and code != 0 and not self.all_obeyed:
+        are_gone = self.obeyed and self._codes.keys() == self._where.slots.keys()
+        if self._where.by_ssh and code != 0 and not are_gone:
             ssh.kill(self._where.slots, self._where.name)
         return code
 
     @property
-    def all_obeyed(self) -> bool:
-        """Whether the hosts' processes ended because of a notice, where there were any.
+    def obeyed(self) -> bool:
+        """Whether a notice ended the processes of the hosts, as far as they could be reached.
 
-        pdsh gives the largest code of all, which is ssh's where a host cannot be reached.
+        pdsh gives the largest code of all, which is ssh's where a host cannot be.
         """
         codes = set(self._codes.values())
-        return self._signals.noticed and bool(codes) and codes <= {preempt.EXIT_CODE, SSH_FAILED}
+        return self._signals.noticed and bool(codes) and codes <= OBEYED
 
     def _end(self) -> None:
         _signal_group(self._launcher, signal.SIGTERM)

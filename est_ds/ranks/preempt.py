@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+from contextlib import suppress
 from typing import NoReturn
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again. It is no signal's 128 + n.
@@ -35,7 +35,8 @@ def heed_signals() -> None:
 def end_on_signals() -> None:
     """Ends this process at the first of the signals, while it has started nothing."""
     for number in SIGNALS:
-        signal.signal(number, lambda received, frame: end("pre-empted before anything was started"))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: end("pre-empted before anything was started"))
 
 
 def received() -> bool:
@@ -49,8 +50,9 @@ def end(what: str | None) -> NoReturn:
     Args:
         what: to be said; None: another process says it.
     """
-    if what:  # not by print, which a signal handler may have interrupted
-        os.write(sys.__stdout__.fileno(), f"est-ds: {what}; start it again to go on.\n".encode())
+    with suppress(OSError):  # nobody reads it
+        if what:  # not by print, in the midst of which a handler may be called
+            os.write(1, f"est-ds: {what}; start it again to go on.\n".encode())
     os._exit(EXIT_CODE)
 
 

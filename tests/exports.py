@@ -9,7 +9,7 @@ import transformers
 import yaml
 
 from cases.objectives import BERT, T5
-from conftest import TINY_MODEL
+from cases.tiny import TINY_MODEL
 from est_ds import cli
 from est_ds.config.run_file import load_run
 from est_ds.run.prepare import prepare

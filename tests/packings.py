@@ -56,7 +56,7 @@ class SmallSteps:
 @pytest.fixture(scope="session")
 def texts():
     """Texts of many lengths, of real code."""
-    code = (ROOT / "est_ds" / "config.py").read_text()
+    code = (ROOT / "est_ds" / "config" / "sections.py").read_text()
     draws = random.Random(0)
     return [
         f"{number}{code[begin:][: draws.choice([5, 50, 500, 5000])]}"

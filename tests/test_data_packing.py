@@ -161,7 +161,7 @@ def gpt2_like(tmp_path_factory):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        [(ROOT / "est_ds" / "config.py").read_text()],
+        [(ROOT / "est_ds" / "config" / "sections.py").read_text()],
         trainers.BpeTrainer(
             vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"],
             show_progress=False,

@@ -40,7 +40,7 @@ def make_run(
     manifest=True,
     steps=10,
     phases=(4, 6, 10),
-    objective={"name": "causal"},
+    objective="causal",
 ):
     """A run directory as a training loop that did not note layouts left it after `num_steps`."""
     folder.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def make_run(
             "steps": steps,
             "model": TINY_MODEL,
             "method": method or {"name": "est", "phases": sections},
-            "objective": objective,
+            "objective": {"name": objective},
             "data": {
                 "train": str(folder / "train"),
                 "valid": str(folder / "valid"),
@@ -329,7 +329,7 @@ def test_nats_are_given_in_bits_per_byte_where_bytes_are_known(tmp_path, capsys)
     # Of 3 documents kept apart the first tokens are no targets: 27 are.
     manifest = read_manifest(str(tmp_path / "valid"))
     assert manifest.bits_per_byte(4.1, apart=True) == pytest.approx(1.77452 * 27 / 30, abs=1e-5)
-    masked = make_run(tmp_path / "mlm", objective={"name": "ul2"})
+    masked = make_run(tmp_path / "mlm", objective="ul2")
     assert summarise(masked).eval_bits is None
 
 

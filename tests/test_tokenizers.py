@@ -19,7 +19,7 @@ from est_ds.data.indexed import Corpus
 from est_ds.errors import UserError
 from packings import pack, pack_arguments
 
-CODE = (ROOT / "est_ds" / "config.py").read_text()
+CODE = (ROOT / "est_ds" / "config" / "sections.py").read_text()
 TEXTS = [
     "hello  world", " leading", "x = 1\n\n\treturn 12345  ", "<|im_start|>user\n    hello",
     "</s><s>", "ﬁ ½ É e\u0301 好 😀 \u2581a", "a</s>b [MASK] <unk>", CODE[:3000],

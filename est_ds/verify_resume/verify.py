@@ -26,7 +26,7 @@ from est_ds.run.prepare import prepare
 from est_ds.verify_resume.compare import Bounds, Comparison, compare_runs
 from est_ds.verify_resume.short import default_cut, shortened
 
-# Another layout adds up in another order; what was seen stands in configs/LAYOUTS.md.
+# Another layout adds up in another order; what was seen stands in configs/CHECKPOINTS.md.
 OTHER_LAYOUT = {
     "fp32": Bounds(loss=1e-5, grad_norm=1e-5, weight=1e-5, moment=1e-5),
     "bf16": Bounds(loss=1e-3, grad_norm=2e-2, weight=2e-2, moment=2e-2),

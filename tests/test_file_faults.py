@@ -19,6 +19,7 @@ from conftest import fork_ranks, refused
 from est_ds.checkpoints.index import FILE as INDEX
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import damage
+from est_ds.checkpoints.state import State
 from est_ds.checkpoints.store import BEST, LATEST, Store
 from est_ds.config.sections import Checkpoint as Settings
 from est_ds.data.indexed import Corpus
@@ -317,9 +318,10 @@ def test_loss_that_is_no_number_is_valid_json_in_the_metrics(tmp_path):
 
 def test_checkpoint_whose_held_out_loss_is_no_number_is_never_the_best(tmp_path):
     store = Store(tmp_path)
+    state = State(config={}, versions={}, corpus="", held_out={}, tokens=0, next=None)
     for step, loss in ((1, 3.0), (2, math.nan), (3, 2.0), (4, -math.inf)):
         store.path(step).mkdir()
-        index = Index(step=step, layout={}, parameters={}, files={}, state={}, eval_loss=loss)
+        index = Index(step=step, layout={}, parameters={}, files={}, state=state, eval_loss=loss)
         assert "NaN" not in index.to_json() and "Infinity" not in index.to_json()
         (store.path(step) / INDEX).write_text(index.to_json())
     store.keep(4, Settings(every=1, keep_last=1))

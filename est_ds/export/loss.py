@@ -48,11 +48,11 @@ def check_loss(
     if reported is None:
         return f"held-out loss: not compared, since the run did not evaluate at step {index.step}"
     try:
-        then = checked(RunConfig, index.state["config"])
+        then = checked(RunConfig, index.state.config)
     except UserError as e:
         return f"held-out loss: not compared, since the checkpoint's config cannot be read: {e}"
     fingerprints = {name: held.corpus.fingerprint for name, held in windows.items()}
-    if index.state["held_out"] != fingerprints:
+    if index.state.held_out != fingerprints:
         return "held-out loss: not compared, since the held-out corpora (data.valid) are others now"
     found = _mean_of_corpora(reloaded, design, windows, then.evaluate.sequences)
     tolerance = TOLERANCE[design.config.precision]

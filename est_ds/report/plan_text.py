@@ -30,7 +30,7 @@ def plan_tables(estimate: Estimate) -> str:
 
 
 _NOTE = (
-    "MeanKept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
+    "Kept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
     "to a step of the full model; model: all matrix products, blocks: projections\n"
     "and MLP in the layers. Memory: of the fullest pipe stage, with these and more\n"
     "processes; activations and communication buffers come on top."
@@ -40,7 +40,7 @@ _NOTE = (
 def _facts(estimate: Estimate) -> list[tuple[str, str]]:
     config, shape = estimate.design.config, estimate.design.method.shape
     tokens = config.tokens_per_step
-    fractions = estimate.json["saved"]
+    fractions, unchecked = estimate.json["saved"], estimate.unchecked
     dense = config.steps * estimate.dense_step_flops
     cost = dense * (1.0 - fractions["model"])
     processes, accumulation = layouts(config)[0]
@@ -63,7 +63,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
-        *([("not checked", f"not here: {', '.join(estimate.unchecked)}")] if estimate.unchecked else []),
+        *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
 
 

@@ -71,7 +71,7 @@ class Recorder:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
-        if self._metrics:
+        if self._metrics and kind is None:  # else it might raise what has been raised
             self._metrics.close()
 
     def note(self, text: str) -> None:

@@ -66,7 +66,7 @@ def run_config(section: dict, batch: int, sequence: int, zero: int, **fields: An
         "steps": 1000,
         "model": section,
         "method": {"name": "full"},
-        "data": {"train": "", "valid": "", "tokenizer": "", "sequence": sequence},
+        "data": {**dict.fromkeys(("train", "valid", "tokenizer"), "unset"), "sequence": sequence},
         "batch": {"global": batch, "micro": batch},
         "parallel": {"zero": zero},
         "optimizer": {"lr": 1e-4},

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 import torch.distributed as dist
@@ -138,12 +139,13 @@ class Watchdog:
                     missing = [0]  # of the others nothing is known
                 hosts = self._meeting.hosts
                 text = verdict(self._alarm or reason, hosts, dict(reports), missing, self._last)
-                print(text, file=sys.stderr, flush=True)
+                with suppress(OSError):  # nobody reads it any more
+                    print(text, file=sys.stderr, flush=True)
             self._kill_stopped_neighbours(reports)
             if self._world.is_first:
                 time.sleep(2 * EVERY_S)  # the others read from the store until then
             sys.stdout.flush()
-        finally:  # even where nobody reads what it says any more
+        finally:  # whatever fails here
             os._exit(1)
 
     def _speaks(self, answering: list[int]) -> bool:

@@ -42,12 +42,17 @@ def test_types_are_those_of_yaml_1_2_and_json():
         assert (found, type(found)) == (value, type(value)), text
 
 
+# Ten to the ninth of what stands in the first line.
+LAUGHS = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("a: 1\nb:\n  c: 2\n  'c': 3", "'c' stands twice, in line 3 and in line 4"),
         ("a: 1\n7: 2", "key 7 is no text; quote it (line 2"),
         ("[" * 3000 + "]" * 3000, "more than 64 levels"),
+        (f"a0: &a0 [x]\n{LAUGHS}", "more than 1,000,000 values"),
         ("a: &a [*a]", "an alias stands for something that holds the alias"),
         ("9" * 5000, "more digits than 64 bits can hold"),
         (r'"a\0b"', "NUL"),

@@ -9,6 +9,7 @@ path can hold. What an alias (`*name`) stands for is a copy: whoever changes one
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 from est_ds.errors import UserError
 
-MAX_DEPTH = 64
+MAX_DEPTH, MAX_VALUES = 64, 1_000_000
 _TAG = "tag:yaml.org,2002:"
 _CORE = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -136,7 +137,7 @@ def parse(text: str) -> Any:
         UserError: it is no such text, or holds what is refused here; the source is not named.
     """
     try:
-        return _unshared(yaml.load(text, _Loader))
+        return _unshared(yaml.load(text, _Loader), iter(range(MAX_VALUES)))
     except yaml.MarkedYAMLError as e:
         mark, kind = e.problem_mark, "" if isinstance(e, _Refused) else "not YAML: "
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -147,13 +148,20 @@ def parse(text: str) -> Any:
         raise UserError(f"not YAML: a value does not fit its tag ({e})") from None
 
 
-def _unshared(value: Any, depth: int = 0) -> Any:
+def _unshared(value: Any, left: Iterator[int], depth: int = 0) -> Any:
+    """Copies lists and mappings, so that none stands in two places.
+
+    Args:
+        left: gives something for every value that there may still be: aliases of aliases grow.
+    """
     if depth > MAX_DEPTH:
         raise yaml.YAMLError("an alias stands for something that holds the alias")
+    if next(left, None) is None:
+        raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, what aliases stand for counted too")
     if isinstance(value, dict):
-        return {key: _unshared(part, depth + 1) for key, part in value.items()}
+        return {key: _unshared(part, left, depth + 1) for key, part in value.items()}
     if isinstance(value, list):
-        return [_unshared(part, depth + 1) for part in value]
+        return [_unshared(part, left, depth + 1) for part in value]
     return value
 
 

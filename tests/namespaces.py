@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -285,9 +286,13 @@ def kill_all(started: subprocess.Popen, run_dir: Path) -> None:
 def ranks_of(starter: int) -> list[int]:
     """The training processes that an `est-ds` has started."""
     command = ["pgrep", "-f", "--", "-u -m est_ds.cli"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes() for pid in found.stdout.split()}
-    return [int(p) for p, e in environments.items() if f"EST_DS_STARTER={starter}\0".encode() in e]
+    found = []
+    for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+        with suppress(OSError):  # it has just ended
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            if f"EST_DS_STARTER={starter}\0".encode() in environment:
+                found.append(int(pid))
+    return found
 
 
 def _environment() -> dict[str, str]:

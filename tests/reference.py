@@ -48,7 +48,8 @@ def plain_adamw(
 
     Args:
         left_out: steps that are not trained.
-        double: everything in float64, from the same weights: what rounding alone may change.
+        double: everything in float64, from the same weights, which are rounded to bf16 under that
+            precision at the start: what is apart from it by rounding alone.
     """
     torch.set_num_threads(1)
     run = prepare(config, 1)
@@ -58,7 +59,7 @@ def plain_adamw(
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     wide = torch.float64 if double else torch.float32
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(wide if double else dtype)
+        parameter.data = parameter.data.to(dtype).to(wide if double else dtype)
     parameters = list(model.parameters())
     masters = [nn.Parameter(p.detach().to(wide)) for p in parameters]
     subnetwork = Subnetwork(

@@ -36,9 +36,9 @@ LAYOUTS_OF = {
     "fp32": [*LAYOUTS, *MORE_LAYOUTS],
     "bf16": [name for name in (*LAYOUTS, *MORE_LAYOUTS) if "ZeRO 0" not in name][1:],
 }
-# Relative, of the losses and of the norms of the gradients. In bf16 the weights have 8 bits, and a
-# sum in another order may round one of them the other way.
-BOUNDS = {"fp32": (1e-6, 1e-5), "bf16": (1e-3, 2e-2)}
+# Relative, of the losses, of the norms of the gradients, and of the first norm, where weights are
+# equal. In bf16 plain torch itself is that far from float64: 3e-4, 3e-2 and 3e-3 for T5.
+BOUNDS = {"fp32": (1e-6, 1e-5, 1e-6), "bf16": (1e-3, 2e-2, 3e-3)}
 
 
 def overrides_of(model: str, precision: str) -> list[str]:
@@ -62,14 +62,19 @@ def reference_of(
     return plain_adamw(config, double=double)
 
 
-def differences(run_dir: Path, expected: Reference) -> tuple[float, float]:
-    """The largest of the losses, held-out ones too, and of the norms of the gradients, relative."""
+def differences(run_dir: Path, expected: Reference) -> tuple[float, float, float]:
+    """The largest of the losses, held-out ones too, of the norms, and of the first norm, relative.
+    """
     steps, evaluations = read_metrics(run_dir)
     losses = [e["loss"] for e in steps] + [e["eval_loss"] for e in evaluations]
     wanted = expected.losses + list(expected.held_out.values())
     norms = [e["grad_norm"] for e in steps]
     assert (len(losses), len(norms)) == (len(wanted), STEPS)
-    return largest_difference(losses, wanted), largest_difference(norms, expected.norms)
+    return (
+        largest_difference(losses, wanted),
+        largest_difference(norms, expected.norms),
+        largest_difference(norms[:1], expected.norms[:1]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +104,10 @@ def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):
     folder, _ = two_stages
     for model in TIED:
         expected = reference_of(synthetic_run, folder, model, "bf16")
-        loss, norm = differences(folder / name_of(model, "bf16"), expected)
+        loss, norm, first = differences(folder / name_of(model, "bf16"), expected)
         assert loss <= BOUNDS["bf16"][0] and norm <= BOUNDS["bf16"][1], (model, loss, norm)
-        # The weights are the same yet. One process adds up a tied weight's gradients in bf16.
-        first = read_metrics(folder / name_of(model, "bf16"))[0][0]["grad_norm"]
-        assert largest_difference([first], expected.norms[:1]) <= 1e-4, model
+        # Not zero: one process adds up a tied weight's gradients in bf16.
+        assert first <= 1e-4, (model, first)
 
 
 def test_the_norm_counts_every_gradient_once(two_stages, synthetic_run):
@@ -145,8 +149,8 @@ def test_every_layout_equals_plain_adamw(model, table):
         layout: differences(directories[model, layout], expected[model])
         for layout in LAYOUTS_OF[precision]
     }
-    for layout, (loss, norm) in rows.items():
-        print(f"{precision} | {model} | {layout} | loss {loss:.1e} | norm {norm:.1e}")
-    within_loss, within_norm = BOUNDS[precision]
-    far = {k: v for k, v in rows.items() if v[0] > within_loss or v[1] > within_norm}
+    for layout, (loss, norm, first) in rows.items():
+        figures = f"loss {loss:.1e} | norm {norm:.1e} | first {first:.1e}"
+        print(f"{precision} | {model} | {layout} | {figures}")
+    far = {k: v for k, v in rows.items() if any(x > b for x, b in zip(v, BOUNDS[precision]))}
     assert not far

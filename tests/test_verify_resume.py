@@ -90,6 +90,7 @@ def test_run_that_begins_anew_is_no_resumed_run(tiny_run, monkeypatch, capsys):
 
     def without_checkpoint(check: ResumeCheck) -> None:
         shutil.rmtree(check.interrupted / "checkpoints")
+        (check.interrupted / "metrics.jsonl").unlink()  # which says that there were checkpoints
         resume(check)
 
     monkeypatch.setattr(ResumeCheck, "resume", without_checkpoint)

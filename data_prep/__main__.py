@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     corpus = verb("corpus", "Gather documents into PREFIX.train.jsonl and PREFIX.valid.jsonl.")
     _add_sources(corpus, "; default: the sources of Python's standard library")
     corpus.add_argument("--out", required=True, metavar="PREFIX")
-    corpus.add_argument("--held-out", type=float, metavar="FRACTION", help=f"{_SHARE}; default 0.02")
+    corpus.add_argument(
+        "--held-out", type=float, metavar="FRACTION", help=f"{_SHARE}; default 0.02"
+    )
 
     tokenizer = verb("tokenizer", "Train a sentencepiece tokenizer into a folder.")
     _add_sources(tokenizer)

@@ -19,9 +19,7 @@ from est_ds.errors import UserError
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
-def gather(
-    sources: Sequence[SourceConfig] | None, out: str, held_out: float, rules: Rules
-) -> None:
+def gather(sources: Sequence[SourceConfig] | None, out: str, held_out: float, rules: Rules) -> None:
     """Writes `OUT.train.jsonl` and `OUT.valid.jsonl`: {"id", "text"} a line, in order.
 
     Args:

@@ -38,8 +38,7 @@ def open_sources(sources: Iterable[SourceConfig]) -> list[Reader]:
             file is given twice.
     """
     found = [
-        (source, sorted(_files(source))) if source.paths else (source, None)
-        for source in sources
+        (source, sorted(_files(source))) if source.paths else (source, None) for source in sources
     ]
     names = Counter(name for _, files in found for name, _ in files or ())
     _check_once([path for _, files in found for _, path in files or ()])

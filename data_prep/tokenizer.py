@@ -60,9 +60,7 @@ class Wish:
     model_type: str = "bpe"
 
 
-def train(
-    sources: Iterable[SourceConfig], out: Path, wish: Wish, rules: Rules = Rules()
-) -> None:
+def train(sources: Iterable[SourceConfig], out: Path, wish: Wish, rules: Rules = Rules()) -> None:
     """Trains a tokenizer; the same documents give the same files.
 
     Writes `tokenizer.model` (of a unigram: `spiece.model`), and `tokenizer.json` and

@@ -113,8 +113,8 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         type=_natural,
         default=0,
         metavar="N",
-        help="start a failed run again, up to N times without a new checkpoint in between (default: "
-        "0); with --hostfile on the hosts that answer, else on the same nodes",
+        help="start a failed run again, up to N times without a new checkpoint in between "
+        "(default: 0); with --hostfile on the hosts that answer, else on the same nodes",
     )
     _many_nodes(train)
     # The deepspeed launcher adds it unless told not to; LOCAL_RANK says the same.

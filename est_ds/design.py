@@ -138,8 +138,6 @@ def _check_builds(hf: Any) -> None:
         empty_model(hf)
     except Exception as e:  # whatever the library raises for values that do not fit
         raise UserError(
-            f"model: Hugging Face cannot build it ({type(e).__name__}: {' '.join(str(e).split())}); "
+            f"model: Hugging Face cannot build it ({type(e).__name__}: {' '.join(str(e).split())}); "  # noqa: E501
             f"correct the model section."
         ) from None
-
-

@@ -127,15 +127,14 @@ def corpus(tmp_path_factory) -> Path:
     library = Path(sysconfig.get_path("stdlib"))
     prep = (sys.executable, "-m", "data_prep")
     inputs = [library / f"{name}.py" for name in names]
-    for arguments in (
-        ("corpus", "--input", *inputs, "--out", folder / "text", "--held-out", "0.3"),
-        ("tokenizer", "--input", folder / "text.train.jsonl", "--out", folder / "tokenizer",
-         "--vocab", "512"),
-        ("pack", "--input", folder / "text.train.jsonl", "--tokenizer", folder / "tokenizer",
-         "--out", folder / "train"),
-        ("pack", "--input", folder / "text.valid.jsonl", "--tokenizer", folder / "tokenizer",
-         "--out", folder / "valid"),
-    ):  # fmt: skip
+    gather = ("corpus", "--input", *inputs, "--out", folder / "text", "--held-out", "0.3")
+    train = f"tokenizer --input {folder}/text.train.jsonl --out {folder}/tokenizer --vocab 512"
+    pack = f"pack --tokenizer {folder}/tokenizer"
+    packs = [
+        f"{pack} --input {folder}/text.{name}.jsonl --out {folder}/{name}"
+        for name in ("train", "valid")
+    ]
+    for arguments in (gather, *(line.split() for line in (train, *packs))):
         done = run_command(*prep, *arguments)
         assert done.returncode == 0, done.stderr
     return folder

@@ -42,9 +42,16 @@ CELLS = [
     *(("gpt2", "causal", "bf16"), ("bert", "mlm", "bf16"), ("t5", "ul2", "bf16")),
 ]
 # One of each way in which an export was wrong.
-FAST = [cell for cell in CELLS if cell[2] == "fp32" and (
-    cell[0] in ("bert", "t5", "t5 v1.1") or cell[:2] in (("gpt2", "causal"), ("qwen3", "causal"))
-) and "apart" not in cell[1]]  # fmt: skip
+FAST = [
+    cell
+    for cell in CELLS
+    if cell[2] == "fp32"
+    and (
+        cell[0] in ("bert", "t5", "t5 v1.1")
+        or cell[:2] in (("gpt2", "causal"), ("qwen3", "causal"))
+    )
+    and "apart" not in cell[1]
+]
 
 
 def named(cell) -> str:
@@ -58,15 +65,20 @@ def train_cells(folder: Path, corpus: Path, cells) -> dict[tuple, Path]:
         model, (objective, *apart), precision = cell[0], cell[1].split(), cell[2]
         data = {name: str(corpus / name) for name in ("train", "valid", "tokenizer")}
         tree = {
-            "run_dir": str(folder / named(cell)), "seed": 3, "steps": STEPS,
-            "precision": precision, "model": MODELS[model], "method": {"name": "full"},
+            "run_dir": str(folder / named(cell)),
+            "seed": 3,
+            "steps": STEPS,
+            "precision": precision,
+            "model": MODELS[model],
+            "method": {"name": "full"},
             "objective": {"name": objective},
             "data": {**data, "sequence": SEQUENCE, "documents": "separate" if apart else "joined"},
-            "batch": {"global": 4, "micro": 2}, "optimizer": {"lr": 3e-3},
+            "batch": {"global": 4, "micro": 2},
+            "optimizer": {"lr": 3e-3},
             "parallel": {"pipe": 1, "zero": 1, "processes": 1},
             "checkpoint": {"every": 1, "keep_last": 0},
             "evaluate": {"every": STEPS, "sequences": 5},
-        }  # fmt: skip
+        }
         file = folder / f"{named(cell)}.yaml"
         file.write_text(yaml.safe_dump(tree))
         jobs.append({"run": file, "overrides": []})

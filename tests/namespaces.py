@@ -81,8 +81,8 @@ class Host:
     def start(self, switch: str, environment: dict[str, str]) -> None:
         port = f"e{os.getpid() % 10**7}p{self.number}"
         _ip("netns", "add", self.namespace)
-        _ip("link", "add", "eth0", "netns", self.namespace, "type", "veth",
-            "peer", "name", port, "netns", switch)  # fmt: skip
+        pair = f"link add eth0 netns {self.namespace} type veth peer name {port} netns {switch}"
+        _ip(*pair.split())
         _ip("-n", switch, "link", "set", port, "master", "br0", "up")
         self.ip("addr", "add", f"{self.address}/24", "dev", "eth0")
         self.ip("link", "set", "lo", "up")
@@ -93,11 +93,16 @@ class Host:
         sshd = shutil.which("sshd", path=_path())
         boot = BOOT.format(name=self.name, folder=self.folder, sshd=sshd)
         log = (self.folder / f"{self.name}.log").open("w")
+        inside = (
+            f"nsenter --net=/run/netns/{self.namespace} unshare --mount --uts --ipc --pid --fork "
+            "--kill-child --mount-proc sh -ec"
+        )
         self._keeper = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{self.namespace}", "unshare", "--mount", "--uts",
-             "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec", boot],
-            stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            [*inside.split(), boot],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+        )
         children = Path(f"/proc/{self._keeper.pid}/task/{self._keeper.pid}/children")
         wait_until(lambda: children.read_text().split(), 10)
         self.init = int(children.read_text().split()[0])
@@ -216,9 +221,7 @@ class Cluster:
 
     def est_ds(self, *arguments: str, host: int = 0, **environment: str) -> Started:
         """Starts `est-ds ARGUMENTS` on a host."""
-        return self.start(
-            sys.executable, "-m", "est_ds.cli", *arguments, host=host, **environment
-        )
+        return self.start(sys.executable, "-m", "est_ds.cli", *arguments, host=host, **environment)
 
     def _answers(self, host: Host) -> bool:
         command = self.hosts[0].command("ssh", host.name, "true", cwd=self.folder)
@@ -230,9 +233,8 @@ class Job:
 
     def __init__(self, cluster: Cluster, tiny_run: Path, run_dir: Path) -> None:
         self.cluster, self.run_dir = cluster, run_dir
-        self.arguments = [
-            "train", str(tiny_run), f"run_dir={run_dir}", f"watchdog.limit_s={LIMIT_S}",
-        ]  # fmt: skip
+        self.arguments = ["train", str(tiny_run), f"run_dir={run_dir}"]
+        self.arguments.append(f"watchdog.limit_s={LIMIT_S}")
         self.endless = [*self.arguments, "steps=5000", "method.name=full", "checkpoint.every=1000"]
 
     def begin(self, *more: str, slots: int = 2):

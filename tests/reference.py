@@ -62,9 +62,7 @@ def plain_adamw(
         parameter.data = parameter.data.to(dtype).to(wide if double else dtype)
     parameters = list(model.parameters())
     masters = [nn.Parameter(p.detach().to(wide)) for p in parameters]
-    subnetwork = Subnetwork(
-        run.family, run.method.shape, dict(enumerate(run.family.layers(model)))
-    )
+    subnetwork = Subnetwork(run.family, run.method.shape, dict(enumerate(run.family.layers(model))))
     decay = config.optimizer.weight_decay
     optimizer = torch.optim.AdamW(
         [
@@ -81,9 +79,7 @@ def plain_adamw(
             group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
         for master in masters:
             master.grad = torch.zeros_like(master)
-        micro_batches = list(
-            run.train.micro_batches(step, Portion(0, 1, micro=config.batch.micro))
-        )
+        micro_batches = list(run.train.micro_batches(step, Portion(0, 1, micro=config.batch.micro)))
         total = 0.0
         with subnetwork.active(run.method.plan(step)):
             for batch in micro_batches:

@@ -295,7 +295,9 @@ def test_error_inside_the_launcher_is_said_once(tiny_run, tmp_path):
     launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     done = est_ds("train", tiny_run, f"run_dir={tmp_path / 'r'}", "batch.micro=3", **launched)
     assert (done.returncode, done.stderr, done.stdout) == (2, "", "")
-    done = est_ds("train", tiny_run, "batch.micro=3", **{**launched, "RANK": "0", "LOCAL_RANK": "0"})
+    done = est_ds(
+        "train", tiny_run, "batch.micro=3", **{**launched, "RANK": "0", "LOCAL_RANK": "0"}
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
@@ -306,8 +308,12 @@ def test_empty_rank_in_the_environment_is_one_clear_error(tiny_run, tmp_path):
 
 
 WELL_LAUNCHED = {
-    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500",
-}  # fmt: skip
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.mark.parametrize(
@@ -364,9 +370,12 @@ def test_a_token_that_the_model_lacks_is_named_with_its_corpus(tiny_run, corpus,
         f.write((777).to_bytes(2, "little"))
     error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", train)
     assert f"corpus {tmp_path}/train: it holds the token 777" in error and "vocab_size=512" in error
-    model = ["model={model_type: bert, vocab_size: 900, hidden_size: 64, num_hidden_layers: 4, "
-             "num_attention_heads: 8, intermediate_size: 96, hidden_dropout_prob: 0.0, "
-             "attention_probs_dropout_prob: 0.0}", "objective={name: mlm, vocabulary: 600}"]  # fmt: skip
+    model = [
+        "model={model_type: bert, vocab_size: 900, hidden_size: 64, num_hidden_layers: 4, "
+        "num_attention_heads: 8, intermediate_size: 96, hidden_dropout_prob: 0.0, "
+        "attention_probs_dropout_prob: 0.0}",
+        "objective={name: mlm, vocabulary: 600}",
+    ]
     error = refused(capsys, "train", tiny_run, f"run_dir={tmp_path / 'run'}", train, *model)
     assert "it holds the token 777, but objective.vocabulary=600 is smaller" in error
     assert not (tmp_path / "run").exists()

@@ -58,8 +58,9 @@ def test_every_script_runs(corpus):
 def test_blocks_runs(family):
     lines = run("blocks.py", *SMALL, "--family", family).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]][:2] == [
-        "layers, heads, columns .5", "heads, columns .5"
-    ]  # fmt: skip
+        "layers, heads, columns .5",
+        "heads, columns .5",
+    ]
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ def resume(in_layouts, synthetic_run, tmp_path_factory):
         back_to(in_layouts[there, "est", precision], SAVED, run)
         processes, arguments = LAYOUTS[here]
         overrides = [f"run_dir={run}", *arguments, *EST, f"precision={precision}", *more]
-        said = train_all(folder / "log", processes, [{"run": synthetic_run, "overrides": overrides}])
+        said = train_all(
+            folder / "log", processes, [{"run": synthetic_run, "overrides": overrides}]
+        )
         assert f"resuming at step {SAVED} of 20" in said
         return run
 
@@ -327,7 +329,12 @@ def test_killed_while_saving_a_run_goes_on_bit_identically(
         store = Store(run_dir / "checkpoints")
         assert all(damage(store.path(step)) is None for step in store.steps())
     done = train(
-        synthetic_run, f"run_dir={run_dir}", *arguments, *EST, "checkpoint.every=5", processes=processes
+        synthetic_run,
+        f"run_dir={run_dir}",
+        *arguments,
+        *EST,
+        "checkpoint.every=5",
+        processes=processes,
     )
     assert done.returncode == 0, done.stderr
     final = "checkpoints/step_00000020"

@@ -28,13 +28,21 @@ def write_manifest(prefix, **changes):
     header = Corpus.open(prefix).shards[0].header
     digest = {e: sha256(Path(f"{prefix}.{e}").read_bytes()).hexdigest() for e in ("bin", "idx")}
     content = {
-        "format_version": 1, "num_tokens": header.num_tokens,
+        "format_version": 1,
+        "num_tokens": header.num_tokens,
         "num_documents": header.num_boundaries - 1,
-        "dtype": header.dtype.name, "vocabulary": 700, "bos_id": 1, "eos_id": 2, "text_bytes": 1,
-        "unigram_entropy": 1.5, "tokenizer_sha256": sha256(b"a tokenizer").hexdigest(),
-        "bin_bytes": header.bin_bytes, "idx_bytes": header.idx_bytes,
-        "bin_sha256": digest["bin"], "idx_sha256": digest["idx"],
-    }  # fmt: skip
+        "dtype": header.dtype.name,
+        "vocabulary": 700,
+        "bos_id": 1,
+        "eos_id": 2,
+        "text_bytes": 1,
+        "unigram_entropy": 1.5,
+        "tokenizer_sha256": sha256(b"a tokenizer").hexdigest(),
+        "bin_bytes": header.bin_bytes,
+        "idx_bytes": header.idx_bytes,
+        "bin_sha256": digest["bin"],
+        "idx_sha256": digest["idx"],
+    }
     Path(f"{prefix}.manifest.json").write_text(json.dumps(content | changes))
 
 
@@ -88,12 +96,18 @@ def test_megatrons_type_code_for_uint16_is_understood(prefix, stream):
 
 
 def test_opening_prints_nothing_also_where_deepspeed_has_to_be_imported_first(prefix):
-    code = "import sys; from est_ds.data.indexed import Corpus; Corpus.open(sys.argv[1]).window(0, 9)"
+    code = (
+        "import sys; from est_ds.data.indexed import Corpus; Corpus.open(sys.argv[1]).window(0, 9)"
+    )
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
         [sys.executable, "-c", code, prefix],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (done.stdout, done.stderr) == ("", "")
 
 

@@ -140,11 +140,16 @@ def test_another_packing_is_not_continued_by_mistake(interrupted, tmp_path, caps
 def test_two_packings_of_one_name_do_not_mix(source, tokenizer, tmp_path, capsys):
     arguments = pack_arguments(source, tokenizer, tmp_path / "c")
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, os, sys, time; os.mkdir(sys.argv[1]);"
-         "f = open(sys.argv[1] + '/lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held');"
-         "sys.stdout.flush(); time.sleep(60)", tmp_path / "c.packing"],
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, os, sys, time; os.mkdir(sys.argv[1]);"
+            "f = open(sys.argv[1] + '/lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held');"
+            "sys.stdout.flush(); time.sleep(60)",
+            tmp_path / "c.packing",
+        ],
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     holder.stdout.readline()
     assert main(arguments) == 2
     assert "another process is packing" in capsys.readouterr().err

@@ -53,7 +53,12 @@ def documents_of(corpus):
 
 
 def mixed(corpora, weights=(0.5, 0.3, 0.2), **changes):
-    given = {"sequence": 8, "global_batch": 12, "seed": 5, "weights": [PhaseWeights(0, weights)]} | changes
+    given = {
+        "sequence": 8,
+        "global_batch": 12,
+        "seed": 5,
+        "weights": [PhaseWeights(0, weights)],
+    } | changes
     return batches_of(corpora, **given)
 
 
@@ -106,7 +111,10 @@ def test_seeking_finds_what_counting_from_the_start_finds(weights, batch, steps,
 
 
 def test_weights_change_at_the_step_that_they_say():
-    mixture = Mixture([PhaseWeights(0, (1.0, 0.0)), PhaseWeights(10, (0.25, 0.75)), PhaseWeights(20, (0.0, 1.0))], 8)
+    mixture = Mixture(
+        [PhaseWeights(0, (1.0, 0.0)), PhaseWeights(10, (0.25, 0.75)), PhaseWeights(20, (0.0, 1.0))],
+        8,
+    )
     assert mixture.counts(80).tolist() == [80, 0]
     assert mixture.counts(160).tolist() == [100, 60]
     corpora, _ = mixture.locate(72, 16)

@@ -163,10 +163,12 @@ def gpt2_like(tmp_path_factory):
     tokenizer.train_from_iterator(
         [(ROOT / "est_ds" / "config" / "sections.py").read_text()],
         trainers.BpeTrainer(
-            vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"],
+            vocab_size=600,
+            initial_alphabet=alphabet,
+            special_tokens=["<|endoftext|>"],
             show_progress=False,
         ),
-    )  # fmt: skip
+    )
     end = "<|endoftext|>"
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
@@ -338,8 +340,14 @@ def test_a_run_trains_and_exports_with_a_hugging_face_tokenizer(
     assert len(Corpus.open(tmp_path / "train").shards) > 1
     run_dir = tmp_path / "run"
     fields = (f"data.train={tmp_path}/train", f"data.valid={tmp_path}/valid")
-    settings = ("steps=2", "method.name=full", "model.vocab_size=600", "parallel.pipe=1",
-                "checkpoint.every=2", "evaluate.every=2")  # fmt: skip
+    settings = (
+        "steps=2",
+        "method.name=full",
+        "model.vocab_size=600",
+        "parallel.pipe=1",
+        "checkpoint.every=2",
+        "evaluate.every=2",
+    )
     settings += (f"data.tokenizer={gpt2_like}",)
     done = train(tiny_run, f"run_dir={run_dir}", *fields, *settings, processes=1)
     assert done.returncode == 0, done.stderr

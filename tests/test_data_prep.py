@@ -91,8 +91,15 @@ def test_held_out_side_of_a_document_depends_on_its_text_alone(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(json.dumps({"text": text}) + "\n" for text in chosen)
         )
-        run("corpus", "--input", tmp_path / f"{name}.jsonl", "--out", tmp_path / name,
-            "--held-out", "0.2")  # fmt: skip
+        run(
+            "corpus",
+            "--input",
+            tmp_path / f"{name}.jsonl",
+            "--out",
+            tmp_path / name,
+            "--held-out",
+            "0.2",
+        )
         sides.append({r["text"] for r in records(tmp_path / f"{name}.valid.jsonl")})
     assert 20 <= len(sides[0]) <= 60
     assert sides[1] == sides[0] & set(texts[150:20:-1])
@@ -205,13 +212,22 @@ def test_hugging_face_encodes_as_sentencepiece_does(prepared):
     assert loaded.decode(model.encode(texts[-1])) == texts[-1]
 
 
-def test_a_unigram_packs_as_hugging_face_encodes_and_as_likely_as_sentencepiece(
-    prepared, tmp_path
-):
+def test_a_unigram_packs_as_hugging_face_encodes_and_as_likely_as_sentencepiece(prepared, tmp_path):
     from transformers import AutoTokenizer
 
-    run("tokenizer", "--input", prepared / "text.train.jsonl", "--out", tmp_path / "tok",
-        "--vocab", "600", "--model-type", "unigram", "--sentences", "300")  # fmt: skip
+    run(
+        "tokenizer",
+        "--input",
+        prepared / "text.train.jsonl",
+        "--out",
+        tmp_path / "tok",
+        "--vocab",
+        "600",
+        "--model-type",
+        "unigram",
+        "--sentences",
+        "300",
+    )
     (tmp_path / "odd.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in (UNUSUAL, "<0x0A> is no byte"))
     )
@@ -229,16 +245,32 @@ def test_a_unigram_packs_as_hugging_face_encodes_and_as_likely_as_sentencepiece(
         assert model.decode(ids[1:-1]) == text
         best = sum(map(model.get_score, model.encode(text)))
         assert sum(map(model.get_score, ids[1:-1])) == pytest.approx(best, rel=1e-6)
-    error = refused("tokenizer", "--input", prepared / "text.train.jsonl", "--out",
-                    tmp_path / "tok", "--vocab", "600")  # fmt: skip
+    error = refused(
+        "tokenizer",
+        "--input",
+        prepared / "text.train.jsonl",
+        "--out",
+        tmp_path / "tok",
+        "--vocab",
+        "600",
+    )
     assert "holds a tokenizer of another kind (spiece.model)" in error
 
 
 def test_tokenizer_training_is_deterministic(prepared, tmp_path):
     source = prepared / "text.train.jsonl"
     for name in ("a", "b"):
-        run("tokenizer", "--input", source, "--out", tmp_path / name, "--vocab", "400",
-            "--sentences", "99")  # fmt: skip
+        run(
+            "tokenizer",
+            "--input",
+            source,
+            "--out",
+            tmp_path / name,
+            "--vocab",
+            "400",
+            "--sentences",
+            "99",
+        )
     for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -311,8 +343,17 @@ def test_packed_files_do_not_depend_on_workers(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr("data_prep.readers.delimited.PIECE_BYTES", 20_000)
     monkeypatch.setattr("data_prep.pack.PIECE_BYTES", 20_000)
     for workers in (2, 5):
-        run("pack", "--input", prepared / "text.train.jsonl", "--tokenizer", prepared / "tok",
-            "--out", tmp_path / "p", "--workers", workers)  # fmt: skip
+        run(
+            "pack",
+            "--input",
+            prepared / "text.train.jsonl",
+            "--tokenizer",
+            prepared / "tok",
+            "--out",
+            tmp_path / "p",
+            "--workers",
+            workers,
+        )
         for ending in ("bin", "idx", "manifest.json"):
             expected = (prepared / f"train.{ending}").read_bytes()
             assert (tmp_path / f"p.{ending}").read_bytes() == expected
@@ -341,8 +382,15 @@ def test_verify_refuses_a_changed_byte_in_either_file(packed):
 
 
 def test_verify_refuses_another_tokenizer(prepared, packed, tmp_path):
-    run("tokenizer", "--input", prepared / "text.valid.jsonl", "--out", tmp_path / "tok",
-        "--vocab", 400)  # fmt: skip
+    run(
+        "tokenizer",
+        "--input",
+        prepared / "text.valid.jsonl",
+        "--out",
+        tmp_path / "tok",
+        "--vocab",
+        400,
+    )
     error = refused("verify", "--out", packed, "--tokenizer", tmp_path / "tok")
     assert str(tmp_path / "tok") in error and "was made with" in error
     assert "tokenizer.model does not exist" in refused(

@@ -111,8 +111,11 @@ def test_datasets_of_the_presets_layouts_load_through_the_library(tmp_path, layo
             folder, kind = root / (preset.name or "plain_text") / f"train-{number}", "parquet"
         write(folder, kind, half, field=preset.text)
     fields = preset.model_dump(exclude_unset=True) | {
-        "dataset": str(root), "streaming": streaming, "revision": None, "name": None,
-    }  # fmt: skip
+        "dataset": str(root),
+        "streaming": streaming,
+        "revision": None,
+        "name": None,
+    }
     assert texts_of(**fields) == TEXTS
     [source] = Preparation.model_validate({"sources": [fields]}).sources
     [reader] = open_sources([source])
@@ -328,8 +331,9 @@ def test_a_stream_that_breaks_off_is_a_failure_that_can_be_continued(
     whole = second.read_bytes()
     source = {"dataset": "json", "data_files": str(tmp_path / "d" / "*" / "*.zst")}
     file = tmp_path / "x.yaml"
-    file.write_text(yaml.safe_dump({"sources": [source | {"streaming": True}],
-                                    "tokenizer": str(tokenizer)}))  # fmt: skip
+    file.write_text(
+        yaml.safe_dump({"sources": [source | {"streaming": True}], "tokenizer": str(tokenizer)})
+    )
     command = ["pack", "--config", str(file), "--workers", "1", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     second.write_bytes(b"not compressed")

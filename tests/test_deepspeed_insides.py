@@ -1,4 +1,4 @@
-"""Every name of DeepSpeed's insides that est_ds leans on is there, as it was when it was written."""
+"""Every name of DeepSpeed's insides that est_ds leans on is there, as it was then."""
 
 from __future__ import annotations
 

@@ -158,13 +158,13 @@ def test_run_goes_back_and_never_forward_to_checkpoints_of_a_lost_future(poisone
     assert store.latest == 20
 
 
-def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(
-    synthetic_run, tmp_path
-):
+def test_run_without_a_trained_step_in_a_phase_is_done_and_summed_up(synthetic_run, tmp_path):
     policy = ["divergence.nonfinite=skip", "divergence.limit=20"]
     overrides = [f"run_dir={tmp_path}/run", *LAYOUTS["pipe 2, ZeRO 0"][1], EST, *policy]
     poison = [[step, "loss"] for step in (*range(8, 14), 19)]
-    train_all(tmp_path / "log", 2, [{"run": synthetic_run, "overrides": overrides, "poison": poison}])
+    train_all(
+        tmp_path / "log", 2, [{"run": synthetic_run, "overrides": overrides, "poison": poison}]
+    )
     found = summarise(tmp_path / "run")
     assert [phase.name for phase in found.phases] == ["small", "full"]
     assert (found.num_steps, found.skipped) == (20, (*range(8, 14), 19))
@@ -217,7 +217,8 @@ def test_finite_losses_and_gradients_are_not_touched():
     loss.backward()
     plain = logits.detach().clone().requires_grad_()
     expected = (
-        torch.nn.functional.cross_entropy(plain.flatten(0, 1), labels.flatten(), reduction="sum") / 6
+        torch.nn.functional.cross_entropy(plain.flatten(0, 1), labels.flatten(), reduction="sum")
+        / 6
     )
     expected.backward()
     assert loss == expected and torch.equal(logits.grad, plain.grad)

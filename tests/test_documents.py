@@ -166,9 +166,12 @@ def data_of(corpus):
     weights = {"train": 0.6936, "valid": 0.3064}
     parts = [f"{{corpus: {corpus}/{name}, weight: {w}}}" for name, w in weights.items()]
     return [
-        f"data.train=[{', '.join(parts)}]", f"data.valid={{own: {corpus}/valid, seen: {corpus}/train}}",
-        "data.shuffle=documents", "data.documents=separate", "evaluate.sequences=5",
-    ]  # fmt: skip
+        f"data.train=[{', '.join(parts)}]",
+        f"data.valid={{own: {corpus}/valid, seen: {corpus}/train}}",
+        "data.shuffle=documents",
+        "data.documents=separate",
+        "evaluate.sequences=5",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -160,8 +160,10 @@ def test_ids_of_the_objective_have_names(fast_exports):
     run, _, tokenizer = load(exported(run_dir), run_dir)
     first = run.train.objective.first_sentinel
     assert tokenizer.convert_ids_to_tokens([first - 3, first, first + 1]) == [
-        "<mode_R>", "<extra_id_0>", "<extra_id_1>"
-    ]  # fmt: skip
+        "<mode_R>",
+        "<extra_id_0>",
+        "<extra_id_1>",
+    ]
 
 
 def test_a_decoder_start_of_0_is_one(fast_exports):

@@ -41,9 +41,13 @@ def wordpiece(texts, folder):
         trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False),
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]",
-    ).save_pretrained(folder)  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)
 
 
 def byte_level(texts, folder, prefix=False):
@@ -69,10 +73,12 @@ def metaspace(texts, folder):
     )
     tokenizer.decoder = decoders.Sequence(
         [
-            decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
             decoders.Strip(" ", left=1),
         ]
-    )  # fmt: skip
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts[:50], trainer)
@@ -94,14 +100,25 @@ def own(texts, folder, kind):
 
 
 def t5s(texts, folder):
-    """T5's: a unigram sentencepiece that collapses spaces, and spiece.model beside its form here."""
+    """T5's: a unigram sentencepiece that collapses spaces, and spiece.model beside it."""
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(folder / "spiece"), vocab_size=300,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
-    )  # fmt: skip
-    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>",
-                "pad_token": "<pad>", "extra_ids": 0}  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=300,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 0,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -138,7 +155,9 @@ def passes(form, made):
     [line, *_] = check_tokenizer(
         AutoTokenizer.from_pretrained(folder), load_encoder(folder), [corpus]
     )
-    same, of = (int(word) for word in line.split(" ids of ")[1].split(" documents")[0].split(" of "))
+    same, of = (
+        int(word) for word in line.split(" ids of ")[1].split(" documents")[0].split(" of ")
+    )
     assert same == of > 20
 
 

@@ -46,12 +46,18 @@ def overrides_of(model: str, precision: str) -> list[str]:
     family = MODELS[model]["model_type"]
     phases = "{name: half, until: 2, layers: 0.5, heads: 0.5, columns: 0.5}, {until: 4}"
     return [
-        f"steps={STEPS}", f"model={section}", f"precision={precision}", "data.sequence=16",
+        f"steps={STEPS}",
+        f"model={section}",
+        f"precision={precision}",
+        "data.sequence=16",
         f"objective={OBJECTIVES.get(family, '{name: causal}')}",
-        f"method={{name: est, phases: [{phases}]}}", "batch={global: 12, micro: 2}",
-        "schedule={name: cosine}", "optimizer={lr: 3.0e-3}", "checkpoint={every: 4}",
+        f"method={{name: est, phases: [{phases}]}}",
+        "batch={global: 12, micro: 2}",
+        "schedule={name: cosine}",
+        "optimizer={lr: 3.0e-3}",
+        "checkpoint={every: 4}",
         "evaluate={every: 4, sequences: 12}",
-    ]  # fmt: skip
+    ]
 
 
 def reference_of(
@@ -63,8 +69,7 @@ def reference_of(
 
 
 def differences(run_dir: Path, expected: Reference) -> tuple[float, float, float]:
-    """The largest of the losses, held-out ones too, of the norms, and of the first norm, relative.
-    """
+    """The largest of the losses (held-out too), of the norms, and of the first norm, relative."""
     steps, evaluations = read_metrics(run_dir)
     losses = [e["loss"] for e in steps] + [e["eval_loss"] for e in evaluations]
     wanted = expected.losses + list(expected.held_out.values())
@@ -87,12 +92,13 @@ def two_stages(synthetic_run, tmp_path_factory):
         {
             "run": synthetic_run,
             "overrides": [
-                f"run_dir={folder / name_of(model, precision)}", *MORE_LAYOUTS[FAST_LAYOUT][1],
+                f"run_dir={folder / name_of(model, precision)}",
+                *MORE_LAYOUTS[FAST_LAYOUT][1],
                 *overrides_of(model, precision),
             ],
         }
         for model, precision in [*((model, "bf16") for model in TIED), (QWEN3, "fp32")]
-    ]  # fmt: skip
+    ]
     without = ["checkpoint.every=2", f"run_dir={folder / 'without'}"]
     last = {**jobs[0], "overrides": [*jobs[0]["overrides"], *without], "sums_no_ties": True}
     codes, logs = start(folder / "processes", 2, [*jobs, last])

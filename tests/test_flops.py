@@ -64,7 +64,10 @@ def test_layers_that_differ_are_weighed_by_their_own_chance():
     big, small = (Mlp(columns, 8, 2) for columns in (60, 12))
     shape = ModelShape("bert", ((big,), (small,), (small,), (big,), (small,)), 8, 32, 16)
     method = est(
-        shape, steps=4000, phases=[dict(until=1.0, layers=0.6)], always_keep=[0],
+        shape,
+        steps=4000,
+        phases=[dict(until=1.0, layers=0.6)],
+        always_keep=[0],
         balance_groups=[2, 3],
     )
     expected = flops.step_flops(shape, method.loads(0), tokens=1, sequence=16).blocks
@@ -151,9 +154,7 @@ def test_activation_bytes_by_hand():
     # the MLP (24), but none of k and v, which are whole.
     part = flops.activation_bytes(SMALL, PART, tokens=10, value_bytes=2)
     assert part.blocks == 10 * (36 * 2 + 4) + 48 * 2
-    skipped = flops.activation_bytes(
-        SMALL, [Load(0.0, (2, 5), (1, 0))], tokens=10, value_bytes=2
-    )
+    skipped = flops.activation_bytes(SMALL, [Load(0.0, (2, 5), (1, 0))], tokens=10, value_bytes=2)
     assert skipped.blocks == 0 and skipped.model == 10 * (16 + 44)
 
 

@@ -1,4 +1,4 @@
-"""Imports go down: a wing knows only those below it, and no file imports itself by way of others."""
+"""Imports go down: a wing knows only those below it, and no file imports itself by others."""
 
 from __future__ import annotations
 

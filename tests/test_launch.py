@@ -303,8 +303,7 @@ def test_python_that_is_missing_or_other_than_the_environments_is_one_clear_erro
 def test_python_without_venv_says_what_to_install(checkout):
     bare = checkout.python.with_name("bare python")
     bare.write_text(
-        "#!/bin/sh\ncase $* in *ensurepip*) exit 1 ;; esac\n"
-        f'exec "{sys.executable}" "$@"\n'
+        f'#!/bin/sh\ncase $* in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n'
     )
     bare.chmod(0o755)
     result = checkout.make_env(PYTHON=str(bare))

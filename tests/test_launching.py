@@ -70,11 +70,15 @@ def test_a_node_takes_its_share_of_the_processes(tiny_run, tmp_path):
 def test_environment_that_travels_survives_a_shell_and_holds_no_secret(tmp_path):
     users = tmp_path / "mine"
     users.write_text("# a comment\n\nexport NCCL_DEBUG=INFO\nMY_VALUE=a b\n")
-    value = "a \"b\" $HOME `id` \\ c'd"
+    value = 'a "b" $HOME `id` \\ c\'d'
     environment = {
-        "HF_HOME": value, "WANDB_API_KEY": "secret", "HOME": "/home/x", "OMP_NUM_THREADS": "3",
-        "EST_DS_STARTER": "7", "NCCL_DEBUG": "WARN",
-    }  # fmt: skip
+        "HF_HOME": value,
+        "WANDB_API_KEY": "secret",
+        "HOME": "/home/x",
+        "OMP_NUM_THREADS": "3",
+        "EST_DS_STARTER": "7",
+        "NCCL_DEBUG": "WARN",
+    }
     file = tmp_path / "env"
     hosts.write_environment(file, environment, [users, tmp_path / "none"])
 
@@ -98,8 +102,10 @@ def test_environment_that_travels_survives_a_shell_and_holds_no_secret(tmp_path)
     names = ("HF_HOME", "OMP_NUM_THREADS", "NCCL_DEBUG", "MY_VALUE")
     shown = subprocess.run(
         ["sh", "-c", exports + " ".join(["printf '%s|'", *(f'"${name}"' for name in names)])],
-        capture_output=True, text=True, env={"PATH": os.environ["PATH"]},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+    )
     assert shown.stdout == f"{value}|3|INFO|a b|"
     assert "secret" not in file.read_text() and "STARTER" not in file.read_text()
 
@@ -136,15 +142,18 @@ def script(tmp_path, *command, **environment):
             'case "$0 $*" in\n'
             '*scontrol*hostnames*) printf "node3\\nnode4\\n" ;;\n'
             '*srun*) shift; SLURM_NODEID=1 SLURM_JOB_NUM_NODES=2 "$@" ;;\n'
-            '*est-ds*) exit ${FAKE_CODE:-0} ;;\n'
+            "*est-ds*) exit ${FAKE_CODE:-0} ;;\n"
             "esac\n"
         )
         (tools / name).chmod(0o755)
     path = f"{tools}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
+        ["bash", *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         env={**os.environ, "PATH": path, **environment},
-    )  # fmt: skip
+    )
     calls = tmp_path / "calls"
     return done, calls.read_text().splitlines() if calls.exists() else []
 
@@ -174,9 +183,15 @@ def test_node_script_says_what_is_missing(tmp_path):
 @pytest.mark.parametrize("code", ["0", "1", "75"])
 def test_slurm_script_starts_every_node_and_queues_itself_again_when_pre_empted(code, tmp_path):
     done, calls = script(
-        tmp_path, "launch/slurm.sbatch", "run.yaml", "steps=3", FAKE_CODE=code,
-        SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[3-4]", SLURM_SUBMIT_DIR=str(ROOT),
-    )  # fmt: skip
+        tmp_path,
+        "launch/slurm.sbatch",
+        "run.yaml",
+        "steps=3",
+        FAKE_CODE=code,
+        SLURM_JOB_ID="42",
+        SLURM_JOB_NODELIST="node[3-4]",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
     assert done.returncode == int(code), done.stderr
     assert "est-ds train run.yaml steps=3 --nodes 2 --node-rank 1 --master node3:20042" in calls
     assert ("scontrol requeue 42" in calls) == (code == "75")

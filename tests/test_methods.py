@@ -15,9 +15,7 @@ from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import plan_loads
 
 # Stacking may start with fewer layers than runs, or none.
-BALANCED = [
-    n for n, s in SECTIONS.items() if s.get("balance_groups") and s["name"] != "stacking"
-]
+BALANCED = [n for n, s in SECTIONS.items() if s.get("balance_groups") and s["name"] != "stacking"]
 every_section = pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS.keys())
 
 
@@ -101,7 +99,8 @@ def test_every_run_keeps_a_layer_or_one_of_each_part(name):
         for part in range(2):
             runs = {
                 int(np.searchsorted(ends, i, side="right"))
-                for i, layer in enumerate(plan.layers) if layer and layer.parts[part].count
+                for i, layer in enumerate(plan.layers)
+                if layer and layer.parts[part].count
             }
             assert len(runs) == len(ends)
 

@@ -1,6 +1,6 @@
 """Every method through the real launcher: layouts agree, and a resumed run goes on the same.
 
-    launch/test.sh -m slow tests/test_methods_training.py
+launch/test.sh -m slow tests/test_methods_training.py
 """
 
 from __future__ import annotations

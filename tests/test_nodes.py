@@ -121,9 +121,10 @@ def test_process_that_fails_says_why_on_all_hosts(job):
     # Its own code fails, as a bug or a full disk would: rank 0 cannot write its metrics.
     [rank_0, *_] = job.cluster.hosts[0].ranks()
     [metrics] = [
-        fd for fd in Path(f"/proc/{rank_0}/fd").iterdir()
+        fd
+        for fd in Path(f"/proc/{rank_0}/fd").iterdir()
         if os.path.realpath(fd).endswith("metrics.jsonl")
-    ]  # fmt: skip
+    ]
     subprocess.run(["prlimit", "--pid", str(rank_0), f"--fsize={metrics.stat().st_size}"])
     assert started.wait(40) == 1, started.text
     wait_until(lambda: not job.left(), 10)
@@ -205,9 +206,13 @@ def test_node_script_on_every_host_trains_without_ssh_and_heeds_a_notice(job):
 
     def start(rank: int):
         return job.cluster.start(
-            str(ROOT / "launch" / "node.sh"), *arguments, host=rank,
-            NODE_RANK=str(rank), NNODES="2", MASTER_ADDR="node0",
-        )  # fmt: skip
+            str(ROOT / "launch" / "node.sh"),
+            *arguments,
+            host=rank,
+            NODE_RANK=str(rank),
+            NNODES="2",
+            MASTER_ADDR="node0",
+        )
 
     nodes = [start(0), start(1)]
     job.wait_for_steps(5, nodes[0])
@@ -220,9 +225,12 @@ def test_node_script_on_every_host_trains_without_ssh_and_heeds_a_notice(job):
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="needs mpirun (Debian: openmpi-bin)")
 def test_openmpi_script_trains_on_all_hosts_and_passes_a_notice_on(job):
     started = job.cluster.start(
-        str(ROOT / "launch" / "openmpi.sh"), str(job.cluster.hostfile()), *job.endless[1:],
-        OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
-    )  # fmt: skip
+        str(ROOT / "launch" / "openmpi.sh"),
+        str(job.cluster.hostfile()),
+        *job.endless[1:],
+        OMPI_ALLOW_RUN_AS_ROOT="1",
+        OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+    )
     job.wait_for_steps(5, started)
     started.notify(signal.SIGTERM)
     assert started.wait(30) == 75, started.text

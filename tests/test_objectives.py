@@ -203,8 +203,14 @@ def test_presets_fill_one_stream_exactly_and_lose_nothing_of_the_text(preset):
 def test_published_spans_and_rates_of_ul2():
     """arXiv 2205.05131, table 1."""
     found = {(d.mode, d.kind, d.mean, d.rate) for d in PRESETS["ul2"]}
-    spans = {("R", 3, 0.15), ("R", 8, 0.15), ("X", 3, 0.5), ("X", 8, 0.5), ("X", 64, 0.15),
-             ("X", 64, 0.5)}  # fmt: skip
+    spans = {
+        ("R", 3, 0.15),
+        ("R", 8, 0.15),
+        ("X", 3, 0.5),
+        ("X", 8, 0.5),
+        ("X", 64, 0.15),
+        ("X", 64, 0.5),
+    }
     assert found == {(m, "span", *s) for m, *s in spans} | {("S", "prefix", None, 0.25)}
     ul2 = Ul2(PRESETS["ul2"], sequence=512, first_id=0)
     for denoiser, sizes in zip(ul2.denoisers, ul2.sizes):
@@ -374,5 +380,3 @@ def test_golden_draws():
     assert found == GOLDEN_MLM
     ul2 = Ul2(PRESETS["ul2"], sequence=64, first_id=512)
     assert [ul2._index(draws(i)) for i in range(8)] == GOLDEN_DENOISERS
-
-

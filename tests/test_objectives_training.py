@@ -120,6 +120,8 @@ def test_flops_of_an_encoder_decoder_count_the_decoders_own_length(run_file, tmp
     run = prepare(config, 2)
     assert run.target_sequence == run.train.objective.target_sequence != config.data.sequence
     assert run.flops_size(8) == {
-        "tokens": 8 * 64, "sequence": 64,
-        "target_tokens": 8 * run.target_sequence, "target_sequence": run.target_sequence,
-    }  # fmt: skip
+        "tokens": 8 * 64,
+        "sequence": 64,
+        "target_tokens": 8 * run.target_sequence,
+        "target_sequence": run.target_sequence,
+    }

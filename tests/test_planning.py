@@ -147,9 +147,16 @@ def test_plot_is_drawn_without_a_display(tmp_path, ending):
 
 def test_the_plot_of_an_encoder_decoder_saves_what_the_plan_says():
     t5 = {
-        "model_type": "t5", "vocab_size": 640, "d_model": 64, "d_kv": 16, "d_ff": 96,
-        "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
-    }  # fmt: skip
+        "model_type": "t5",
+        "vocab_size": 640,
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    }
     plan = make_estimate(make_config(model=t5, objective={"name": "ul2"}))
     axes = plan_figure(plan).axes[1]
     end = {line.get_label(): line.get_ydata()[-1] for line in axes.get_lines()}

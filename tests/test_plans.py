@@ -30,7 +30,10 @@ def golden_sections() -> dict:
         "est_balanced": (
             shape_of(7),
             dict(
-                name="est", phases=PHASES, balance_groups=[2, 3, 2], always_keep=[0, -1],
+                name="est",
+                phases=PHASES,
+                balance_groups=[2, 3, 2],
+                always_keep=[0, -1],
                 scale=dict(layers="sqrt"),
             ),
         ),
@@ -74,8 +77,12 @@ def test_plan_is_the_same_in_every_process_and_at_every_world_size(rank):
     )
     root = Path(__file__).parents[1]
     environment = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(rank + 1),
-        "PYTHONHASHSEED": str(rank + 5), "PYTHONPATH": str(root),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(rank + 1),
+        "PYTHONHASHSEED": str(rank + 5),
+        "PYTHONPATH": str(root),
     }
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=True
@@ -148,8 +155,11 @@ def test_every_subset_of_layers_is_equally_likely():
 @pytest.mark.parametrize("layers", [0.5, 0.61])
 def test_layers_are_uniform_in_every_run(groups, layers):
     """0.61 of 22 is 13, which no number of runs divides; nor does 22 divide into 3 or 4."""
-    steps, method = 2200, est(
-        shape_of(22), steps=2200, phases=[dict(until=1.0, layers=layers)], balance_groups=groups
+    steps, method = (
+        2200,
+        est(
+            shape_of(22), steps=2200, phases=[dict(until=1.0, layers=layers)], balance_groups=groups
+        ),
     )
     lengths = method.band_lengths or (22,)
     ends = np.cumsum(lengths)
@@ -195,9 +205,7 @@ def test_columns_are_uniform_and_layers_independent():
 
 
 def test_always_kept_layers_are_kept_and_the_others_uniform():
-    method = est(
-        shape_of(8), steps=1200, phases=[dict(until=1.0, layers=0.5)], always_keep=[0, -1]
-    )
+    method = est(shape_of(8), steps=1200, phases=[dict(until=1.0, layers=0.5)], always_keep=[0, -1])
     counts = counts_of(method, 1200, lambda plan: plan.kept_layers)
     assert counts[0] == counts[7] == 1200
     assert_uniform(counts[1:7], [2] * 1200, 6)
@@ -205,7 +213,8 @@ def test_always_kept_layers_are_kept_and_the_others_uniform():
 
 def test_a_phase_can_have_its_own_always_kept_layers():
     phases = [
-        dict(until=50, layers=0.25, always_keep=[3]), dict(until=100, layers=0.25, always_keep=[])
+        dict(until=50, layers=0.25, always_keep=[3]),
+        dict(until=100, layers=0.25, always_keep=[]),
     ]
     method = est(shape_of(8), phases=phases, always_keep=[0])
     assert all(3 in method.plan(s).kept_layers for s in range(50))
@@ -222,7 +231,9 @@ def test_every_run_keeps_a_layer_even_when_its_share_is_less():
 
 def test_inverse_layer_scale_is_one_over_the_chance_to_be_kept():
     method = est(
-        shape_of(8), phases=[dict(until=1.0, layers=0.5)], always_keep=[0, -1],
+        shape_of(8),
+        phases=[dict(until=1.0, layers=0.5)],
+        always_keep=[0, -1],
         scale=dict(layers="inverse"),
     )
     plan = method.plan(4)

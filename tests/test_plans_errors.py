@@ -39,44 +39,54 @@ WRONG = {
     "ends_late": (dict(phases=[dict(until=200, layers=0.5)]), ["until=200", "steps=100"]),
     "until_fraction": (dict(phases=[dict(until=1.5)]), ["method.phases[0].until=1.5", "(0, 1]"]),
     "more_runs_than_layers": (
-        {**phase(layers=0.5), "balance_groups": 9}, ["method.balance_groups=9", "1 to 8"]
+        {**phase(layers=0.5), "balance_groups": 9},
+        ["method.balance_groups=9", "1 to 8"],
     ),
     "runs_do_not_add_up": (
-        {**phase(layers=0.5), "balance_groups": [4, 5]}, ["[4, 5]", "8 layers", "not 9"]
+        {**phase(layers=0.5), "balance_groups": [4, 5]},
+        ["[4, 5]", "8 layers", "not 9"],
     ),
     "empty_run": ({**phase(layers=0.5), "balance_groups": [8, 0]}, ["[8, 0]", "at least 1"]),
     "no_runs": ({**phase(layers=0.5), "balance_groups": []}, ["balance_groups=[]"]),
     "fewer_kept_than_runs": (
-        {**phase(layers=0.25), "balance_groups": 4}, ["layers=0.25 keeps 2 of 8", "at least 4"]
+        {**phase(layers=0.25), "balance_groups": 4},
+        ["layers=0.25 keeps 2 of 8", "at least 4"],
     ),
     "fewer_kept_than_always": (
-        {**phase(layers=0.25), "always_keep": [0, 1, 2]}, ["layers=0.25", "use at least 0.375"]
+        {**phase(layers=0.25), "always_keep": [0, 1, 2]},
+        ["layers=0.25", "use at least 0.375"],
     ),
     "no_such_layer": (
-        {**phase(layers=0.5), "always_keep": [8]}, ["always_keep holds 8", "-8 to 7"]
+        {**phase(layers=0.5), "always_keep": [8]},
+        ["always_keep holds 8", "-8 to 7"],
     ),
     "no_such_layer_in_phase": (
-        phase(layers=0.5, always_keep=[-9]), ["method.phases[0].always_keep holds -9"]
+        phase(layers=0.5, always_keep=[-9]),
+        ["method.phases[0].always_keep holds -9"],
     ),
     "unknown_head_rule": (
-        {**phase(heads=0.5), "head_rule": "any"}, ["method.head_rule='any'", "within_groups"]
+        {**phase(heads=0.5), "head_rule": "any"},
+        ["method.head_rule='any'", "within_groups"],
     ),
     "unknown_scale": (
-        {**phase(layers=0.5), "scale": dict(layers="x")}, ["method.scale.layers='x'"]
+        {**phase(layers=0.5), "scale": dict(layers="x")},
+        ["method.scale.layers='x'"],
     ),
     # Settings that cannot take effect.
     "rounded_layers": (phase(layers=0.99), ["layers=0.99 keeps all 8 of 8", "0.875"]),
     "rounded_heads": (phase(heads=0.9), ["heads=0.9 keeps all 2 heads of a", "0.5"]),
     "lifted_heads": (phase(heads=0.25), ["heads=0.25 keeps none of the 2 heads", "at least 0.5"]),
     "rounded_groups": (
-        {**phase(heads=0.9), "head_rule": "groups"}, ["heads=0.9 keeps all 4 key/value", "0.75"]
+        {**phase(heads=0.9), "head_rule": "groups"},
+        ["heads=0.9 keeps all 4 key/value", "0.75"],
     ),
     "rounded_columns": (phase(columns=0.99), ["columns=0.99 keeps all 24 columns"]),
     "idle_scale": (no_skips(scale=dict(layers="inverse")), ["scale.layers=inverse cannot take"]),
     "idle_always_keep": (no_skips(always_keep=[0]), ["method.always_keep=[0] cannot take effect"]),
     "idle_skip": (no_skips(skip="sublayer"), ["method.skip=sublayer cannot take effect"]),
     "idle_head_rule": (
-        {**phase(layers=0.5), "head_rule": "groups"}, ["method.head_rule=groups cannot take"]
+        {**phase(layers=0.5), "head_rule": "groups"},
+        ["method.head_rule=groups cannot take"],
     ),
     "idle_counts": (dict(phases=[dict(until=1.0)], counts="bernoulli"), ["counts=bernoulli"]),
     "idle_phase_always_keep": (

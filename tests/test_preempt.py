@@ -25,9 +25,12 @@ from namespaces import ranks_of, wait_until
 def settings(tmp_path_factory) -> list[str]:
     """A run whose evaluations take as long as its steps, in several parts."""
     return [
-        "evaluate={every: 2, sequences: 96}", "checkpoint.every=3", "checkpoint.keep_last=0",
-        "parallel={pipe: 1, zero: 1, processes: 2}", "batch={global: 4, micro: 1}",
-    ]  # fmt: skip
+        "evaluate={every: 2, sequences: 96}",
+        "checkpoint.every=3",
+        "checkpoint.keep_last=0",
+        "parallel={pipe: 1, zero: 1, processes: 2}",
+        "batch={global: 4, micro: 1}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +52,20 @@ class Ranks:
         self.logs = [folder / f"log{rank}" for rank in range(size - 1)]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, *command], stdout=log.open("w"), stderr=subprocess.STDOUT,
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank),
-                     "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"},
+                [sys.executable, *command],
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    **place,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(size),
+                    "OMP_NUM_THREADS": "1",
+                },
             )
             for rank, log in enumerate(self.logs)
-        ]  # fmt: skip
+        ]
 
     def __enter__(self) -> Ranks:
         return self
@@ -128,9 +139,21 @@ def test_signal_to_one_of_two_nodes_whose_other_is_not_there_ends_it(
         s.bind(("127.0.0.1", 0))
         master = f"127.0.0.1:{s.getsockname()[1]}"
     command = [
-        sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={tmp_path / 'run'}",
-        "--nodes", "2", "--node-rank", str(node_rank), "--master", master, "--processes", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "est_ds.cli",
+        "train",
+        str(tiny_run),
+        f"run_dir={tmp_path / 'run'}",
+        "--nodes",
+        "2",
+        "--node-rank",
+        str(node_rank),
+        "--master",
+        master,
+        "--processes",
+        "2",
+    ]
     log = tmp_path / "log"
     with subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT) as started:
         wait_until(lambda: started.poll() is not None or len(ranks_of(started.pid)) == 2, 240)
@@ -154,8 +177,14 @@ def test_notice_saves_and_the_resumed_run_is_the_one_that_never_stopped(
 ):
     run_dir = tmp_path / "run"
     command = [
-        sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}", *settings,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "est_ds.cli",
+        "train",
+        str(tiny_run),
+        f"run_dir={run_dir}",
+        *settings,
+    ]
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(command, stdout=log, stderr=log) as started:
 

@@ -281,8 +281,9 @@ def test_first_step_of_a_phase_is_left_out_where_it_compiles(tmp_path):
 
 @pytest.mark.parametrize(
     # Ranks of the tables for the median's interval at 95 % (Conover): 6: 1 and 6, 10: 2 and 9 ...
-    ("count", "low", "high"), [(6, 1, 6), (8, 1, 8), (9, 2, 8), (10, 2, 9), (20, 6, 15)],
-)  # fmt: skip
+    ("count", "low", "high"),
+    [(6, 1, 6), (8, 1, 8), (9, 2, 8), (10, 2, 9), (20, 6, 15)],
+)
 def test_interval_is_that_of_order_statistics(count, low, high):
     times = [float(x) for x in np.random.default_rng(count).permutation(count) + 1]
     found = timing(times)

@@ -65,9 +65,7 @@ def start(job, *more: str, slots: int = 2, steps: int = 12):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies, left", [(1, 0), (0, 1)])
-def test_run_goes_on_without_a_host_that_died_and_trains_the_same(
-    dies, left, job, uninterrupted
-):
+def test_run_goes_on_without_a_host_that_died_and_trains_the_same(dies, left, job, uninterrupted):
     started = start(job, "--restarts", "3")
     began = time.monotonic()
     job.cluster.hosts[dies].stop()
@@ -105,9 +103,15 @@ def test_too_few_hosts_are_tries_and_named(job):
     file = job.cluster.folder / "uneven"
     file.write_text("node0 slots=1\nnode1 slots=3\n")
     started = job.cluster.est_ds(
-        *job.arguments, *LONGER, "watchdog.limit_s=100", "--hostfile", str(file),
-        "--restarts", "2", host=2,
-    )  # fmt: skip
+        *job.arguments,
+        *LONGER,
+        "watchdog.limit_s=100",
+        "--hostfile",
+        str(file),
+        "--restarts",
+        "2",
+        host=2,
+    )
     wait_for_steps(job, 7, started)
     job.cluster.hosts[1].stop()
     assert started.wait(240) == 1, started.text
@@ -116,17 +120,23 @@ def test_too_few_hosts_are_tries_and_named(job):
 
 
 @pytest.mark.slow
-def test_nodes_that_are_each_started_by_themselves_all_start_again(
-    job, uninterrupted
-):
+def test_nodes_that_are_each_started_by_themselves_all_start_again(job, uninterrupted):
     nodes = [
         job.cluster.start(
-            str(ROOT / "launch" / "node.sh"), *job.arguments[1:], *LONGER, "--processes", "2",
-            "--restarts", "2", host=rank,
-            NODE_RANK=str(rank), NNODES="2", MASTER_ADDR="node0",
+            str(ROOT / "launch" / "node.sh"),
+            *job.arguments[1:],
+            *LONGER,
+            "--processes",
+            "2",
+            "--restarts",
+            "2",
+            host=rank,
+            NODE_RANK=str(rank),
+            NNODES="2",
+            MASTER_ADDR="node0",
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
     wait_for_steps(job, 12, nodes[0])
     signal_all(job.cluster.hosts[1].ranks()[:1], signal.SIGKILL)
     assert [node.wait(240) for node in nodes] == [0, 0], [node.text for node in nodes]
@@ -141,4 +151,6 @@ def test_nothing_outlives_a_killed_est_ds(job):
     started.notify(signal.SIGKILL)
     wait_until(lambda: not job.left(), 8)
     print(f"SIGKILL of est-ds to the end of all: {time.monotonic() - began:.1f} s")
-    wait_until(lambda: not job.cluster.hosts[2].find("est_ds.launch.orphans|pdsh|launcher.runner"), 20)
+    wait_until(
+        lambda: not job.cluster.hosts[2].find("est_ds.launch.orphans|pdsh|launcher.runner"), 20
+    )

@@ -36,9 +36,15 @@ TOO_SMALL_FILE_BYTES = 100_000
 
 def command(tiny_run, run_dir, *more):
     return [
-        sys.executable, "-m", "est_ds.cli", "train", str(tiny_run), f"run_dir={run_dir}", *ALONE,
+        sys.executable,
+        "-m",
+        "est_ds.cli",
+        "train",
+        str(tiny_run),
+        f"run_dir={run_dir}",
+        *ALONE,
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def limit_files():
@@ -132,9 +138,11 @@ def test_run_whose_processes_are_killed_now_and_then_is_completed(
 def test_run_that_always_fails_ends_after_its_tries(tiny_run, tmp_path):
     began = time.monotonic()
     done = subprocess.run(
-        command(tiny_run, tmp_path / "run", "--restarts", "1"), preexec_fn=limit_files,
-        capture_output=True, text=True,
-    )  # fmt: skip
+        command(tiny_run, tmp_path / "run", "--restarts", "1"),
+        preexec_fn=limit_files,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1, done.stderr
     assert done.stderr.count(TRY) == 1
     assert "could not write the checkpoint" in done.stderr
@@ -150,9 +158,11 @@ def test_signal_while_it_waits_ends_it_without_another_start(number, code, tiny_
     log = tmp_path / "log"
     with log.open("w") as out:
         started = subprocess.Popen(
-            command(tiny_run, tmp_path / "run", "--restarts", "2"), preexec_fn=limit_files,
-            stdout=out, stderr=out,
-        )  # fmt: skip
+            command(tiny_run, tmp_path / "run", "--restarts", "2"),
+            preexec_fn=limit_files,
+            stdout=out,
+            stderr=out,
+        )
     wait_until(lambda: started.poll() is not None or TRY in log.read_text(), 240)
     started.send_signal(number)
     assert started.wait(30) == code, log.read_text()
@@ -186,9 +196,15 @@ def test_wrong_input_is_not_started_again(tiny_run, tmp_path, corpus):
     data = tmp_path / "train.bin"
     data.write_bytes(bytes(10) + data.read_bytes()[10:])
     done = est_ds(
-        "train", tiny_run, f"run_dir={tmp_path / 'run'}", f"data.train={tmp_path / 'train'}",
-        "data.verify=hashes", *ALONE, "--restarts", "3",
-    )  # fmt: skip
+        "train",
+        tiny_run,
+        f"run_dir={tmp_path / 'run'}",
+        f"data.train={tmp_path / 'train'}",
+        "data.verify=hashes",
+        *ALONE,
+        "--restarts",
+        "3",
+    )
     assert done.returncode == 2, done.stderr
     assert TRY not in done.stderr
 
@@ -225,9 +241,11 @@ def test_process_left_of_an_earlier_start_ends_and_does_not_touch_the_new_one(tm
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         with logs[-1].open("w") as out:
             return subprocess.Popen(
-                [sys.executable, "-c", OLD_AND_NEW], stdout=out, stderr=out,
+                [sys.executable, "-c", OLD_AND_NEW],
+                stdout=out,
+                stderr=out,
                 env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )  # fmt: skip
+            )
 
     old = [process(0), process(1)]
     new: list[subprocess.Popen] = []

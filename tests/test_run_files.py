@@ -32,12 +32,30 @@ TINYLLAMA_JSON = """{
 def test_types_are_those_of_yaml_1_2_and_json():
     """YAML 1.2.2, section 10.3.2; the first line's would be other ones in YAML 1.1."""
     for text, value in {
-        "1e-05": 1e-5, "1e-6": 1e-6, "012": 12, "0o14": 12, "on": "on", "yes": "yes", "1_0": "1_0",
-        "0x1F": 31, "12e03": 12000.0, "-.5": -0.5, "1.": 1.0, "+5": 5, "2.0": 2.0, "'1.0'": "1.0",
-        "true": True, "False": False, "~": None, "": None, "-.INF": -math.inf, "1:30": "1:30",
-        "2024-01-01": "2024-01-01", '"\\ud83d\\ude00"': "\N{GRINNING FACE}",
+        "1e-05": 1e-5,
+        "1e-6": 1e-6,
+        "012": 12,
+        "0o14": 12,
+        "on": "on",
+        "yes": "yes",
+        "1_0": "1_0",
+        "0x1F": 31,
+        "12e03": 12000.0,
+        "-.5": -0.5,
+        "1.": 1.0,
+        "+5": 5,
+        "2.0": 2.0,
+        "'1.0'": "1.0",
+        "true": True,
+        "False": False,
+        "~": None,
+        "": None,
+        "-.INF": -math.inf,
+        "1:30": "1:30",
+        "2024-01-01": "2024-01-01",
+        '"\\ud83d\\ude00"': "\N{GRINNING FACE}",
         "{a: &x {b: 1}, c: {<<: *x, b: 2}}": {"a": {"b": 1}, "c": {"b": 2}},
-    }.items():  # fmt: skip
+    }.items():
         found = parse(text)
         assert (found, type(found)) == (value, type(value)), text
 
@@ -69,9 +87,27 @@ def test_what_no_field_can_hold_is_refused_once(text, says):
 
 def test_what_is_written_is_read_again_as_it_was_in_either_version_of_yaml():
     texts = [
-        "on", "yes", "n", "012", "0o14", "1e-5", "1_0", "1:30", "", "~", "null", "a: b", "=", "<<",
-        "2024-01-01", "1.0", ".5", "\u00e9\u2028\N{GRINNING FACE}\n#", "-", "*a",
-    ]  # fmt: skip
+        "on",
+        "yes",
+        "n",
+        "012",
+        "0o14",
+        "1e-5",
+        "1_0",
+        "1:30",
+        "",
+        "~",
+        "null",
+        "a: b",
+        "=",
+        "<<",
+        "2024-01-01",
+        "1.0",
+        ".5",
+        "\u00e9\u2028\N{GRINNING FACE}\n#",
+        "-",
+        "*a",
+    ]
     numbers = [1e-5, 1.5e20, 1e22, 5e-324, 1 / 3, -1, 2**62, None, True]
     tree = {"texts": texts, "numbers": numbers}
     assert parse(dump(tree)) == tree == yaml.safe_load(dump(tree))

@@ -1,4 +1,4 @@
-"""A sliced step really does fewer operations: `torch.utils.flop_counter` against `est_ds.cost.flops`.
+"""A sliced step does fewer operations: `torch.utils.flop_counter` against `est_ds.cost.flops`.
 
 What the counter sees depends on the attention kernel. The CPU's fused kernel
 (`_scaled_dot_product_flash_attention_for_cpu`) is unknown to it and counts as nothing; the plain

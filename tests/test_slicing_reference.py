@@ -20,7 +20,9 @@ def test_masks_change_the_step(case):
     full = masked_step(case, draw_plan(shape))
     assert_equal(full, run_step(library_model(case), case))
     for plan in (
-        draw_plan(shape, heads=1), draw_plan(shape, columns=36), draw_plan(shape, skipped=(0,))
+        draw_plan(shape, heads=1),
+        draw_plan(shape, columns=36),
+        draw_plan(shape, skipped=(0,)),
     ):
         masked = masked_step(case, plan)
         assert (masked.logits - full.logits).abs().max() > 1e-2

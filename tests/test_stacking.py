@@ -184,13 +184,21 @@ def test_sources_are_those_of_the_papers(mode, before, after, expected):
         ({"phases": [{"until": 5, "layers": 2}, {"until": 18, "layers": 3}]}, "whole model; use 4"),
         ({"phases": [{"until": 5, "layers": 4}, {"until": 18, "layers": 4}]}, "must grow"),
         ({"phases": [{"until": 5, "layers": 1}, {"until": 18, "layers": 4}]}, "at most 2"),
-        ({"mode": "double", "phases": [{"until": 5, "layers": 3}, {"until": 18, "layers": 4}]},
-         "multiple of 3"),
+        (
+            {"mode": "double", "phases": [{"until": 5, "layers": 3}, {"until": 18, "layers": 4}]},
+            "multiple of 3",
+        ),
         ({"phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "mode fresh"),
-        ({"mode": "fresh", "moments": "fresh",
-          "phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "method.moments"),
+        (
+            {
+                "mode": "fresh",
+                "moments": "fresh",
+                "phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}],
+            },
+            "method.moments",
+        ),
     ],
-)  # fmt: skip
+)
 def test_growth_that_cannot_be_is_refused(changes, named):
     shape = family_of("llama").shape(hf_config(copy.deepcopy(TINY_MODEL)))
     with pytest.raises(UserError, match=named):

@@ -165,8 +165,22 @@ def test_packed_ids_are_those_of_the_folder_and_of_the_export(form, source, tmp_
     # Of Qwen2, transformers takes another class than the files name.
     loaded = exported(tmp_path / "tok", "qwen2", tmp_path / "export")
     assert [plain(loaded, text) for text in TEXTS] == expected
-    assert main(["verify", "--out", str(tmp_path / "c"), "--tokenizer", str(tmp_path / "tok"),
-                 "--max-unknown", "1", "--min-bytes-per-token", "0"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "verify",
+                "--out",
+                str(tmp_path / "c"),
+                "--tokenizer",
+                str(tmp_path / "tok"),
+                "--max-unknown",
+                "1",
+                "--min-bytes-per-token",
+                "0",
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.slow

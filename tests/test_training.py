@@ -44,9 +44,13 @@ def test_tied_embedding_in_a_pipeline_equals_one_process(zero, tiny_run, tmp_pat
     for pipe in (1, 2):
         run_dir = tmp_path / f"run{pipe}"
         done = train(
-            tiny_run, f"run_dir={run_dir}", f"model={model}",
-            f"parallel.pipe={pipe}", f"parallel.zero={zero}", processes=pipe,
-        )  # fmt: skip
+            tiny_run,
+            f"run_dir={run_dir}",
+            f"model={model}",
+            f"parallel.pipe={pipe}",
+            f"parallel.zero={zero}",
+            processes=pipe,
+        )
         assert done.returncode == 0, done.stderr
         steps, _ = read_metrics(run_dir)
         losses.append([e["loss"] for e in steps])
@@ -197,7 +201,9 @@ def test_ending_est_ds_ends_every_process(number, tiny_run, tmp_path):
     started.send_signal(number)
     expected = -number if number == signal.SIGKILL else 128 + number
     assert started.wait(30) == expected
-    wait_until(lambda: not subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True).stdout)
+    wait_until(
+        lambda: not subprocess.run(["pgrep", "-f", str(run_dir)], capture_output=True).stdout
+    )
     assert "Traceback" not in (tmp_path / "log").read_text() or number == signal.SIGKILL
 
 

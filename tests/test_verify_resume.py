@@ -38,9 +38,20 @@ def test_killed_run_resumes_identically_in_its_own_layout(tiny_run, tmp_path):
 
 def test_killed_run_resumes_within_the_bounds_in_another_layout(tiny_run, tmp_path):
     done = est_ds(
-        "verify-resume", tiny_run, *ONE, "--steps", "8", "--at", "3", "--keep", tmp_path / "kept",
-        "--then", "parallel.zero=3", "--then-processes", "2",
-    )  # fmt: skip
+        "verify-resume",
+        tiny_run,
+        *ONE,
+        "--steps",
+        "8",
+        "--at",
+        "3",
+        "--keep",
+        tmp_path / "kept",
+        "--then",
+        "parallel.zero=3",
+        "--then-processes",
+        "2",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming on 2 processes (pipe 1, ZeRO 3)" in done.stdout
     assert "PASS: within the bounds" in done.stdout
@@ -62,9 +73,7 @@ def tamper(checkpoint: Path, key: str, factor: float) -> None:
     (checkpoint / FILE).write_text(changed.to_json())
 
 
-def test_moment_lost_between_the_halves_is_named_with_the_first_step(
-    tiny_run, monkeypatch, capsys
-):
+def test_moment_lost_between_the_halves_is_named_with_the_first_step(tiny_run, monkeypatch, capsys):
     """A step is trained from its weights: a wrong moment shows in the next one's loss."""
     resume = ResumeCheck.resume
 
@@ -113,9 +122,15 @@ def edited(run: Path, target: Path, step: int, **changes) -> Path:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("plan_digest", "0" * 16), ("data_digest", "0" * 16), ("lr", 1.0), ("loss", 9.0),
-     ("grad_norm", 9.0), ("phase", "other")],
-)  # fmt: skip
+    [
+        ("plan_digest", "0" * 16),
+        ("data_digest", "0" * 16),
+        ("lr", 1.0),
+        ("loss", 9.0),
+        ("grad_norm", 9.0),
+        ("phase", "other"),
+    ],
+)
 def test_every_quantity_counts_and_the_earliest_is_named(field, value, trained, tmp_path):
     other = edited(trained, tmp_path / "other", 11, **{field: value})
     later = edited(other, tmp_path / "later", 15, loss=1.0)

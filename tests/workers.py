@@ -40,12 +40,12 @@ def start(
         jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
             the bytes that rank 0 communicates in every step are written there, if the overrides
             turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
-            takes that much longer. With `late_markers` rank 0
-            never sees what others wrote. With `free_bytes` the disk has no more. With `odd_from` the
-            last rank draws another plan from that step on. `poison` has lists [step, what]: in
-            that step the last rank's activations become infinite (`loss`) or change places
-            (`jump`), or the first rank's gradients become infinite (`gradient`). With
-            `sums_no_ties` DeepSpeed itself sums the gradients of tied parameters.
+            takes that much longer. With `late_markers` rank 0 never sees what others wrote. With
+            `free_bytes` the disk has no more. With `odd_from` the last rank draws another plan
+            from that step on. `poison` has lists [step, what]: in that step the last rank's
+            activations become infinite (`loss`) or change places (`jump`), or the first
+            rank's gradients become infinite (`gradient`). With `sums_no_ties` DeepSpeed itself
+            sums the gradients of tied parameters.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = json.loads(json.dumps(jobs, default=str))

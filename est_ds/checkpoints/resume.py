@@ -38,7 +38,7 @@ def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
 
 
 def choose_checkpoint(store: Store, resume: str) -> Index | None:
-    """Returns the checkpoint to resume from, its files hashed; every rank calls it, sharing the work.
+    """Returns the checkpoint to resume from, its files hashed; all ranks call it, sharing the work.
 
     Args:
         resume: `auto` goes back to the newest good one and says so; `latest` takes only what

@@ -22,7 +22,7 @@ class Next(Part):
 
 
 class Seen(Part):
-    """Losses that the next one is compared with, and steps that are not trained, with the reason."""
+    """Losses that the next one is compared with, and steps not trained, with the reason."""
 
     losses: tuple[float, ...] = ()
     skipped: dict[int, str] = {}

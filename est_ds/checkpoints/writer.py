@@ -95,8 +95,8 @@ class Saver:
         if free < self._total_bytes:
             raise Failure(
                 f"a checkpoint takes {gigabytes(self._total_bytes)} and {self._store.folder} has "
-                f"{gigabytes(free)} free; make room there, or lower checkpoint.keep_last, and start the "
-                f"run again: it resumes from its last checkpoint."
+                f"{gigabytes(free)} free; make room there, or lower checkpoint.keep_last, and "
+                f"start the run again: it resumes from its last checkpoint."
             )
 
     def save(self, step: int, state: State, eval_loss: float | None) -> None:

@@ -52,7 +52,7 @@ REFUSED = {
     "seq_parallel_communication_data_type": "there is no sequence parallelism here",
     "disable_allgather": "it has no effect in DeepSpeed 0.19",
     "zero_optimization.round_robin_gradients": (
-        "DeepSpeed's universal checkpoints then restore wrong weights, from tables that est_ds reads"
+        "DeepSpeed's universal checkpoints then restore wrong weights from tables that est_ds reads"
     ),
     "zero_optimization.zenflow": (
         "it updates a parameter from gradients of several steps, in which it need not be trained"

@@ -75,7 +75,7 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
 
 
 def _choose_held_out(tree: dict[str, Any]) -> None:
-    """Sets `evaluate.choice` where a run file does not: as the run in `run_dir` began, or `even`."""
+    """Sets `evaluate.choice` where a run file does not: as in `run_dir`, or `even`."""
     evaluate, run_dir = tree.get("evaluate"), tree.get("run_dir")
     if not isinstance(evaluate, dict) or "choice" in evaluate or not isinstance(run_dir, str):
         return

@@ -147,7 +147,11 @@ class Data(Strict):
     @property
     def parts(self) -> tuple[CorpusShare, ...]:
         """The training corpora; one if it is no mixture."""
-        return (CorpusShare(corpus=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
+        return (
+            (CorpusShare(corpus=self.train, weight=1.0),)
+            if isinstance(self.train, str)
+            else self.train
+        )
 
     @property
     def held_out(self) -> dict[str, str]:
@@ -366,4 +370,3 @@ class RunConfig(Strict):
 
     def to_yaml(self) -> str:
         return dump(self.model_dump(mode="json", by_alias=True))
-

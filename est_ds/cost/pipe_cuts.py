@@ -36,8 +36,8 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
     if bands is not None:
         if len(bands) % pipe:
             raise UserError(
-                f"parallel.pipe={pipe} does not divide method.balance_groups ({len(bands)} bands of "
-                f"layers {list(bands)}): a pipe stage must hold whole bands; set "
+                f"parallel.pipe={pipe} does not divide method.balance_groups ({len(bands)} bands "
+                f"of layers {list(bands)}): a pipe stage must hold whole bands; set "
                 f"method.balance_groups to a multiple of {pipe} (it is part of the method: the "
                 f"plans change), or parallel.pipe to a divisor of {len(bands)}."
             )
@@ -46,9 +46,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
     return _cheapest(_schedule_costs(method, **size), pipe)
 
 
-def stage_costs(
-    method: Method, phase: int, cuts: list[int], **size: float | None
-) -> list[float]:
+def stage_costs(method: Method, phase: int, cuts: list[int], **size: float | None) -> list[float]:
     """Mean model FLOPs of every pipe stage in the steps of a phase."""
     layers, head = flops_by_layer(method.shape, method.mean_loads(phase), Size(**size))
     starts = [0, *cuts[:-1]]
@@ -79,8 +77,8 @@ def _checked(
     if not set(cuts) <= set(ends):
         raise UserError(
             f"parallel.pipe_layers={parallel.pipe_layers}: the method spreads kept layers over "
-            f"bands of {list(bands or ())} (method.balance_groups), and a pipe stage must hold whole "
-            f"bands; cut at ends of them."
+            f"bands of {list(bands or ())} (method.balance_groups), and a pipe stage must hold "
+            f"whole bands; cut at ends of them."
         )
     return cuts
 

@@ -24,9 +24,18 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "ma
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
 # What a conversion may read otherwise: spaces, characters that normalisation changes, bytes.
 _PROBES = (
-    "a", " a", "  a  b ", "a\n\n b\t", "ﬁ ½ é e\u0301 Å \u00a0x\u3000y", "好 😀 \x00\x7f\u200b",
-    "\u2581a \u2581\u2581", "1234567 3.14", "<s> </s> <unk> <pad> <0x0A>", "\r\n", "x" * 40,
-)  # fmt: skip
+    "a",
+    " a",
+    "  a  b ",
+    "a\n\n b\t",
+    "ﬁ ½ é e\u0301 Å \u00a0x\u3000y",
+    "好 😀 \x00\x7f\u200b",
+    "\u2581a \u2581\u2581",
+    "1234567 3.14",
+    "<s> </s> <unk> <pad> <0x0A>",
+    "\r\n",
+    "x" * 40,
+)
 
 
 def load_processor(path: Path) -> Any:

@@ -66,8 +66,8 @@ class Corpus:
         if manifest is None:
             if Path(f"{prefix}-00000.idx").is_file():
                 raise UserError(
-                    f"corpus {prefix}: its shards are there, but not {manifest_path(prefix)}, which "
-                    f"names them; copy it beside them, or pack the corpus again."
+                    f"corpus {prefix}: its shards are there, but not {manifest_path(prefix)}, "
+                    f"which names them; copy it beside them, or pack the corpus again."
                 )
             group = re.fullmatch(r"(.*)-\d{5}", prefix)
             if group and manifest_path(group[1]).is_file():

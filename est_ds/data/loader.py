@@ -333,7 +333,9 @@ class Batches:
             return getattr(windows, function)(int(ids[row]), draws[row], int(epochs[row]))
 
         every = range(self.global_batch)
-        divisor = self.corpora[0].divisor((of_row("num_targets", row) for row in every), portion.micro)
+        divisor = self.corpora[0].divisor(
+            (of_row("num_targets", row) for row in every), portion.micro
+        )
         by_replica = np.array(every).reshape(portion.num_replicas, -1, portion.micro)
         for rows in by_replica[portion.replica]:
             yield stacked([of_row("example", row) for row in rows], divisor)

@@ -23,9 +23,7 @@ _NUM_ROUNDS = 8
 _MIN_BITS = 8
 
 
-def positions(
-    first: int, count: int, num_samples: int, seed: int, corpus: int = 0
-) -> np.ndarray:
+def positions(first: int, count: int, num_samples: int, seed: int, corpus: int = 0) -> np.ndarray:
     """Sample ids at the positions first, ..., first + count - 1 of a corpus's order.
 
     Position p lies in epoch p // num_samples. Within an epoch each id in

@@ -19,11 +19,20 @@ _CHAT_TEMPLATE = "chat_template.jinja"
 _MODEL_CONFIG = "config.json"
 _OF_MODEL_CONFIG = ("model_type", "tokenizer_class")
 # Of the companions: what changes no id of a text.
-_INERT = frozenset((
-    "chat_template", "clean_up_tokenization_spaces", "is_local", "local_files_only",
-    "model_max_length", "name_or_path", "padding_side", "processor_class", "truncation_side",
-    "use_default_system_prompt",
-))  # fmt: skip
+_INERT = frozenset(
+    (
+        "chat_template",
+        "clean_up_tokenization_spaces",
+        "is_local",
+        "local_files_only",
+        "model_max_length",
+        "name_or_path",
+        "padding_side",
+        "processor_class",
+        "truncation_side",
+        "use_default_system_prompt",
+    )
+)
 
 
 def defining_files(tokenizer: str | Path) -> list[Path]:

@@ -105,7 +105,9 @@ def _gpus(node: Node, first: Node) -> Iterator[Finding]:
             what = f"{where} is {gpu['name']}, and {expected[0]['name']} on {first.name}"
             yield Finding(node.name, False, what, "the slowest sets the pace: use nodes alike")
         if gpu["free_bytes"] is not None and gpu["free_bytes"] < BUSY_GPU * gpu["total_bytes"]:
-            what = f"{where}: {gigabytes(gpu['free_bytes'])} of {gigabytes(gpu['total_bytes'])} free"
+            what = (
+                f"{where}: {gigabytes(gpu['free_bytes'])} of {gigabytes(gpu['total_bytes'])} free"
+            )
             yield Finding(node.name, False, what, "end what uses it: nvidia-smi names it")
         if gpu["flops"] and gpu["flops"] < SLOW_GPU * usual:
             what = f"{where}: {gpu['flops'] / 1e12:.0f} TFLOP/s, the usual is {usual / 1e12:.0f}"
@@ -144,15 +146,15 @@ def _run(node: Node, first: Node) -> Iterator[Finding]:
             if own != expected["corpus"][name]:
                 what = f"data.{name} is another corpus than on {first.name} ({own})"
                 yield Finding(node.name, True, what, "copy it again, or share it")
-    one = run["checkpoint_bytes"]
+    one, free = run["checkpoint_bytes"], gigabytes(run["free_bytes"])
     if not run["writable"]:
         mend = "choose another run_dir, or change its owner"
         yield Finding(node.name, True, f"{run['folder']} cannot be written", mend)
     elif run["free_bytes"] < one:
-        what = f"{gigabytes(run['free_bytes'])} free in {run['folder']}, a checkpoint takes {gigabytes(one)}"
+        what = f"{free} free in {run['folder']}, a checkpoint takes {gigabytes(one)}"
         yield Finding(node.name, True, what, "make room")
     elif run["free_bytes"] < (kept := one * ((run["keep"] or 5) + 1)):
-        what = f"{gigabytes(run['free_bytes'])} free in {run['folder']}, all checkpoints take {gigabytes(kept)}"
+        what = f"{free} free in {run['folder']}, all checkpoints take {gigabytes(kept)}"
         yield Finding(node.name, False, what, "make room, or lower checkpoint.keep_last")
 
 

@@ -28,9 +28,13 @@ from est_ds.ranks.meeting import interface_of, own_address, versions
 from est_ds.slicing.build import count_parameters, empty_model
 
 SMI_FIELDS = (
-    "index", "temperature.gpu", "ecc.errors.uncorrected.volatile.total",
-    "remapped_rows.pending", "remapped_rows.failure", "clocks_event_reasons.hw_slowdown",
-)  # fmt: skip
+    "index",
+    "temperature.gpu",
+    "ecc.errors.uncorrected.volatile.total",
+    "remapped_rows.pending",
+    "remapped_rows.failure",
+    "clocks_event_reasons.hw_slowdown",
+)
 # Weights and two moments in float32: what a checkpoint holds of a parameter.
 CHECKPOINT_BYTES = 12
 
@@ -50,7 +54,9 @@ def collect(
         peers: hosts to try to reach by ssh.
         light: leaves the GPUs alone, and asks the driver about them.
     """
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    own = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "executable": sys.executable,
@@ -155,10 +161,16 @@ def _driver() -> str | None:
 
 def _gpus_of_driver() -> list[dict[str, Any]]:
     return [
-        {"name": name, "total_bytes": int(float(mib) * 2**20), "free_bytes": None, "flops": None,
-         "error": None, "health": row}
+        {
+            "name": name,
+            "total_bytes": int(float(mib) * 2**20),
+            "free_bytes": None,
+            "flops": None,
+            "error": None,
+            "health": row,
+        }
         for (name, mib), (_, *row) in zip(_smi("name", "memory.total"), _smi(*SMI_FIELDS))
-    ]  # fmt: skip
+    ]
 
 
 def _gpus() -> list[dict[str, Any]]:

@@ -101,8 +101,9 @@ def _to_first() -> dict[str, float | None]:
     for other in range(1, dist.get_world_size()):
         bandwidth = _bandwidth(lambda data: _pass(data, other))
         ball = torch.zeros(1, device=_device())
-        times = [_timed(lambda: (_pass(ball, other), _pass(ball, other, back=True)))
-                 for _ in range(30)]  # fmt: skip
+        times = [
+            _timed(lambda: (_pass(ball, other), _pass(ball, other, back=True))) for _ in range(30)
+        ]
         if dist.get_rank() == other:
             mine = {"bandwidth": bandwidth, "latency_s": statistics.median(times) / 2}
     return mine

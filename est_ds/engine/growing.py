@@ -20,9 +20,7 @@ from est_ds.slicing.families.base import Family, layer_paths
 ParameterState = dict[str, Tensor]  # weight, exp_avg, exp_avg_sq
 
 
-def grow(
-    fragments: Fragments, hf_config: Any, family: Family, seed: int, growth: Growth
-) -> None:
+def grow(fragments: Fragments, hf_config: Any, family: Family, seed: int, growth: Growth) -> None:
     """Carries out a growth. Every process calls it."""
     paths = layer_paths(family.pieces(hf_config))
     shapes = {n: tuple(p.shape) for n, p in empty_model(hf_config).named_parameters()}

@@ -67,6 +67,4 @@ def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.opti
         {"params": vectors, "weight_decay": 0.0},
     ]
     kind = FreezingAdamW if settings.inactive == "freeze" else torch.optim.AdamW
-    return kind(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
+    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

@@ -1,6 +1,6 @@
 """What est_ds changes of DeepSpeed's insides, each with its reason, and what it leans on.
 
-The pin of DeepSpeed will move, and this is what breaks then. `INSIDES` names every method, attribute
+The pin of DeepSpeed will move: this is what breaks then. `INSIDES` names every method, attribute
 and table that is no public interface; a test looks for each in the installed version.
 """
 
@@ -24,9 +24,7 @@ PIPELINE = "deepspeed.runtime.pipe.module.PipelineModule"
 ZERO_1_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 WRITER = "tensorboard.summary.writer.event_file_writer._AsyncWriterThread"
-COORDINATOR = (
-    "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator"
-)
+COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator"
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,9 @@ def compile_nothing_at_start() -> None:
 
 
 def keep_errors_of_tensorboard() -> None:
-    """Keeps TensorBoard's writing threads from printing an error of the disk, which they raise again
-    where the next figures come. Of all other threads, the watchdog's too, errors are still said."""
+    """Keeps TensorBoard's writing threads from printing an error of the disk, which they raise
+    again where the next figures come. Errors of all other threads, the watchdog's too, are still
+    said."""
     run = _AsyncWriterThread.run
     if run.__module__ == __name__:
         return  # it has been done
@@ -124,8 +123,8 @@ def zero_optimizer_for_bf16() -> Iterator[None]:
 
 
 def clip_over_stages(engine: Any, group: Any | None) -> None:
-    """Replaces DeepSpeed's clipping without ZeRO, which clips every pipe stage by its own norm, does
-    not say the norm, and steps whatever it is.
+    """Replaces DeepSpeed's clipping without ZeRO, which clips every pipe stage by its own norm,
+    does not say the norm, and steps whatever it is.
 
     Args:
         group: the processes that hold the pipe stages of this replica; None: this one alone.

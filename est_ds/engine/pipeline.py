@@ -119,9 +119,7 @@ class PipelineEngine(base.Engine):
         self.replica = grid.get_data_parallel_rank()
         named = self.pipeline.parameters_by_common_name()
         is_first = {n: not getattr(p, "ds_pipe_replicated", False) for n, p in named.items()}
-        self.fragments = Fragments(
-            self.deepspeed, named, self.replica, self.num_replicas, is_first
-        )
+        self.fragments = Fragments(self.deepspeed, named, self.replica, self.num_replicas, is_first)
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         if self.config.parallel.zero == 0:

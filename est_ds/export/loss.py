@@ -98,9 +98,7 @@ def _mean_of_corpora(
 
 
 @torch.no_grad()
-def _mean_loss(
-    model: nn.Module, family: Family, windows: Windows, count: int, micro: int
-) -> float:
+def _mean_loss(model: nn.Module, family: Family, windows: Windows, count: int, micro: int) -> float:
     """Mean over the targets of the held-out samples, nats per token."""
     began, batches = time.monotonic(), -(-count // micro)
     total = 0.0

@@ -161,9 +161,9 @@ def _refuse(corpus: Corpus, text: str, expected: list[int], given: list[int]) ->
     raise UserError(
         f"the tokenizer does not encode as the corpus {corpus.prefix} was packed: of "
         f"{text[:40]!r}... packing gives token {at} as {expected[at : at + 3]}, and "
-        f"AutoTokenizer.from_pretrained(export) as {given[at : at + 3]}; nothing was exported. Give "
-        f"data.tokenizer=DIR a folder that transformers reads as the corpus was packed, or pack "
-        f"the corpus again and train on it."
+        f"AutoTokenizer.from_pretrained(export) as {given[at : at + 3]}; nothing was exported. "
+        f"Give data.tokenizer=DIR a folder that transformers reads as the corpus was packed, or "
+        f"pack the corpus again and train on it."
     )
 
 

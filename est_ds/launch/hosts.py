@@ -16,12 +16,38 @@ from est_ds.ranks.world import PORT
 
 LINE = re.compile(r"(\S+)\s+slots=([1-9]\d{0,5})")
 TRAVELLING = (
-    "NCCL_", "PYTHON", "UCX_",
-    "PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CUDA_HOME", "CUDA_DEVICE_ORDER",
-    "HF_", "TRANSFORMERS_", "TOKENIZERS_", "XDG_CACHE_HOME", "TORCH", "TRITON_", "PYTORCH_", "OMP_",
-    "MKL_", "GLOO_", "FI_", "DS_ACCELERATOR", "DEEPSPEED_", "EST_DS_", "WANDB_", "COMET_",
-    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-)  # fmt: skip
+    "NCCL_",
+    "PYTHON",
+    "UCX_",
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "VIRTUAL_ENV",
+    "CUDA_HOME",
+    "CUDA_DEVICE_ORDER",
+    "HF_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "XDG_CACHE_HOME",
+    "TORCH",
+    "TRITON_",
+    "PYTORCH_",
+    "OMP_",
+    "MKL_",
+    "GLOO_",
+    "FI_",
+    "DS_ACCELERATOR",
+    "DEEPSPEED_",
+    "EST_DS_",
+    "WANDB_",
+    "COMET_",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+)
 # They would show in every host's list of processes.
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 STAYING = ("EST_DS_STARTER", "DEEPSPEED_ENV", "TORCHELASTIC")
@@ -141,7 +167,9 @@ def _main() -> None:
     try:
         slots = read_hostfile(sys.argv[1])
         if len(set(slots.values())) > 1:
-            raise UserError(f"{sys.argv[1]}: with mpirun all hosts have the same slots; make it so.")
+            raise UserError(
+                f"{sys.argv[1]}: with mpirun all hosts have the same slots; make it so."
+            )
     except UserError as e:
         print(f"est-ds: error: {e}", file=sys.stderr)
         sys.exit(2)

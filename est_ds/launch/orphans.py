@@ -1,7 +1,8 @@
 """Sees to it that no host trains on when `est-ds --hostfile` is killed and can do nothing itself.
 
-The orphans' keeper is a process in a session of its own, at the other end of a pipe: when the pipe closes
-without the word, `est-ds` is gone, and it kills the launcher and what was started on the hosts.
+The orphans' keeper is a process in a session of its own, at the other end of a pipe: when the pipe
+closes without the word, `est-ds` is gone, and it kills the launcher and what was started on the
+hosts.
 """
 
 from __future__ import annotations

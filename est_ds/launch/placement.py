@@ -169,8 +169,8 @@ def over_ssh(hostfile: str, master: str | None) -> Launch:
     for tool, package in (("pdsh", "pdsh"), ("ssh", "openssh-client")):
         if not shutil.which(tool):
             raise UserError(
-                f"--hostfile needs {tool} on this machine; install it (Debian: {package}), or start "
-                f"every node by itself (--nodes; launch/README.md)."
+                f"--hostfile needs {tool} on this machine; install it (Debian: {package}), or "
+                f"start every node by itself (--nodes; launch/README.md)."
             )
     address = hosts.split_address(master) if master else (hosts.address_of(list(slots)), PORT)
     return Launch(slots, address, by_ssh=True)

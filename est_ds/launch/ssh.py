@@ -6,9 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterable, Mapping
 
-SSH_OPTIONS = (
-    "-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4"
-)
+SSH_OPTIONS = "-oBatchMode=yes -oConnectTimeout=15 -oServerAliveInterval=15 -oServerAliveCountMax=4"
 HERE = "est-ds-is-here"
 # In /proc/PID/status, of a process that has a handler for signal 10: bit 9 of a hex number.
 CATCHES_USR1 = "^SigCgt:.*[2367abef]..$"

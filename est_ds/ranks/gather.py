@@ -33,7 +33,7 @@ def of_rank_0(value: T) -> T:
 
 
 def is_same_on_all(text: str) -> bool:
-    """Returns whether every rank gives the same text; two numbers are reduced, whatever it holds."""
+    """Returns whether every rank gives the same text; two numbers are reduced, whatever it is."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little", signed=True) >> 1  # its negative fits too
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

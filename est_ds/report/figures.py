@@ -57,9 +57,7 @@ def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
     colours = np.where(compared, [_colour(run, entry["step"]) for entry in run.steps], "#aaaaaa")
     # Points stay pixels in the vector file: thousands of them.
     many = len(shown) > 500
-    axes.scatter(
-        done[shown], times[shown], s=9, c=colours[shown], alpha=0.5, lw=0, rasterized=many
-    )
+    axes.scatter(done[shown], times[shown], s=9, c=colours[shown], alpha=0.5, lw=0, rasterized=many)
     for phase in summary.phases:
         if phase.timing:
             colour, span = _colour(run, phase.from_step), [phase.from_step, phase.until_step]

@@ -26,7 +26,9 @@ def plan_tables(estimate: Estimate) -> str:
     """
     config = estimate.design.config
     head = f"{config.run_dir}: method {config.method['name']}, {config.steps:,} steps"
-    return rendered(head, facts_table(_facts(estimate)), _phases(estimate), _layouts(estimate), _NOTE)
+    return rendered(
+        head, facts_table(_facts(estimate)), _phases(estimate), _layouts(estimate), _NOTE
+    )
 
 
 _NOTE = (
@@ -211,7 +213,9 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
     layouts(config)  # the batch must fit the processes, whether a table shows it or not
     estimate = make_estimate(config)
     if as_json and estimate.unchecked:
-        print(f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr)
+        print(
+            f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr
+        )
     text = json.dumps(estimate.json, indent=2) if as_json else plan_tables(estimate)
     if plot:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time

@@ -272,4 +272,3 @@ def _unigram_entropy(weights: dict[str, float | None]) -> tuple[float | None, fl
     entropies = [manifest.unigram_entropy for manifest in manifests]
     bits = list(map(Manifest.bits_per_byte, manifests, entropies))
     return mean(entropies), None if None in bits else mean(bits)
-

@@ -37,7 +37,8 @@ class Leaf:
     """A linear layer of which a plan keeps some units.
 
     No ABC, and so is `Skippable`: its metaclass would become that of every swapped module. A
-    subclass says what `est_kept` is. `nn.Linear` holds its weight as [out, in], the library's `Conv1D` (GPT-2) as [in, out].
+    subclass says what `est_kept` is. `nn.Linear` holds its weight as [out, in], the library's
+    `Conv1D` (GPT-2) as [in, out].
     """
 
     est_slice: Slice | None = None

@@ -75,7 +75,9 @@ class History:
             Diverged: the policy is to stop, or allows no more.
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            reason = "the gradients are no numbers" if math.isfinite(loss) else f"the loss is {loss}"
+            reason = (
+                "the gradients are no numbers" if math.isfinite(loss) else f"the loss is {loss}"
+            )
             return self._refuse(step, reason, self._settings.nonfinite)
         limit = self._limit()
         if loss > limit:

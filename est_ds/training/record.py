@@ -84,7 +84,7 @@ class Recorder:
             self._metrics.sync()
 
     def trained(self, step: Trained, shares: PipeShares | None) -> None:
-        """Shows a step, and logs it where `log.every` says so, at the end of a phase, or as a spike.
+        """Shows a step, and logs it where `log.every` says so, at a phase's end, or as a spike.
 
         Args:
             shares: of the pipe stages in the phase that ends with this step.

@@ -70,8 +70,8 @@ def check_state(run: Run, state: State) -> None:
     then, now = state.next, _next(run, state.tokens // run.tokens_per_step)
     if then != now:
         raise UserError(
-            f"the checkpoint's next step was to be ({then}), and is now ({now}): the checkpoint is of "
-            f"{state.versions}, and this version goes on otherwise; use that version, or start "
+            f"the checkpoint's next step was to be ({then}), and is now ({now}): the checkpoint is "
+            f"of {state.versions}, and this version goes on otherwise; use that version, or start "
             f"a new run_dir."
         )
 

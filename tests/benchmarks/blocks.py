@@ -34,9 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    section = model_section(
-        options.family, options.hidden, options.layers, 1024, options.sequence
-    )
+    section = model_section(options.family, options.hidden, options.layers, 1024, options.sequence)
     config = hf_config(section)
     family = family_of(config.model_type)
     shape = family.shape(config)

@@ -1,7 +1,7 @@
 """Dense training with est_ds against other loops over the same model, in tokens/s: fp32, CPU.
 
-    python tests/benchmarks/dense.py                      # bare PyTorch, est_ds, Hugging Face Trainer
-    python tests/benchmarks/dense.py --litgpt             # litgpt too; installs it once, beside .venv
+    python tests/benchmarks/dense.py            # bare PyTorch, est_ds, Trainer
+    python tests/benchmarks/dense.py --litgpt   # litgpt too; installs it beside .venv
 
 Every contender is a process of its own that makes one step at a time, in turns. Target: est_ds
 (method full) at least 0.97 x the tokens/s of a bare PyTorch loop over the same Hugging Face model.
@@ -22,9 +22,14 @@ from gate import Contender
 HERE = Path(__file__).resolve().parent
 LITGPT = HERE.parents[1] / "build" / "litgpt"
 PACKAGES = (
-    "litgpt==0.5.13", "lightning==2.6.6", "lightning-utilities==0.15.3", "torchmetrics==1.9.0",
-    "jsonargparse==4.53.0", "docstring-parser==0.18.0", "typeshed-client==2.14.0",
-)  # fmt: skip
+    "litgpt==0.5.13",
+    "lightning==2.6.6",
+    "lightning-utilities==0.15.3",
+    "torchmetrics==1.9.0",
+    "jsonargparse==4.53.0",
+    "docstring-parser==0.18.0",
+    "typeshed-client==2.14.0",
+)
 MOST = 1 / 0.97
 
 
@@ -72,7 +77,10 @@ def main() -> None:
     for name in names:
         ratio, least = ratios(times[name], times["bare"])
         judged = verdict(ratio, MOST) if name.startswith("est_ds") else ""
-        print(f"{name:14} {tokens / min(times[name]):9.0f} {1 / ratio:10.3f} ({1 / least:5.3f}) {judged}")
+        print(
+            f"{name:14} {tokens / min(times[name]):9.0f} {1 / ratio:10.3f} ({1 / least:5.3f}) "
+            f"{judged}"
+        )
 
 
 if __name__ == "__main__":

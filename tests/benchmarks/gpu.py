@@ -71,7 +71,9 @@ def compile_layers(layers: dict[int, torch.nn.Module], backend: str) -> Graphs:
 
     graphs = Graphs(backend)
     [original] = {
-        next(c for c in type(layer).__mro__ if "forward" in vars(c) and not issubclass(c, Skippable))
+        next(
+            c for c in type(layer).__mro__ if "forward" in vars(c) and not issubclass(c, Skippable)
+        )
         for layer in layers.values()
     }
     original.forward = torch.compile(original.forward, backend=graphs, dynamic=False)

@@ -1,8 +1,8 @@
 """Whether steps get slower as a run goes on and its plans change: medians of stretches of steps.
 
-Two gloo processes train a small Llama through `est_ds.training.loop`, with other layers in every step, under
-each ZeRO stage. ZeRO 3 is the one in question: it learns in what order layers are gathered, and has
-to learn anew.
+Two gloo processes train a small Llama through `est_ds.training.loop`, with other layers in every
+step, under each ZeRO stage. ZeRO 3 is the one in question: it learns in what order layers are
+gathered, and has to learn anew.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ SECTIONS = {
     "decay_drop": dict(name="decay_drop", p_max=0.9),
     "static": dict(name="static", until=0.5, **HALF),
     "static_sublayer": dict(name="static", until=40, layers=3, skip="sublayer"),
-    "stacking": dict(name="stacking", phases=[dict(until=0.5, layers=4), dict(until=1.0, layers=8)]),
+    "stacking": dict(
+        name="stacking", phases=[dict(until=0.5, layers=4), dict(until=1.0, layers=8)]
+    ),
     "stacking_fresh_balanced": dict(
         name="stacking", mode="fresh", balance_groups=2,
         phases=[dict(until=0.2, layers=0), dict(until=0.5, layers=3), dict(until=1.0, layers=8)],

@@ -36,7 +36,8 @@ def objective_settings(
     name = section.get("name")
     if name not in OBJECTIVES:
         raise UserError(
-            f"objective.name={name!r} is not known; {did_you_mean(name, OBJECTIVES)}Known are {', '.join(OBJECTIVES)}."
+            f"objective.name={name!r} is not known; {did_you_mean(name, OBJECTIVES)}"
+            f"Known are {', '.join(OBJECTIVES)}."
         )
     settings = checked(OBJECTIVES[name], section, where="objective")
     if head not in settings.heads:

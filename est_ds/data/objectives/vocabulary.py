@@ -42,8 +42,7 @@ def beyond_corpus(
     if first + count > surroundings.model_vocabulary:
         ids = f"id {first}" if count == 1 else f"ids {first} to {first + count - 1}"
         reason = (
-            f"the first after the vocabulary {vocabulary} of the corpus "
-            f"{surroundings.corpus_name}"
+            f"the first after the vocabulary {vocabulary} of the corpus {surroundings.corpus_name}"
             if given is None
             else f"objective.{field}={given}"
         )

@@ -77,9 +77,7 @@ class Bert(Family):
             Slot(
                 rows=((layer.intermediate.dense, 1),),
                 columns=((layer.output.dense, 1),),
-                skippable=(
-                    (layer.intermediate, SkippableLayer), (layer.output, SkippableOutput)
-                ),
+                skippable=((layer.intermediate, SkippableLayer), (layer.output, SkippableOutput)),
             ),
         )
 

@@ -172,8 +172,10 @@ class T5(Family):
             *encoder,
             Piece(
                 (
-                    "encoder.final_layer_norm", "encoder.dropout",
-                    "decoder.embed_tokens", "decoder.dropout",
+                    "encoder.final_layer_norm",
+                    "encoder.dropout",
+                    "decoder.embed_tokens",
+                    "decoder.dropout",
                 ),
                 _embed_target,
                 tied=tied_to(shared, "decoder.embed_tokens.weight"),

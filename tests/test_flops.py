@@ -9,7 +9,7 @@ import pytest
 from cases.plans import GPT2, TINYLLAMA, est, shape_of
 from est_ds.cost import flops
 from est_ds.plans.methods import build_method
-from est_ds.plans.methods.base import Load, full_loads, plan_loads
+from est_ds.plans.methods.base import Load, plan_loads
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 
 # Two heads of width 3 over hidden 4, a gated MLP of 5 columns, one layer, a vocabulary of 11.
@@ -124,59 +124,3 @@ def test_products_before_the_head_count_to_the_model():
     before = replace(SMALL, head_inner=16)
     plain, more = (flops.dense_flops(s, tokens=1, sequence=7) for s in (SMALL, before))
     assert more.blocks == plain.blocks and more.model == plain.model + 3 * 2 * 16
-
-
-# One head of two with the only key and value head, and two columns of five.
-PART = [Load(1.0, (1, 2), (1, 0))]
-
-
-def test_weights_of_a_part_by_hand():
-    dense = flops.active_weights(SMALL, full_loads(SMALL))
-    assert dense == flops.Weights(4 * 6 * 2 + 4 * 3 * 2 + 3 * 4 * 5, 132 + 44)
-    assert flops.active_weights(SMALL, PART) == flops.Weights(2 * 12 + 2 * 12 + 3 * 4 * 2, 72 + 44)
-    step = flops.step_flops(SMALL, PART, tokens=9, sequence=7)
-    assert step.blocks == 6 * 9 * flops.active_weights(SMALL, PART).blocks
-
-
-def test_weights_of_tinyllama_are_its_parameters_but_for_norms_and_look_up():
-    # 1,100,048,384 parameters: 45 norms of 2048, and an embedding of 32000 x 2048 apart.
-    weights = flops.active_weights(TINYLLAMA, full_loads(TINYLLAMA))
-    assert weights.model == 1_100_048_384 - 45 * 2048 - 32000 * 2048
-
-
-def test_activation_bytes_by_hand():
-    # Dense, a token in bf16: norms 2 * 4 twice, q and result 2 * 6, k and v 2 * 3, four times 5
-    # columns: 54 values; 4 bytes for each of 2 heads. The head: 8 values and 4 bytes * 11.
-    dense = flops.activation_bytes(SMALL, full_loads(SMALL), tokens=10, value_bytes=2)
-    assert dense.blocks == 10 * (54 * 2 + 8)
-    assert dense.model == dense.blocks + 10 * (16 + 44)
-    # The part: 16 + 2 * 3 + 6 + 8 values, 4 bytes for its head; copies of q, o (24 weights) and of
-    # the MLP (24), but none of k and v, which are whole.
-    part = flops.activation_bytes(SMALL, PART, tokens=10, value_bytes=2)
-    assert part.blocks == 10 * (36 * 2 + 4) + 48 * 2
-    skipped = flops.activation_bytes(SMALL, [Load(0.0, (2, 5), (1, 0))], tokens=10, value_bytes=2)
-    assert skipped.blocks == 0 and skipped.model == 10 * (16 + 44)
-
-
-def test_checkpointing_keeps_inputs_and_one_layer():
-    shape = replace(SMALL, layers=SMALL.layers * 3)
-    size = dict(tokens=10, value_bytes=2)
-    one = flops.activation_bytes(SMALL, full_loads(SMALL), **size).blocks
-    kept = flops.activation_bytes(shape, full_loads(shape), checkpointing=True, **size).blocks
-    assert kept == one + 3 * 10 * 4 * 2
-
-
-def test_traffic_of_weights_by_hand():
-    dense = flops.weight_traffic_bytes(SMALL, full_loads(SMALL), value_bytes=2)
-    assert dense == flops.Bytes(3 * 132 * 2, 3 * (132 + 44) * 2)
-    # q and o: 24 of 48; k and v: all 24; the MLP: 24 of 60.
-    part = flops.weight_traffic_bytes(SMALL, PART, value_bytes=2)
-    assert part.blocks == 2 * (8 * 24 + 48 + 3 * 24 + 8 * 24 + 60)
-
-
-def test_zero_3_gathers_whole_matrices_of_kept_parts():
-    whole = flops.gathered_bytes(SMALL, full_loads(SMALL), value_bytes=2)
-    assert whole == flops.Bytes(2 * 132 * 2, 2 * (132 + 44) * 2)
-    assert flops.gathered_bytes(SMALL, PART, value_bytes=2) == whole
-    no_mlp = [Load(1.0, (1, 0), (1, 0))]
-    assert flops.gathered_bytes(SMALL, no_mlp, value_bytes=2).blocks == 2 * 72 * 2

@@ -1,8 +1,9 @@
-"""`est-ds plan`: the JSON contract, the memory formula, and models of any size."""
+"""`est-ds plan`: the JSON contract, and models of any size."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,6 @@ import pytest
 
 from cases.tiny import TINY_MODEL
 from est_ds.config.sections import RunConfig
-from est_ds.cost.memory import memory_per_process
 from est_ds.errors import UserError
 from est_ds.report.estimate import make_estimate
 from est_ds.report.plan_figure import plan_figure
@@ -78,6 +78,7 @@ def test_table_shows_phases_batch_and_memory_in_80_columns():
     assert "4 = 2 pipe stages x 2 replicas, ZeRO 1, fp32" in text
     assert "small" in text and "full" in text and "weights" in text
     assert "assumed" not in text
+    assert re.search(r"^activations +at least \d\S* MiB$", text, re.MULTILINE)
     text = plan_report(make_config(), as_json=False)
     assert "one replica is assumed" in text and "not checked  not here: absent" in text
 
@@ -96,24 +97,6 @@ def test_stages_hold_all_parameters_together():
     assert sum(cut.stage_parameters) == cut.json["parameters"]
     # The last stage has the final norm beside what both ends have alike.
     assert cut.stage_parameters[1] - cut.stage_parameters[0] == 64
-
-
-@pytest.mark.parametrize(
-    ("precision", "zero", "expected"),
-    [
-        ("fp32", 0, (400, 400, 800)),
-        ("fp32", 1, (400, 400, 300)),
-        ("bf16", 1, (200, 400, 300)),
-        ("bf16", 2, (200, 100, 300)),
-        ("bf16", 3, (50, 100, 300)),
-        ("fp32", 3, (100, 100, 200)),
-    ],
-)
-def test_memory_of_100_parameters_on_4_replicas(precision, zero, expected):
-    memory = memory_per_process(100, precision=precision, zero=zero, data_parallel=4)
-    found = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes)
-    assert found == expected
-    assert memory.total_bytes == sum(expected)
 
 
 def test_plan_of_7b_parameters_takes_seconds_and_no_memory():

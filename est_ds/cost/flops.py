@@ -1,4 +1,4 @@
-"""FLOPs, weights and bytes of a plan in closed form. No torch.
+"""FLOPs of a plan in closed form. No torch.
 
 Two figures, always named. `blocks`: matrix products of attention projections and MLP in the
 layers, the papers' accounting. `model`: all matrix products of the step, attention scores and
@@ -28,22 +28,6 @@ class Flops:
     model: float
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights of matrices that take part in products. Norms, biases and look-ups are not in it."""
-
-    blocks: float
-    model: float
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Bytes of the layers, and of the whole model with its head."""
-
-    blocks: float
-    model: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """How much a step reads.
@@ -60,17 +44,25 @@ class Size:
     target_tokens: float | None = None
     target_sequence: int | None = None
 
+    @property
+    def source(self) -> tuple[float, int]:
+        """Tokens, and those of a sequence, of the only stream, or of an encoder's."""
+        return self.tokens, self.sequence
+
+    @property
+    def target(self) -> tuple[float, int]:
+        """The same of a decoder's stream."""
+        return (
+            self.tokens if self.target_tokens is None else self.target_tokens,
+            self.sequence if self.target_sequence is None else self.target_sequence,
+        )
+
 
 def flops_by_layer(
     shape: ModelShape, loads: Sequence[Load], size: Size
 ) -> tuple[list[Flops], float]:
     """Returns the FLOPs of forward and backward of every layer, and of the output head."""
-    source = target = (size.tokens, size.sequence)
-    if shape.encoder_layers:
-        target = (
-            size.tokens if size.target_tokens is None else size.target_tokens,
-            size.sequence if size.target_sequence is None else size.target_sequence,
-        )
+    source, target = size.source, size.target if shape.encoder_layers else size.source
     projections, scores = [0.0] * shape.num_layers, [0.0] * shape.num_layers
     for i, part, chance, units, groups in _parts(shape, loads):
         stream = source if i < shape.encoder_layers else target
@@ -124,92 +116,6 @@ def saved(method: Method, *, sequence: int, target_sequence: int | None = None) 
     return Flops(blocks / method.steps, model / method.steps)
 
 
-def active_weights(shape: ModelShape, loads: Sequence[Load]) -> Weights:
-    """Weights that a step multiplies by.
-
-    Attention: hidden x head_dim x (2 heads + 2 groups). MLP: hidden x columns x matrices. Head:
-    hidden x vocabulary and what is before it. Of a decoder, `blocks` FLOPs are 6 x tokens x these.
-    """
-    blocks = 0.0
-    for _, part, chance, units, groups in _parts(shape, loads):
-        blocks += chance * sum(kept for kept, _ in _matrices(part, units, groups))
-    return Weights(blocks, blocks + shape.hidden * shape.vocabulary + shape.head_inner)
-
-
-def activation_bytes(
-    shape: ModelShape,
-    loads: Sequence[Load],
-    *,
-    tokens: float,
-    value_bytes: int,
-    checkpointing: bool = False,
-) -> Bytes:
-    """Bytes that the forward of a micro-batch of `tokens` tokens keeps for the backward.
-
-    A token keeps, in values of `value_bytes`: of an attention 2 hidden (into the norm and out of
-    it), q, k, v and the result, head_dim x (2 heads + 2 groups), and 4 bytes a head for the fused
-    kernel's sums; of an MLP 2 hidden and, of every kept column, before and after the activation,
-    and if gated the other factor and the product (2 or 4). The head keeps 2 hidden, and for the
-    loss vocabulary x 4 bytes. A part that drops units also keeps a copy of its kept weights. With
-    checkpointing a layer keeps its input, and the largest one is in whole.
-
-    It is a lower bound: dropout, unfused kernels (an RMSNorm written out keeps one hidden more) and
-    the allocator's slack come on top. Of the toy Llama torch keeps 1.10 to 1.13 times as much.
-    """
-    per_layer = [0.0] * shape.num_layers
-    in_whole = [0.0] * shape.num_layers  # of a layer that is kept, for the one recomputed
-    for i, part, chance, units, groups in _parts(shape, loads):
-        if not units:
-            continue
-        values, sums = 2 * part.hidden, 0.0
-        if isinstance(part, Attention):
-            values += part.head_dim * (2 * units + 2 * groups)
-            sums = 4 * units
-        else:
-            values += units * (4 if part.matrices == 3 else 2)
-        copies = sum(kept for kept, whole in _matrices(part, units, groups) if kept < whole)
-        of_part = tokens * (values * value_bytes + sums) + copies * value_bytes
-        per_layer[i] += chance * of_part
-        in_whole[i] += of_part if chance else 0.0
-    blocks = sum(per_layer)
-    if checkpointing:
-        kept_layers = sum(load.probability for load in loads)
-        blocks = kept_layers * tokens * shape.hidden * value_bytes + max(in_whole)
-    head = tokens * (2 * shape.hidden * value_bytes + 4 * shape.vocabulary)
-    return Bytes(blocks, blocks + head)
-
-
-def weight_traffic_bytes(shape: ModelShape, loads: Sequence[Load], *, value_bytes: int) -> Bytes:
-    """Bytes of weights and their gradients that a micro-batch moves through a device's memory.
-
-    A matrix in whole is read in the forward and in the backward, and its gradient is written: 3
-    times its weights. Of one that keeps a part, the part is gathered (read, written), used (read
-    twice, gradient written) and its gradient added (twice read, written) into a zero gradient of
-    the whole matrix: 8 times the part and once the whole. Slicing therefore saves products, not
-    traffic; skipping layers saves both.
-    """
-    blocks = 0.0
-    for _, part, chance, units, groups in _parts(shape, loads):
-        for kept, whole in _matrices(part, units, groups):
-            moved = 8 * kept + whole if 0 < kept < whole else 3 * kept
-            blocks += chance * moved * value_bytes
-    head = 3 * (shape.hidden * shape.vocabulary + shape.head_inner) * value_bytes
-    return Bytes(blocks, blocks + head)
-
-
-def gathered_bytes(shape: ModelShape, loads: Sequence[Load], *, value_bytes: int) -> Bytes:
-    """Bytes of weights that ZeRO-3 gathers on every device for a micro-batch.
-
-    It gathers a matrix in whole, in the forward and again in the backward, if its part is kept.
-    """
-    blocks = 0.0
-    for _, part, chance, units, groups in _parts(shape, loads):
-        if units:
-            blocks += 2 * chance * sum(w for _, w in _matrices(part, units, groups)) * value_bytes
-    head = 2 * (shape.hidden * shape.vocabulary + shape.head_inner) * value_bytes
-    return Bytes(blocks, blocks + head)
-
-
 def _parts(
     shape: ModelShape, loads: Sequence[Load]
 ) -> Iterator[tuple[int, Part, float, float, float]]:
@@ -217,12 +123,3 @@ def _parts(
     for i, (layer, load) in enumerate(zip(shape.layers, loads, strict=True)):
         for part, units, groups in zip(layer, load.units, load.groups, strict=True):
             yield i, part, load.probability, units, groups
-
-
-def _matrices(part: Part, units: float, groups: float) -> list[tuple[float, int]]:
-    """Kept and all weights of the matrices over heads or columns, and over key/value heads."""
-    if not isinstance(part, Attention):
-        per_unit = part.hidden * part.matrices
-        return [(per_unit * units, per_unit * part.columns)]
-    per_head = 2 * part.hidden * part.head_dim
-    return [(per_head * units, per_head * part.heads), (per_head * groups, per_head * part.groups)]

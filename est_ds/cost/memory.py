@@ -1,8 +1,11 @@
-"""What a process holds: weights, gradients, optimizer state."""
+"""What a process holds: weights, gradients, optimizer state, activations. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from est_ds.cost.flops import Size
+from est_ds.plans.shape import Attention, ModelShape
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,66 @@ def memory_per_process(
         optimizer_bytes=0 if offload else optimizer_bytes,
         host_bytes=optimizer_bytes + gradients_bytes if offload else 0,
     )
+
+
+def activations_by_layer(
+    shape: ModelShape, size: Size, *, value_bytes: int
+) -> tuple[list[float], float]:
+    """Returns the bytes that every layer, and the head, keep of a forward of the full model.
+
+    For the backward a token keeps, in values of `value_bytes`: of an attention 2 hidden (into the
+    norm and out of it), q, k, v and the result, head_dim x (2 heads + 2 key/value heads), and 4
+    bytes a head for the fused kernel's sums; of an MLP 2 hidden and, of every column, before and
+    after the activation, and if gated the other factor and the product (2 or 4). The head keeps 2
+    hidden, and for the loss vocabulary x 4 bytes.
+
+    It is a lower bound: unfused kernels (an RMSNorm written out keeps one hidden more, GPT-2's GELU
+    three columns) and the allocator's slack come on top.
+    """
+    source, target = size.source[0], size.target[0] if shape.encoder_layers else size.source[0]
+    layers = []
+    for i, parts in enumerate(shape.layers):
+        tokens = source if i < shape.encoder_layers else target
+        kept = 0.0
+        for part in parts:
+            values = 2 * part.hidden
+            if isinstance(part, Attention):
+                keys = source if part.cross else tokens
+                kept += keys * 2 * part.head_dim * part.groups * value_bytes
+                kept += tokens * 4 * part.heads
+                values += 2 * part.head_dim * part.heads
+            else:
+                values += part.columns * (4 if part.matrices == 3 else 2)
+            kept += tokens * values * value_bytes
+        layers.append(kept)
+    return layers, target * (2 * shape.hidden * value_bytes + 4 * shape.vocabulary)
+
+
+def activations_of_stages(
+    layers: list[float],
+    head: float,
+    *,
+    cuts: list[int],
+    accumulation: int,
+    input_bytes: float | None = None,
+) -> list[float]:
+    """Returns the bytes of activations of every pipe stage.
+
+    Stage s of S has up to S - s micro-batches between their forward and their backward (one
+    forward, one backward: arXiv 2006.09503, figure 4), and no more than there are in a step.
+
+    Args:
+        layers: of every layer, for one micro-batch.
+        head: of the last stage.
+        cuts: ends of the layer ranges of the stages.
+        accumulation: micro-batches of a step.
+        input_bytes: with checkpointing a layer keeps its input alone, and one at a time is whole.
+    """
+    stages = []
+    for s, (first, end) in enumerate(zip([0, *cuts], cuts)):
+        whole = layers[first:end]
+        kept = sum(whole) if input_bytes is None else input_bytes * len(whole)
+        kept += head if end == cuts[-1] else 0.0
+        again = 0.0 if input_bytes is None else max(whole, default=0.0)
+        stages.append(min(len(cuts) - s, accumulation) * kept + again)
+    return stages

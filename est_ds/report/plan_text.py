@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.table import Table
 
 from est_ds.config.sections import RunConfig
-from est_ds.cost.memory import memory_per_process
+from est_ds.cost.flops import Size
+from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
 from est_ds.report.estimate import Estimate, make_estimate
@@ -35,7 +36,8 @@ _NOTE = (
     "Kept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
     "to a step of the full model; model: all matrix products, blocks: projections\n"
     "and MLP in the layers. Memory: of the fullest pipe stage, with these and more\n"
-    "processes; activations and communication buffers come on top."
+    "processes; activations and communication buffers come on top. Activations: a\n"
+    "lower bound for the full model, of all micro-batches that a stage has at once."
 )
 
 
@@ -65,6 +67,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
+        ("activations", f"at least {gibibytes(_activations(estimate, accumulation))}"),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
 
@@ -81,6 +84,23 @@ def _pipeline(estimate: Estimate, accumulation: int) -> str:
     )
     waits = bubble(len(cuts), accumulation)
     return f"layers {stages}; slowest stage over mean: {loads}; bubble {waits:.2f}"
+
+
+def _activations(estimate: Estimate, accumulation: int) -> float:
+    """Bytes of activations of the fullest pipe stage, of the full model, as a lower bound."""
+    design = estimate.design
+    config, shape = design.config, design.method.shape
+    size = Size(**design.flops_size(config.batch.micro))
+    value_bytes = 2 if config.precision == "bf16" else 4
+    inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
+    return max(
+        activations_of_stages(
+            *activations_by_layer(shape, size, value_bytes=value_bytes),
+            cuts=design.cuts,
+            accumulation=accumulation,
+            input_bytes=inputs if config.activation_checkpointing else None,
+        )
+    )
 
 
 def _phases(estimate: Estimate) -> Table:

@@ -24,7 +24,8 @@ from est_ds.config.sections import RunConfig
 from est_ds.data.indexed import Corpus
 from est_ds.design import make_design
 from est_ds.errors import UserError
-from est_ds.ranks.meeting import interface_of, own_address, versions
+from est_ds.ranks.meeting import interface_of, own_address
+from est_ds.ranks.versions import comparable_versions
 from est_ds.slicing.build import count_parameters, empty_model
 
 SMI_FIELDS = (
@@ -60,7 +61,7 @@ def collect(
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "executable": sys.executable,
-        "versions": versions() | {"est_ds": f"{est_ds.__version__} ({_source_hash()})"},
+        "versions": comparable_versions() | {"est_ds": f"{est_ds.__version__} ({_source_hash()})"},
         "cuda": torch.version.cuda or "CPU build",
         "driver": _driver(),
         "gpus": _gpus_of_driver() if light else _gpus(),

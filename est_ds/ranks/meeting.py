@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import platform
 import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 
 import psutil
 import torch.distributed as dist
 
-import est_ds
 from est_ds.errors import Failure, UserError
+from est_ds.ranks.versions import comparable_versions
 from est_ds.ranks.world import World, meeting_place
 
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 CALL_S = 5.0  # for one request to a store that is there
 TOKEN = "est_ds/token"
 
@@ -47,12 +44,6 @@ class Meeting:
     addresses: list[str | None]
 
 
-def versions() -> dict[str, str]:
-    """Of everything whose difference would end or silently change a run."""
-    found = {"est_ds": est_ds.__version__, "python": platform.python_version()}
-    return found | {name: version(name).partition("+")[0] for name in PACKAGES}
-
-
 def meet(
     world: World, limit_s: float, reached: Callable[[dist.Store], None] | None = None
 ) -> Meeting:
@@ -73,7 +64,7 @@ def meet(
     if reached:
         reached(store)
     own = own_address(address)
-    mine = {"host": socket.gethostname(), "address": own, "versions": versions()}
+    mine = {"host": socket.gethostname(), "address": own, "versions": comparable_versions()}
     try:
         token = store.get(TOKEN).decode()
         store.set(_key(world.rank), json.dumps(mine))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import os
-import platform
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 
 from matplotlib.figure import Figure
 
-import est_ds
 from est_ds.disk import replace_text
 from est_ds.errors import UserError
+from est_ds.ranks.versions import versions
 from est_ds.report import figures
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.style import styled
@@ -23,7 +21,6 @@ from est_ds.report.summary import Summary, summary_of
 from est_ds.report.text import PHASE_COLUMNS, fact_rows, notes, phase_row, title
 
 FILE = "report.html"
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 FIGURES = (
     (
@@ -132,7 +129,7 @@ def render(run: RunFiles, summary: Summary) -> str:
         notes=escape(" ".join(notes(summary))),
         figures="\n".join(_figure(draw(run, summary), text) for draw, text in FIGURES),
         config=escape((run.directory / "config.yaml").read_text()),
-        versions="".join(_row(row, "th", "td") for row in _versions()),
+        versions="".join(_row(row, "th", "td") for row in versions().items()),
     )
 
 
@@ -152,13 +149,3 @@ def _figure(figure: Figure, caption: str) -> str:
         f'<figure><img alt="{name}" src="data:image/svg+xml;base64,{data}"/>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("est_ds", est_ds.__version__), ("python", platform.python_version())]
-    for package in PACKAGES:
-        try:
-            found.append((package, version(package)))
-        except PackageNotFoundError:
-            found.append((package, "not installed"))
-    return found

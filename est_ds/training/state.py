@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from est_ds.checkpoints.state import Next, State
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.design import corpus_weights
 from est_ds.errors import UserError
 from est_ds.plans.lr import learning_rate
+from est_ds.ranks.versions import versions
 from est_ds.run.directory import differences
 from est_ds.run.prepare import Run
 from est_ds.training.divergence import History
-
-VERSIONS = ("est_ds", "torch", "deepspeed", "transformers")
 
 
 def run_state(run: Run, done: int, history: History, evaluation_due: bool = False) -> State:
     """Returns what a checkpoint after `done` steps holds besides weights and moments."""
     return State(
         config=run.config.model_dump(mode="json", by_alias=True),
-        versions={name: version(name) for name in VERSIONS},
+        versions=versions(),
         corpus=run.train.fingerprint,
         held_out={name: windows.corpus.fingerprint for name, windows in run.valid.items()},
         tokens=done * run.tokens_per_step,

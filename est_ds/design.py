@@ -79,7 +79,7 @@ def make_design(config: RunConfig) -> Design:
     check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
     refuse_dropout(hf)
-    _check_builds(hf)
+    _check_builds(hf, config)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
     method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
@@ -133,11 +133,24 @@ def _check_separable(config: RunConfig, family: Family, objective: Settings) -> 
         )
 
 
-def _check_builds(hf: Any) -> None:
+def _check_builds(hf: Any, config: RunConfig) -> None:
     try:
         empty_model(hf)
     except Exception as e:  # whatever the library raises for values that do not fit
+        field = _field_at_fault(config)
         raise UserError(
-            f"model: Hugging Face cannot build it ({type(e).__name__}: {' '.join(str(e).split())}); "  # noqa: E501
-            f"correct the model section."
+            f"{field or 'model'}: Hugging Face cannot build the model ({type(e).__name__}: "
+            f"{' '.join(str(e).split())}); correct {'it' if field else 'the model section'}."
         ) from None
+
+
+def _field_at_fault(config: RunConfig) -> str | None:
+    """The field without which the model can be built, if there is one."""
+    for key, value in config.model.items():
+        others = {k: v for k, v in config.model.items() if k != key}
+        try:
+            empty_model(hf_config(others, config.data.sequence))
+        except Exception:  # the model type itself, or another field is at fault
+            continue
+        return f"model.{key}={value!r}"
+    return None

@@ -156,7 +156,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     except UserError as e:
         raise UserError(f"override {override!r:.80}: {e}.") from None
     value = expanded(value, PATHS, field)
-    *path, last = field.split(".")
+    *path, last = re.sub(r"\[(\d+)\]", r".\1", field).split(".")  # as messages write it
     if len(path) > MAX_DEPTH:
         raise UserError(f"override {override!r:.80}: no field lies so deep; see the run file.")
     if field == "method.name":

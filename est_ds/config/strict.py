@@ -75,6 +75,11 @@ def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
         return f"unknown key {field!r}; {hint}Known here: {', '.join(known)}."
     if error["type"] == "missing":
         return f"{field} is missing; add it to the run file."
+    if error["type"] == "union_tag_not_found":
+        models = _models_in(kind.model_fields[error["loc"][-1]].annotation)
+        names = ", ".join(model.model_fields["name"].annotation.__args__[0] for model in models)
+        keys = ", ".join(map(repr, error["input"])) or "none"
+        return f"{field}.name is missing (its keys: {keys}); give `name: X`, X one of {names}."
     message = error["msg"].removeprefix("Value error, ")
     if isinstance(error["input"], (dict, list)):
         return f"{field}: {message}."

@@ -7,6 +7,7 @@ into the export, or refused here: what would change training unsaid, or stand th
 from __future__ import annotations
 
 import copy
+import json
 import math
 from typing import Any
 
@@ -77,7 +78,8 @@ def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, 
             raise UserError(f"model.{key} is set by est_ds ({DECIDED[key]}); remove it.")
         if key in ONE_VALUE and value != ONE_VALUE[key]:
             raise UserError(
-                f"model.{key}={value!r} is not supported; remove it, or set {ONE_VALUE[key]!r}."
+                f"model.{key}={value!r} is not supported; remove it, or set "
+                f"{json.dumps(ONE_VALUE[key])}."
             )
         if key in ("is_decoder", "is_encoder_decoder") and value != plain.get(key, False):
             raise UserError(f"model.{key}={value} is not supported here; remove it.")

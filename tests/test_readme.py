@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -75,42 +74,18 @@ def test_readme_fits_three_screens():
     assert len(README.splitlines()) <= 135
 
 
-# What makes the commands of a day on eight GPUs a matter of seconds on two cores.
-SMALL = [
-    "steps=6", "precision=fp32", "data.sequence=32", "parallel.pipe=2",
-    "batch={global: 8, micro: 2}", "checkpoint.every=3", "evaluate={every: 6, sequences: 4}",
-    "model={model_type: llama, vocab_size: 512, hidden_size: 32, num_hidden_layers: 22, "
-    "num_attention_heads: 4, num_key_value_heads: 2, intermediate_size: 48, "
-    "max_position_embeddings: 64}",
-]  # fmt: skip
-
-
-def test_commands_of_your_own_run_work(tmp_path):
+def test_commands_of_your_own_run_work_as_they_are_printed(tmp_path):
+    """In one shell, in a folder that has the checkout's `configs`, and `launch/env.sh` of it."""
     [block] = [b for b in blocks("") if "data_prep" in b]
-    commands = [shlex.split(line, comments=True) for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 9
     (tmp_path / "my" / "texts").mkdir(parents=True)
-    for name in ("ast", "cgi", "csv", "heapq", "inspect", "difflib", "argparse", "calendar"):
-        source = Path(sysconfig.get_path("stdlib"), f"{name}.py")
-        if source.exists():
-            shutil.copy(source, tmp_path / "my" / "texts")
+    for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        shutil.copy(source, tmp_path / "my" / "texts")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    for command in commands:
-        if command[0] == "source":
-            assert (ROOT / command[1]).is_file()
-            continue
-        if command[0] == "python":
-            command[0] = sys.executable
-        elif command[0] == "est-ds":
-            command[:1] = [sys.executable, "-m", "est_ds.cli"]
-        if "corpus" in command and "--input" in command:
-            command += ["--held-out", "0.3"]  # of eight documents, 2 % are none
-        command = ["512" if word == "32000" else word for word in command]
-        if "configs/run/est_tinyllama.yaml" in command:
-            command = [w for w in command if w not in ("--processes", "8")] + SMALL
-            command += ["--processes", "4"]
-        done = run_command(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
-        assert done.returncode == 0, (command, done.stderr)
-    run_dir = tmp_path / "runs" / "est_tinyllama"
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "env.sh").write_text(f"source {shlex.quote(str(ROOT))}/launch/env.sh\n")
+    done = run_command("bash", "-euo", "pipefail", "-c", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "runs/own is done" in done.stdout + done.stderr
+    run_dir = tmp_path / "runs" / "own"
     assert (run_dir / "export" / "model.safetensors").is_file()
     assert (run_dir / "report.html").is_file()

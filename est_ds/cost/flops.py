@@ -109,7 +109,7 @@ def phase_ratios(
     size = {"tokens": sequence, "sequence": sequence, "target_sequence": target_sequence}
     size["target_tokens"] = target_sequence
     dense = dense_flops(method.shape, **size)
-    active = step_flops(method.shape, method.mean_loads(phase), **size)
+    active = step_flops(method.shape, method.computed(method.mean_loads(phase)), **size)
     return Flops(active.blocks / dense.blocks, active.model / dense.model)
 
 

@@ -102,7 +102,9 @@ class PipelineEngine(base.Engine):
                 for p in self.pipeline.forward_funcs
                 if p.piece.layer is not None
             }
-            self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
+            self.subnetwork = Subnetwork(
+                family, design.method.shape, self.layers, masked=design.method.masked
+            )
         settings = deepspeed_config(
             config,
             data_parallel=self.num_replicas,

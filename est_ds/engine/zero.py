@@ -43,7 +43,9 @@ class ZeroEngine(base.Engine):
         self.hf_config, self.family = hf_config, family
         self._objective_loss = design.objective.loss
         self.layers = dict(enumerate(family.layers(model)))
-        self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
+        self.subnetwork = Subnetwork(
+            family, design.method.shape, self.layers, masked=design.method.masked
+        )
         self.deepspeed = base.start_deepspeed(model, config, settings)
         self.compile_layers()
         if config.parallel.zero == 0:

@@ -11,12 +11,14 @@ from est_ds.plans.plan import Kept, LayerPlan, Plan
 from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.families.base import Family, Slot
 from est_ds.slicing.leaf import (
+    Mask,
     Slice,
     SlicedColumns,
     SlicedRows,
     forget,
     fused,
     indices,
+    mask_of,
     restore_class,
     swap_class,
 )
@@ -28,10 +30,17 @@ class Subnetwork:
     Args:
         layers: the layers that live in this process, by their index in the plan. A pipe stage
             passes its own; the rest of a plan is then none of its business.
+        masked: what a plan leaves out is computed all the same, and multiplied by zero.
     """
 
-    def __init__(self, family: Family, shape: ModelShape, layers: Mapping[int, nn.Module]) -> None:
-        self.shape = shape
+    def __init__(
+        self,
+        family: Family,
+        shape: ModelShape,
+        layers: Mapping[int, nn.Module],
+        masked: bool = False,
+    ) -> None:
+        self.shape, self.masked = shape, masked
         self._layers = dict(layers)
         self._slots = {i: family.slots(layer) for i, layer in self._layers.items()}
         for module in self._layers.values():
@@ -82,19 +91,24 @@ class Subnetwork:
 
     def _set_layer(self, i: int, layer: nn.Module, plan: LayerPlan | None) -> None:
         if plan is None:
-            layer.est_skipped = True
+            self._leave_out(layer)
             return
         parts = zip(self._slots[i], plan.parts, self.shape.layers[i], strict=True)
         for slot, kept, part in parts:
-            self._set_slot(slot, kept, plan.scale, part)
+            if kept.count == 0:
+                for module, _ in slot.skippable:
+                    self._leave_out(module)
+            elif self.masked:
+                _mask_slot(slot, kept, plan.scale)
+            else:
+                self._set_slot(slot, kept, plan.scale, part)
+
+    def _leave_out(self, module: nn.Module) -> None:
+        setattr(module, "est_masked" if self.masked else "est_skipped", True)
 
     @staticmethod
     def _set_slot(slot: Slot, kept: Kept, layer_scale: float, part: Part) -> None:
         if kept.units is None and layer_scale == 1.0:
-            return
-        if kept.count == 0:
-            for module, _ in slot.skippable:
-                module.est_skipped = True
             return
         device = slot.columns[0][0].weight.device
         units = indices(kept.units, device)
@@ -117,6 +131,14 @@ class Subnetwork:
                 forget(module)
             for follower in slot.followers:
                 follower.restore()
+
+
+def _mask_slot(slot: Slot, kept: Kept, layer_scale: float) -> None:
+    if kept.units is None and layer_scale == 1.0:
+        return
+    for module, size in slot.columns:
+        values = mask_of(kept.units, kept.total, size, like=module.weight)
+        module.est_mask = Mask(values, kept.scale, layer_scale)
 
 
 def _set_groups(slot: Slot, kept: Kept, part: Attention, units: Tensor) -> None:

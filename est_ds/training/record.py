@@ -13,7 +13,7 @@ import torch
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.engine.base import Engine
-from est_ds.plans.methods.base import plan_loads
+from est_ds.plans.methods.base import SAVES_NOTHING, plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.ranks.world import World, say
 from est_ds.run.metrics import MetricsFile, depth_text, nats
@@ -147,7 +147,8 @@ class Recorder:
 def _entry(run: Run, step: Trained) -> dict[str, Any]:
     """A training line of `metrics.jsonl`."""
     shape, size = run.method.shape, run.flops_size(run.config.batch.global_)
-    active = step_flops(shape, plan_loads(step.plan, shape), **size)
+    computed = run.method.computed(plan_loads(step.plan, shape))
+    active = step_flops(shape, computed, **size)
     dense = dense_flops(shape, **size)
     number = step.plan.step
     return {
@@ -186,7 +187,7 @@ def _remaining(run: Run, start: int) -> Callable[[int], float]:
     """Maps a step to the share of the work from `start` on that is still to do after it."""
     size, method = run.flops_size(1), run.method
     work = [
-        step_flops(method.shape, method.mean_loads(phase), **size).model
+        step_flops(method.shape, method.computed(method.mean_loads(phase)), **size).model
         for phase in range(len(method.phases))
     ]
     done = [0.0, *accumulate(work[method.phase_at(step)] for step in range(run.config.steps))]
@@ -202,6 +203,8 @@ def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
         f"replicas, ZeRO {config.parallel.zero}, {config.precision}",
         f"{config.batch.equation(engine.num_replicas)} sequences of {config.data.sequence} tokens",
     ]
+    if run.method.masked:
+        lines.append(f"method.compute=masked: {SAVES_NOTHING}")
     return lines + _corpora(run)
 
 

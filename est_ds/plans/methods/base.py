@@ -19,7 +19,7 @@ from est_ds.plans.shape import ModelShape
 
 @dataclass(frozen=True)
 class Load:
-    """How much of one layer is computed.
+    """How much of one layer is kept, or computed.
 
     Attributes:
         probability: chance that the layer is kept, or each of its parts if they are skipped apart.
@@ -30,6 +30,21 @@ class Load:
     probability: float
     units: tuple[float, ...]
     groups: tuple[float, ...]
+
+
+SAVES_NOTHING = "everything is computed, and what is not kept multiplied by zero: it saves nothing"
+
+
+class MethodSettings(Strict):
+    """What every method can set.
+
+    Attributes:
+        compute: `sliced`: only what is kept is computed. `masked`: everything is, and what is not
+            kept is multiplied by zero, with the same rescaling: structural dropout. The same plans
+            and, but for rounding, the same training; it saves nothing.
+    """
+
+    compute: Literal["sliced", "masked"] = "sliced"
 
 
 Groups = Annotated[int, Field(ge=1)] | list[int]
@@ -61,12 +76,19 @@ class Method(ABC):
             at their ends. None: no promise is made.
     """
 
-    Settings: ClassVar[type[Strict]]
+    Settings: ClassVar[type[MethodSettings]]
     phases: tuple[Phase, ...]
     band_lengths: tuple[int, ...] | None = None
 
-    def __init__(self, settings: Strict, *, seed: int, steps: int, shape: ModelShape) -> None:
+    def __init__(
+        self, settings: MethodSettings, *, seed: int, steps: int, shape: ModelShape
+    ) -> None:
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
+
+    @property
+    def masked(self) -> bool:
+        """Whether everything is computed, and what is not kept multiplied by zero."""
+        return self.settings.compute == "masked"
 
     def phase_at(self, step: int) -> int:
         """Returns the number of the phase that a step belongs to."""
@@ -82,7 +104,11 @@ class Method(ABC):
 
     @abstractmethod
     def loads(self, step: int) -> tuple[Load, ...]:
-        """The expected load of every layer at `step`; exact where counts are exact."""
+        """What is kept of every layer at `step`, expected; exact where counts are exact."""
+
+    def computed(self, kept: tuple[Load, ...]) -> tuple[Load, ...]:
+        """What is computed where so much is kept."""
+        return full_loads(self.shape) if self.masked else kept
 
     def growth(self, step: int) -> Growth | None:
         """What happens to the model's depth before `step` is trained; None: nothing."""

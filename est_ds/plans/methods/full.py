@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from est_ds.config.strict import Strict
-from est_ds.plans.methods.base import Load, Method, full_loads
+from est_ds.errors import UserError
+from est_ds.plans.methods.base import Load, Method, MethodSettings, full_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import Plan, full_plan
 
 
-class FullSettings(Strict):
+class FullSettings(MethodSettings):
     name: Literal["full"]
 
 
@@ -19,6 +19,11 @@ class Full(Method):
 
     def __init__(self, settings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
+        if self.masked:
+            raise UserError(
+                "method.compute=masked cannot take effect with method.name='full', which leaves "
+                "nothing out; remove it."
+            )
         self.phases = (Phase("full", 0, steps),)
 
     def plan(self, step: int) -> Plan:

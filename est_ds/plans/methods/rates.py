@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
-from est_ds.plans.methods.base import Groups, Load, Method, Scale, full_loads
+from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale, full_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import Kept, Plan
 from est_ds.plans.shape import ModelShape
@@ -19,7 +18,7 @@ from est_ds.plans.shape import ModelShape
 STEPS_AT_ONCE = 2**16
 
 
-class RateSettings(Strict):
+class RateSettings(MethodSettings):
     """What a method of rates can set besides its rates.
 
     Attributes:

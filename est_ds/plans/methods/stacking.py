@@ -17,7 +17,7 @@ from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import balance
 from est_ds.plans.growth import Growth
-from est_ds.plans.methods.base import Groups, Load, Method, full_loads
+from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, full_loads
 from est_ds.plans.phases import phases_until
 from est_ds.plans.plan import Kept, LayerPlan, Plan
 
@@ -32,7 +32,7 @@ class StackingPhase(Strict):
     layers: Annotated[int, Field(ge=0)]
 
 
-class StackingSettings(Strict):
+class StackingSettings(MethodSettings):
     """How the depth grows.
 
     Attributes:

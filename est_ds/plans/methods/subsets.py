@@ -8,11 +8,10 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import draw
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
-from est_ds.plans.methods.base import Groups, Load, Method, Scale
+from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale
 from est_ds.plans.phases import Phase, phases_until
 from est_ds.plans.plan import Kept, Plan
 from est_ds.plans.shape import ModelShape
@@ -30,7 +29,7 @@ def _check_amount(value: int | float) -> int | float:
 Amount = Annotated[int | float, AfterValidator(_check_amount)]
 
 
-class SubsetSettings(Strict):
+class SubsetSettings(MethodSettings):
     """The settings that do not change from phase to phase.
 
     Attributes:
@@ -221,6 +220,7 @@ class PhasedSubsets(Method):
             ("scale", settings.scale, no_skips, "no phase skips layers"),
             ("head_rule", settings.head_rule, no_heads, "no phase drops heads"),
             ("counts", settings.counts, everything, "every phase keeps everything"),
+            ("compute", settings.compute, everything, "every phase keeps everything"),
         ):
             if idle and value and value != default[field].default:
                 shown = f"scale.layers={value.layers}" if field == "scale" else f"{field}={value}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from est_ds.config.strict import Strict
+from est_ds.errors import UserError
 from est_ds.plans.growth import Growth
 from est_ds.plans.phases import Phase, phase_at
-from est_ds.plans.plan import Plan
+from est_ds.plans.plan import Plan, StepPlans
 from est_ds.plans.shape import ModelShape
 
 
@@ -42,9 +44,13 @@ class MethodSettings(Strict):
         compute: `sliced`: only what is kept is computed. `masked`: everything is, and what is not
             kept is multiplied by zero, with the same rescaling: structural dropout. The same plans
             and, but for rounding, the same training; it saves nothing.
+        draw: `step`: one plan for all micro-batches of a step, on all replicas. `micro_batch`:
+            one for each, whose gradients add up to those of all that any of them keeps. Phases,
+            exact counts and how they are spread over bands depend on the step alone.
     """
 
     compute: Literal["sliced", "masked"] = "sliced"
+    draw: Literal["step", "micro_batch"] = "step"
 
 
 Groups = Annotated[int, Field(ge=1)] | list[int]
@@ -72,18 +78,25 @@ class Method(ABC):
     Attributes:
         Settings: the pydantic model of the method's section of the run file.
         phases: the step ranges of the schedule.
+        draws: whether a plan is drawn anew at every step.
         band_lengths: bands of layers over which kept layers are spread; a pipeline may cut only
             at their ends. None: no promise is made.
     """
 
     Settings: ClassVar[type[MethodSettings]]
     phases: tuple[Phase, ...]
+    draws: ClassVar[bool] = True
     band_lengths: tuple[int, ...] | None = None
 
     def __init__(
         self, settings: MethodSettings, *, seed: int, steps: int, shape: ModelShape
     ) -> None:
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
+        if settings.draw == "micro_batch" and not self.draws:
+            raise UserError(
+                f"method.draw=micro_batch cannot take effect with method.name={settings.name!r}, "
+                f"which draws no plan anew at every step; remove it."
+            )
 
     @property
     def masked(self) -> bool:
@@ -99,8 +112,22 @@ class Method(ABC):
         return self.phases[self.phase_at(step)]
 
     @abstractmethod
-    def plan(self, step: int) -> Plan:
-        """The plan of `step`; the same on every rank, in every layout, at every time."""
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
+        """The plan of `step`; the same on every rank, in every layout, at every time.
+
+        Args:
+            micro_batch: index in the global batch, whose micro-batch i has the rows from
+                i * batch.micro on; without `draw: micro_batch` 0.
+        """
+
+    def plans(self, step: int, micro_batches: int) -> StepPlans:
+        """The plans of `step`: one for all micro-batches, or one for each.
+
+        Args:
+            micro_batches: of the global batch.
+        """
+        count = micro_batches if self.settings.draw == "micro_batch" else 1
+        return StepPlans(step, count, partial(self.plan, step))
 
     @abstractmethod
     def loads(self, step: int) -> tuple[Load, ...]:

@@ -16,6 +16,7 @@ class FullSettings(MethodSettings):
 
 class Full(Method):
     Settings = FullSettings
+    draws = False
 
     def __init__(self, settings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
@@ -26,7 +27,7 @@ class Full(Method):
             )
         self.phases = (Phase("full", 0, steps),)
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
         return full_plan(step, 0, [tuple(p.units for p in layer) for layer in self.shape.layers])
 
     def loads(self, step: int) -> tuple[Load, ...]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from est_ds.errors import UserError
+from est_ds.plans.draw import Address
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
 from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale, full_loads
 from est_ds.plans.phases import Phase
@@ -64,11 +65,12 @@ class KeepRates(Method):
         keep[:, self._always] = 1.0
         return keep
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
         phase = self.phase_at(step)
         keep = self._keep(np.array([step]))[0]
         kinds = draw_kinds(self.settings.skip, self.shape)
-        kept = [set(self._draw.bernoulli(self.seed, kind, step, keep)) for kind in kinds]
+        address = Address(self.seed, step, micro_batch)
+        kept = [set(self._draw.bernoulli(address, kind, keep)) for kind in kinds]
         factors = self.settings.scale.factors(self._draw.bernoulli_probabilities(keep))
 
         def whole_part(i: int, p: int) -> Kept:

@@ -76,6 +76,7 @@ def sources(mode: Mode, before: int, after: int) -> list[int | None]:
 
 class Stacking(Method):
     Settings = StackingSettings
+    draws = False
 
     def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
@@ -127,7 +128,7 @@ class Stacking(Method):
         starts = np.cumsum([0, *lengths[:-1]]).tolist()
         return [start + i for start, n in zip(starts, counts) for i in range(n)]
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
         phase = self.phase_at(step)
         layers: list[LayerPlan | None] = [None] * self.shape.num_layers
         for i in self.places[phase]:

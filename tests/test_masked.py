@@ -11,7 +11,7 @@ import json
 import pytest
 import yaml
 
-from cases.families import CASES, training_of
+from cases.families import CASES, shape_of, training_of
 from cases.methods import SECTIONS, fitting
 from cases.tiny import TINY_MODEL
 from conftest import est_ds, refused
@@ -29,17 +29,17 @@ FAST = [("llama", "est_sublayer"), ("bert", "layer_drop_balanced")]
 SLICED_AND_MASKED = ("sliced", "masked")
 
 
-def section_of(name: str) -> dict:
-    """Of the table, for four layers and few steps."""
-    section = fitting(SECTIONS[name], num_layers=4)
+def section_of(family: str, name: str) -> dict:
+    """Of the table, for few layers and steps."""
+    section = fitting(SECTIONS[name], shape_of(CASES[family]).num_layers)
     return section | {"until": 0.5} if name == "static_sublayer" else section
 
 
 def overrides_of(family: str, name: str, compute: str) -> list[str]:
-    model = {**CASES[family].section, "vocab_size": 96, "num_hidden_layers": 4}
-    if family in ("gpt2", "t5"):  # whose layers have other names, and are four
-        del model["num_hidden_layers"]
-    method = yaml.safe_dump(section_of(name) | {"compute": compute}, default_flow_style=True)
+    model = {**CASES[family].section, "vocab_size": 96}
+    method = yaml.safe_dump(
+        section_of(family, name) | {"compute": compute}, default_flow_style=True
+    )
     return [
         f"steps={STEPS}",
         *training_of(model),

@@ -197,6 +197,25 @@ def weight_traffic_bytes(shape: ModelShape, loads: Sequence[Load], *, value_byte
     return Bytes(blocks, blocks + head)
 
 
+def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
+    """Expected share of the layers' weights whose gradients a step of a phase reduces.
+
+    It reduces a layer whole if any of its plans keeps a part of it; the plans of a step's
+    micro-batches are drawn apart, so that n of them leave a layer out with the n-th power of one's
+    chance.
+
+    Args:
+        micro_batches: that have plans of their own; 1 where they share one.
+    """
+    loads = method.computed(method.mean_loads(phase))
+    sent = total = 0.0
+    for _, part, chance, units, groups in _parts(method.shape, loads):
+        whole = sum(weights for _, weights in _matrices(part, units, groups))
+        sent += whole * (1.0 - (1.0 - chance) ** micro_batches)
+        total += whole
+    return sent / total
+
+
 def gathered_bytes(shape: ModelShape, loads: Sequence[Load], *, value_bytes: int) -> Bytes:
     """Bytes of weights that ZeRO-3 gathers on every device for a micro-batch.
 

@@ -48,7 +48,7 @@ INSIDES = (
     Inside(ENGINE, "_do_optimizer_sanity_check", ("basic_optimizer",), "patches: ZeRO for bf16"),
     Inside(ENGINE, "clip_fp32_gradients", (), "patches: clipping without ZeRO"),
     Inside(ENGINE, "_global_grad_norm", None, "patches: the norm that is reported without ZeRO"),
-    Inside(ENGINE, "allreduce_gradients", ("bucket_size",), "patches: gradients reduced alike"),
+    Inside(ENGINE, "allreduce_gradients", None, "patches: gradients reduced alike"),
     Inside(ENGINE, "global_steps", None, "base: set when a run resumes"),
     Inside(ENGINE, "global_samples", None, "base: set when a run resumes"),
     Inside(ENGINE, "micro_steps", None, "base: set when a run resumes"),

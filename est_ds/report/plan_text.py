@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from est_ds.config.sections import RunConfig
+from est_ds.cost.flops import gradient_share
 from est_ds.cost.memory import memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
@@ -66,6 +67,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
+        *([("draw", _draw(estimate))] if config.method.get("draw") == "micro_batch" else []),
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
@@ -83,6 +85,24 @@ def _pipeline(estimate: Estimate, accumulation: int) -> str:
     )
     waits = bubble(len(cuts), accumulation)
     return f"layers {stages}; slowest stage over mean: {loads}; bubble {waits:.2f}"
+
+
+def _draw(estimate: Estimate) -> str:
+    """What it costs that every micro-batch has its own plan."""
+    design = estimate.design
+    method, count = design.method, design.config.batch.micro_batches
+
+    def sent(phase: int, plans: int) -> str:
+        everything = plans > 1 and design.config.parallel.zero == 3
+        return f"{1.0 if everything else gradient_share(method, phase, plans):.2f}"
+
+    shares = ", ".join(
+        f"{phase.name} {sent(i, count)} ({sent(i, 1)})" for i, phase in enumerate(method.phases)
+    )
+    return (
+        f"micro_batch: {count} plans a step, FLOPs as with draw: step; layers' gradients that a "
+        f"step reduces, of all (with draw: step): {shares}"
+    )
 
 
 def _phases(estimate: Estimate) -> Table:

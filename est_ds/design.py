@@ -94,7 +94,7 @@ def make_design(config: RunConfig) -> Design:
         model_type=hf.model_type,
         encoder_decoder=shape.encoder_layers > 0,
     )
-    if method.settings.draw == "micro_batch":
+    if method.by_micro_batch:
         _check_micro_batches(config)
     design = Design(config, hf, family, method, objective)
     design.cuts

@@ -114,7 +114,7 @@ class PipelineEngine(base.Engine):
         )
         self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
         self._ties.take_over(self.deepspeed)
-        if design.method.settings.draw == "micro_batch" and config.parallel.zero == 1:
+        if design.method.by_micro_batch and config.parallel.zero == 1:
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self._clock = PipeClock(self.deepspeed)
         self._take_turns()

@@ -52,11 +52,11 @@ class ZeroEngine(base.Engine):
         self.subnetwork = Subnetwork(
             family, design.method.shape, self.layers, masked=design.method.masked
         )
-        self._own_plans = design.method.settings.draw == "micro_batch"
-        if self._own_plans and config.parallel.zero == 3:
+        self._gathers_whole = design.method.by_micro_batch and config.parallel.zero == 3
+        if self._gathers_whole:
             gather_whole(self.layers.values())
         self.deepspeed = base.start_deepspeed(model, config, settings)
-        if self._own_plans and config.parallel.zero in (1, 2):
+        if design.method.by_micro_batch and config.parallel.zero in (1, 2):
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self.compile_layers()
         if config.parallel.zero == 0:
@@ -93,7 +93,7 @@ class ZeroEngine(base.Engine):
         it would gather skipped ones too, until it noticed."""
         if self.config.parallel.zero < 3:
             return
-        skipped = () if self._own_plans else self.subnetwork.skipped  # those are gathered too
+        skipped = () if self._gathers_whole else self.subnetwork.skipped
         runs = (self.deepspeed.training, skipped)
         if runs != self._traced:
             forget_order(self.deepspeed.optimizer)

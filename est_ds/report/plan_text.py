@@ -67,7 +67,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
-        *([("draw", _draw(estimate))] if config.method.get("draw") == "micro_batch" else []),
+        *([("draw", _draw(estimate))] if estimate.design.method.by_micro_batch else []),
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]

@@ -92,7 +92,7 @@ class Method(ABC):
         self, settings: MethodSettings, *, seed: int, steps: int, shape: ModelShape
     ) -> None:
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
-        if settings.draw == "micro_batch" and not self.draws:
+        if self.by_micro_batch and not self.draws:
             raise UserError(
                 f"method.draw=micro_batch cannot take effect with method.name={settings.name!r}, "
                 f"which draws no plan anew at every step; remove it."
@@ -102,6 +102,11 @@ class Method(ABC):
     def masked(self) -> bool:
         """Whether everything is computed, and what is not kept multiplied by zero."""
         return self.settings.compute == "masked"
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Whether every micro-batch has a plan of its own."""
+        return self.settings.draw == "micro_batch"
 
     def phase_at(self, step: int) -> int:
         """Returns the number of the phase that a step belongs to."""
@@ -126,8 +131,9 @@ class Method(ABC):
         Args:
             micro_batches: of the global batch.
         """
-        count = micro_batches if self.settings.draw == "micro_batch" else 1
-        return StepPlans(step, count, partial(self.plan, step))
+        return StepPlans(
+            step, micro_batches if self.by_micro_batch else 1, partial(self.plan, step)
+        )
 
     @abstractmethod
     def loads(self, step: int) -> tuple[Load, ...]:

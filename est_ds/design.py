@@ -17,6 +17,7 @@ from est_ds.plans.lr import check_schedule
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import phases_until
+from est_ds.plans.plan import StepPlans
 from est_ds.slicing.build import empty_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
@@ -58,6 +59,10 @@ class Design:
         """
         return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
 
+    def plans(self, step: int) -> StepPlans:
+        """The plans of the micro-batches of a step."""
+        return self.method.plans(step, self.config.batch.micro_batches)
+
     def flops_size(self, sequences: float) -> dict[str, float | None]:
         """The sizes that `flops.step_flops` takes, of that many sequences."""
         sequence, target = self.config.data.sequence, self.target_sequence
@@ -89,6 +94,8 @@ def make_design(config: RunConfig) -> Design:
         model_type=hf.model_type,
         encoder_decoder=shape.encoder_layers > 0,
     )
+    if method.by_micro_batch:
+        _check_micro_batches(config)
     design = Design(config, hf, family, method, objective)
     design.cuts
     if shape.encoder_layers and design.decoder_start is None:
@@ -119,6 +126,29 @@ def corpus_weights(config: RunConfig) -> tuple[PhaseWeights, ...]:
     for share in shares:
         share.parts  # raises
     return shares
+
+
+def _check_micro_batches(config: RunConfig) -> None:
+    """Checks that `method.draw: micro_batch` can take effect.
+
+    Raises:
+        UserError: it cannot.
+    """
+    batch = config.batch
+    batch.accumulation(1)  # raises
+    if batch.micro_batches == 1:
+        raise UserError(
+            f"method.draw=micro_batch cannot take effect: batch.micro={batch.micro} is the whole "
+            f"batch.global={batch.global_}; lower batch.micro, or remove it."
+        )
+    if config.deepspeed.get("zero_optimization", {}).get("overlap_comm") and (
+        config.parallel.zero < 3
+    ):
+        raise UserError(
+            "deepspeed.zero_optimization.overlap_comm=True does not work with "
+            "method.draw=micro_batch below ZeRO 3: replicas reduce gradients in one order only "
+            "after the backward; remove it, or set method.draw=step."
+        )
 
 
 def _check_separable(config: RunConfig, family: Family, objective: Settings) -> None:

@@ -81,8 +81,9 @@ def plain_adamw(
             master.grad = torch.zeros_like(master)
         micro_batches = list(run.train.micro_batches(step, Portion(0, 1, micro=config.batch.micro)))
         total = 0.0
-        with subnetwork.active(run.method.plan(step)):
-            for batch in micro_batches:
+        with subnetwork.active(run.plans(step)):
+            for i, batch in enumerate(micro_batches):
+                subnetwork.turn_to(i)
                 loss = loss_of(run, model, *batch) / len(micro_batches)
                 loss.backward()
                 total += loss.item()

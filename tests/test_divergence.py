@@ -39,6 +39,10 @@ CASES = {name: (name, []) for name in LAYOUTS if name != "pipe 4, ZeRO 1"} | {
     "bf16 in a pipeline": ("pipe 2, ZeRO 0", ["precision=bf16", "parallel.zero=1"]),
     "offload, ZeRO 2": ("data 2, ZeRO 2", ["parallel.offload=true"]),
     "offload, ZeRO 3": ("data 2, ZeRO 3", ["parallel.offload=true"]),
+    **{
+        f"plans by micro-batch, {layout}": (layout, ["method.draw=micro_batch"])
+        for layout in ("data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2, ZeRO 0")
+    },
 }
 SLOW = pytest.mark.slow
 FAST = ["bf16", "pipe 2, ZeRO 0", "data 2, ZeRO 2"]
@@ -51,12 +55,13 @@ GOING_BACK = [
 
 @pytest.fixture(scope="module")
 def reference(synthetic_run, tmp_path_factory):
-    """Losses without DeepSpeed, by method, steps left out and precision."""
+    """Losses without DeepSpeed, by method, steps left out, precision and draw."""
     folder = tmp_path_factory.mktemp("reference")
 
-    def train(key: tuple[str, tuple[int, ...], str]):
-        method, left_out, precision = key
+    def train(key: tuple[str, tuple[int, ...], str, str]):
+        method, left_out, precision, draw = key
         settings = [f"method={METHODS[method]}", f"precision={precision}"]
+        settings += [f"method.draw={draw}"] if method != "full" else []
         overrides = [f"run_dir={folder}/run", "parallel={pipe: 1, zero: 1}", *settings]
         return plain_adamw(load_run(synthetic_run, overrides), left_out)
 
@@ -86,7 +91,8 @@ def test_skipped_steps_leave_no_trace_in_any_layout(case, poisoned, reference):
     steps, _ = read_metrics(run)
     assert [e["step"] for e in steps] == [s for s in range(20) if s not in (6, 11)]
     precision, within = ("bf16", BF16_BOUND) if "bf16" in case else ("fp32", 1e-5)
-    expected = reference["est", (6, 11), precision]
+    draw = "micro_batch" if "micro-batch" in case else "step"
+    expected = reference["est", (6, 11), precision, draw]
     assert_close([e["loss"] for e in steps], expected.losses, within)
     if precision == "fp32":
         assert_close([e["grad_norm"] for e in steps], expected.norms, within=1e-4)
@@ -198,7 +204,7 @@ def test_spike_is_left_out_and_the_run_equals_one_without_that_step(
     [event] = read_events(tmp_path / "rollback")
     assert event["step"] == 16 and "is a spike" in event["skipped"]
     steps, _ = read_metrics(tmp_path / "rollback")
-    assert_close([e["loss"] for e in steps], reference["full", (16,), "fp32"].losses)
+    assert_close([e["loss"] for e in steps], reference["full", (16,), "fp32", "step"].losses)
 
 
 def test_infinite_loss_with_finite_gradient_poisons_the_gradient():

@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
-from cases.families import CASES
+from cases.families import CASES, training_of
 from est_ds.config.run_file import load_run
 from est_ds.run.metrics import read_metrics
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
@@ -20,7 +19,6 @@ from reference import Reference, largest_difference, plain_adamw
 from workers import start
 
 STEPS = 4
-OBJECTIVES = {"bert": "{name: mlm, vocabulary: 61}", "t5": "{name: ul2, vocabulary: 61}"}
 MODELS = {
     f"{family}, {'tied' if tied else 'untied'}": {
         **CASES[family].section, "vocab_size": 96, "tie_word_embeddings": tied
@@ -42,19 +40,12 @@ BOUNDS = {"fp32": (1e-6, 1e-5, 1e-6), "bf16": (1e-3, 2e-2, 3e-3)}
 
 
 def overrides_of(model: str, precision: str) -> list[str]:
-    section = yaml.safe_dump(MODELS[model], default_flow_style=True, width=10_000).strip()
-    family = MODELS[model]["model_type"]
     phases = "{name: half, until: 2, layers: 0.5, heads: 0.5, columns: 0.5}, {until: 4}"
     return [
         f"steps={STEPS}",
-        f"model={section}",
+        *training_of(MODELS[model]),
         f"precision={precision}",
-        "data.sequence=16",
-        f"objective={OBJECTIVES.get(family, '{name: causal}')}",
         f"method={{name: est, phases: [{phases}]}}",
-        "batch={global: 12, micro: 2}",
-        "schedule={name: cosine}",
-        "optimizer={lr: 3.0e-3}",
         "checkpoint={every: 4}",
         "evaluate={every: 4, sequences: 12}",
     ]

@@ -1,8 +1,10 @@
-"""Method x family: a drawn plan's sliced step equals the masked step of the unmodified model."""
+"""Method x family: a drawn plan's step, sliced or masked, equals the masked step of the library's
+unmodified model."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cases.families import (
     CASES,
@@ -42,3 +44,29 @@ def test_sliced_step_of_every_method_on_every_family_equals_the_masked_step(meth
             with subnetwork.active(plan):
                 sliced = run_step(model, case)
             assert_close(sliced, masked_step(case, plan))
+
+
+ALIKE = ("mistral", "qwen2", "qwen3")  # in code that masks they are llama
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if f in ALIKE else ()) for f in FAMILIES]
+)
+def test_masked_compute_of_every_method_equals_the_masked_step(family):
+    """Gradients of what is left out are zero, where the reference's are."""
+    case = CASES[family]
+    shape = shape_of(case)
+    model = our_model(case)
+    subnetwork = installed(case, model, masked=True)
+    for section in SECTIONS.values():
+        if section["name"] == "full" or (section["name"] == "stacking" and family == "t5"):
+            continue
+        built = fitting(section, shape.num_layers) | {"compute": "masked"}
+        plan = build_method(built, seed=1, steps=STEPS, shape=shape).plan(3)
+        with subnetwork.active(plan):
+            masked = run_step(model, case)
+        assert not subnetwork.skipped
+        expected = masked_step(case, plan)
+        assert_close(masked, expected)
+        for name, grad in expected.grads.items():
+            assert torch.equal(masked.grads[name] == 0, grad == 0), name

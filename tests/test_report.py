@@ -161,7 +161,7 @@ def test_dense_run_says_that_nothing_is_saved(tmp_path, capsys):
     assert (summary.saved_model, summary.saved_time, summary.efficiency) == (0.0, 0.0, None)
     print_summary(run_dir)
     out = capsys.readouterr().out
-    assert "every step trained the full model" in out and "efficiency" not in out
+    assert "every step computed the full model" in out and "efficiency" not in out
     assert "no manifest" in out
 
 

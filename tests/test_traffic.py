@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from est_ds.config.run_file import load_run
+from est_ds.design import make_design
 from layouts import LAYOUTS, METHODS, Lazily, name_of
 from workers import train_all
 
 CASES = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
 OVERRIDES = [
-    f"method={METHODS['est']}",
     "evaluate.every=100",
     "checkpoint.every=100",
     "deepspeed.comms_logger={enabled: true, prof_all: true, verbose: false}",
@@ -35,17 +36,21 @@ def logged(synthetic_run, tmp_path_factory) -> dict[tuple[str, str], list]:
 
     def train(key: tuple[str, str]) -> list:
         layout, precision = key
-        processes, arguments = LAYOUTS[layout]
-        zero3 = [f"deepspeed.zero_optimization={GATHER_ALL}"] if "ZeRO 3" in layout else []
-        overrides = [f"run_dir={folder / name_of(*key)}", *arguments, *OVERRIDES, *zero3]
-        overrides.append(f"precision={precision}")
-        file = folder / "traffic.json"
-        job = {"run": synthetic_run, "overrides": overrides, "traffic": file}
-        said = train_all(folder / "log", processes, [job])
-        assert "warn" not in said.lower()
-        return json.loads(file.read_text())
+        more = [f"method={METHODS['est']}", f"precision={precision}"]
+        return traffic_of(synthetic_run, folder / name_of(*key), layout, more)
 
     return Lazily(train)
+
+
+def traffic_of(run: Path, folder: Path, layout: str, more: list[str]) -> list:
+    """Bytes by operation of rank 0 for every step."""
+    processes, arguments = LAYOUTS[layout]
+    zero3 = [f"deepspeed.zero_optimization={GATHER_ALL}"] if "ZeRO 3" in layout else []
+    overrides = [f"run_dir={folder / 'run'}", *arguments, *OVERRIDES, *zero3, *more]
+    file = folder / "traffic.json"
+    said = train_all(folder, processes, [{"run": run, "overrides": overrides, "traffic": file}])
+    assert "warn" not in said.lower()
+    return json.loads(file.read_text())
 
 
 SLOW = pytest.mark.slow
@@ -68,6 +73,27 @@ def test_half_the_layers_reduce_half_the_gradients(layout, precision, logged):
     assert full == pytest.approx(4 * times * layers * LAYER, abs=64)  # and a few scalars
     assert small / full == pytest.approx(0.5, abs=0.001)
     assert len(set(reduced[:8])) == 1 and len(set(reduced[14:])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", CASES)
+def test_plans_of_micro_batches_reduce_the_gradients_of_their_union(
+    layout, synthetic_run, tmp_path
+):
+    method = "{name: est, phases: [{until: 6, layers: 0.25}], draw: micro_batch}"
+    steps = traffic_of(synthetic_run, tmp_path, layout, [f"method={method}", "steps=6"])
+    design = make_design(load_run(tmp_path / "run"))
+    here = range(design.cuts[0])  # layers of rank 0
+    times = 2 if "ZeRO 2" in layout or "ZeRO 3" in layout else 1
+    outside = EMBEDDING if "pipe" in layout else 2 * EMBEDDING + 64
+    counts = []
+    for i, step in enumerate(steps):
+        union = {layer for plan in design.plans(i) for layer in plan.kept_layers if layer in here}
+        counts.append(len(here) if "ZeRO 3" in layout else len(union))
+        reduced = sum(step.get(op, 0) for op in GRADIENTS)
+        expected = 4 * times * (outside + counts[-1] * LAYER)
+        assert reduced == pytest.approx(expected, abs=64)  # and a few scalars
+    assert "ZeRO 3" in layout or min(counts) < len(here)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=SLOW)])

@@ -128,9 +128,9 @@ def _draw_otherwise(method, odd_from: int) -> None:
     """As if this rank ran another version of the code."""
     plan = method.plan
 
-    def other(step):
-        drawn = plan(step)
-        return drawn if step < odd_from else replace(plan(step + 1), step=step)
+    def other(step, micro_batch=0):
+        drawn = plan(step, micro_batch)
+        return drawn if step < odd_from else replace(plan(step + 1, micro_batch), step=step)
 
     object.__setattr__(method, "plan", other)
 

@@ -33,6 +33,11 @@ class Batch(Strict):
     global_: Positive = Field(alias="global")
     micro: Positive
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the global batch, over all replicas."""
+        return self.global_ // self.micro
+
     def accumulation(self, data_parallel: int) -> int:
         """Micro-batches that one replica accumulates in a step.
 

@@ -101,7 +101,7 @@ def phase_ratios(
     size = {"tokens": sequence, "sequence": sequence, "target_sequence": target_sequence}
     size["target_tokens"] = target_sequence
     dense = dense_flops(method.shape, **size)
-    active = step_flops(method.shape, method.mean_loads(phase), **size)
+    active = step_flops(method.shape, method.computed(method.mean_loads(phase)), **size)
     return Flops(active.blocks / dense.blocks, active.model / dense.model)
 
 
@@ -116,6 +116,25 @@ def saved(method: Method, *, sequence: int, target_sequence: int | None = None) 
     return Flops(blocks / method.steps, model / method.steps)
 
 
+def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
+    """Expected share of the layers' weights whose gradients a step of a phase reduces.
+
+    It reduces a layer whole if any of its plans keeps a part of it; the plans of a step's
+    micro-batches are drawn apart, so that n of them leave a layer out with the n-th power of one's
+    chance.
+
+    Args:
+        micro_batches: that have plans of their own; 1 where they share one.
+    """
+    loads = method.computed(method.mean_loads(phase))
+    sent = total = 0.0
+    for _, part, chance, _, _ in _parts(method.shape, loads):
+        whole = _weights(part)
+        sent += whole * (1.0 - (1.0 - chance) ** micro_batches)
+        total += whole
+    return sent / total
+
+
 def _parts(
     shape: ModelShape, loads: Sequence[Load]
 ) -> Iterator[tuple[int, Part, float, float, float]]:
@@ -123,3 +142,10 @@ def _parts(
     for i, (layer, load) in enumerate(zip(shape.layers, loads, strict=True)):
         for part, units, groups in zip(layer, load.units, load.groups, strict=True):
             yield i, part, load.probability, units, groups
+
+
+def _weights(part: Part) -> int:
+    """Weights of the matrices of a whole part."""
+    if isinstance(part, Attention):
+        return 2 * part.hidden * part.head_dim * (part.heads + part.groups)
+    return part.hidden * part.matrices * part.columns

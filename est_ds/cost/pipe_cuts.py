@@ -48,7 +48,8 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
 
 def stage_costs(method: Method, phase: int, cuts: list[int], **size: float | None) -> list[float]:
     """Mean model FLOPs of every pipe stage in the steps of a phase."""
-    layers, head = flops_by_layer(method.shape, method.mean_loads(phase), Size(**size))
+    loads = method.computed(method.mean_loads(phase))
+    layers, head = flops_by_layer(method.shape, loads, Size(**size))
     starts = [0, *cuts[:-1]]
     costs = [sum(x.model for x in layers[a:b]) for a, b in zip(starts, cuts)]
     costs[-1] += head
@@ -87,7 +88,8 @@ def _schedule_costs(method: Method, **size: float | None) -> list[list[float]]:
     """Model FLOPs of every phase, of every layer; the head's with the last layer's."""
     costs = []
     for i, phase in enumerate(method.phases):
-        layers, head = flops_by_layer(method.shape, method.mean_loads(i), Size(**size))
+        loads = method.computed(method.mean_loads(i))
+        layers, head = flops_by_layer(method.shape, loads, Size(**size))
         steps = phase.until_step - phase.from_step
         costs.append([steps * layer.model for layer in layers])
         costs[-1][-1] += steps * head

@@ -79,6 +79,11 @@ class Engine(ABC):
         return None
 
     @property
+    def first_micro_batch(self) -> int:
+        """Index of this replica's first micro-batch in every global batch."""
+        return self.replica * self.deepspeed.gradient_accumulation_steps()
+
+    @property
     def portion(self) -> Portion:
         """What this process's replica reads of every batch."""
         return Portion(self.replica, self.num_replicas, self.config.batch.micro)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+from torch import nn
 
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 PIPE_ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
@@ -47,6 +48,7 @@ INSIDES = (
     Inside(ENGINE, "_do_optimizer_sanity_check", ("basic_optimizer",), "patches: ZeRO for bf16"),
     Inside(ENGINE, "clip_fp32_gradients", (), "patches: clipping without ZeRO"),
     Inside(ENGINE, "_global_grad_norm", None, "patches: the norm that is reported without ZeRO"),
+    Inside(ENGINE, "allreduce_gradients", None, "patches: gradients reduced alike"),
     Inside(ENGINE, "global_steps", None, "base: set when a run resumes"),
     Inside(ENGINE, "global_samples", None, "base: set when a run resumes"),
     Inside(ENGINE, "micro_steps", None, "base: set when a run resumes"),
@@ -62,6 +64,9 @@ INSIDES = (
     Inside(PIPELINE, "_grid", None, "pipeline: processes of a tied parameter"),
     Inside(PIPELINE, "forward_funcs", None, "pipeline: the pieces of this stage"),
     Inside(ZERO_1_2, "get_param_gradient_attribute", ("param",), "ties: accumulated gradients"),
+    Inside(ZERO_1_2, "bit16_groups", None, "patches: gradients reduced alike"),
+    Inside(ZERO_1_2, "get_gradient_for_reduction", ("param",), "patches: the same"),
+    Inside(ZERO_1_2, "process_gradients", ("param", "i"), "patches: the same"),
     Inside(ZERO_1_2, "single_partition_of_fp32_groups", None, "fragments: weights and moments"),
     Inside(ZERO_1_2, "update_lp_params", (), "fragments: weights that were written are used"),
     Inside(ZERO_1_2, "norm_for_param_grads", None, "patches: stale norms"),
@@ -156,6 +161,45 @@ def _clipped_step(engine: Any, group: Any | None, step: Callable[[], None]) -> N
 def replace_instructions(engine: Any, by_kind: dict[type, Callable[..., None]]) -> None:
     """Has a pipeline engine carry out some kinds of its instructions otherwise."""
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, **by_kind}
+
+
+def reduce_alike(engine: Any, idle: Callable[[], Iterable[nn.Parameter]]) -> None:
+    """Has all replicas reduce the same gradients in the same order under ZeRO 1 and 2, whatever
+    their own micro-batches use: DeepSpeed reduces what it finds, in the order in which it came, and
+    would add up gradients of different parameters.
+
+    Under ZeRO 2 a backward then keeps all its gradients to its end.
+
+    Args:
+        idle: parameters that no micro-batch of the step uses, on any replica.
+    """
+    optimizer = engine.optimizer
+    reduce, process = engine.allreduce_gradients, optimizer.process_gradients
+    of_each_backward = optimizer.partition_gradients
+    if of_each_backward:
+        optimizer.process_gradients = lambda *_: None  # where a gradient comes
+
+    def reduce_union(*arguments: Any, **named: Any) -> None:
+        if of_each_backward or engine.is_gradient_accumulation_boundary():
+            left_out = {id(parameter) for parameter in idle()}
+            for i, group in enumerate(optimizer.bit16_groups):
+                for parameter in (p for p in group if id(p) not in left_out):
+                    accumulated = optimizer.get_gradient_for_reduction(parameter)
+                    if parameter.grad is None and accumulated is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    process(parameter, i)
+        reduce(*arguments, **named)
+
+    engine.allreduce_gradients = reduce_union
+
+
+def gather_whole(layers: Iterable[nn.Module]) -> None:
+    """Has ZeRO 3 gather each layer at once and reduce all its gradients, also where it is skipped:
+    replicas that skip others would wait for each other. To be called before the engine starts."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
 
 
 def forget_order(optimizer: Any) -> None:

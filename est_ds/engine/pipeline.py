@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.optimizer import fill_missing_gradients
-from est_ds.engine.patches import clip_over_stages
+from est_ds.engine.patches import clip_over_stages, reduce_alike, replace_instructions
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config
 from est_ds.engine.ties import Ties
@@ -102,7 +103,9 @@ class PipelineEngine(base.Engine):
                 for p in self.pipeline.forward_funcs
                 if p.piece.layer is not None
             }
-            self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
+            self.subnetwork = Subnetwork(
+                family, design.method.shape, self.layers, masked=design.method.masked
+            )
         settings = deepspeed_config(
             config,
             data_parallel=self.num_replicas,
@@ -111,7 +114,10 @@ class PipelineEngine(base.Engine):
         )
         self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
         self._ties.take_over(self.deepspeed)
+        if design.method.by_micro_batch and config.parallel.zero == 1:
+            reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self._clock = PipeClock(self.deepspeed)
+        self._take_turns()
         grid = self.deepspeed.grid
         self.compile_layers()
         if config.parallel.zero == 0:
@@ -124,10 +130,29 @@ class PipelineEngine(base.Engine):
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         if self.config.parallel.zero == 0:
             fill_missing_gradients(self.pipeline)
+        self._passes = dict.fromkeys(self._passes, 0)
         began = time.perf_counter()
         loss = self.deepspeed.train_batch(batches).item()
         self._clock.step_done(time.perf_counter() - began)
         return loss
+
+    def _take_turns(self) -> None:
+        """Has each pass of a training step find the plan of its own micro-batch, of which a stage
+        has several under way. Passes of a kind follow the order of the micro-batches."""
+        self._passes = {ForwardPass: 0, BackwardPass: 0}
+
+        def in_turn(kind: type) -> Callable[..., None]:
+            execute = self.deepspeed._INSTRUCTION_MAP[kind]
+
+            def run(engine: Any, *arguments: Any, **named: Any) -> None:
+                if engine.module.training:
+                    self.subnetwork.turn_to(self.first_micro_batch + self._passes[kind])
+                    self._passes[kind] += 1
+                execute(engine, *arguments, **named)
+
+            return run
+
+        replace_instructions(self.deepspeed, {kind: in_turn(kind) for kind in self._passes})
 
     def mean_loss(self, batches: list[base.MicroBatch]) -> float:
         loss = self.deepspeed.eval_batch(iter(batches), num_micro_batches=len(batches))

@@ -13,7 +13,13 @@ from est_ds.config.sections import RunConfig
 from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
-from est_ds.engine.patches import clip_over_stages, forget_gradients, forget_order
+from est_ds.engine.patches import (
+    clip_over_stages,
+    forget_gradients,
+    forget_order,
+    gather_whole,
+    reduce_alike,
+)
 from est_ds.engine.settings import deepspeed_config
 from est_ds.ranks.world import World
 from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise
@@ -43,8 +49,15 @@ class ZeroEngine(base.Engine):
         self.hf_config, self.family = hf_config, family
         self._objective_loss = design.objective.loss
         self.layers = dict(enumerate(family.layers(model)))
-        self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
+        self.subnetwork = Subnetwork(
+            family, design.method.shape, self.layers, masked=design.method.masked
+        )
+        self._gathers_whole = design.method.by_micro_batch and config.parallel.zero == 3
+        if self._gathers_whole:
+            gather_whole(self.layers.values())
         self.deepspeed = base.start_deepspeed(model, config, settings)
+        if design.method.by_micro_batch and config.parallel.zero in (1, 2):
+            reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self.compile_layers()
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, None)
@@ -58,7 +71,8 @@ class ZeroEngine(base.Engine):
         self._forget_trace()
         total = torch.zeros((), device=self.deepspeed.device)
         count = self.deepspeed.gradient_accumulation_steps()
-        for _ in range(count):
+        for i in range(count):
+            self.subnetwork.turn_to(self.first_micro_batch + i)
             loss = self._loss(*next(batches))
             total += loss.detach() / count
             self.deepspeed.backward(loss)
@@ -79,7 +93,8 @@ class ZeroEngine(base.Engine):
         it would gather skipped ones too, until it noticed."""
         if self.config.parallel.zero < 3:
             return
-        runs = (self.deepspeed.training, self.subnetwork.skipped)
+        skipped = () if self._gathers_whole else self.subnetwork.skipped
+        runs = (self.deepspeed.training, skipped)
         if runs != self._traced:
             forget_order(self.deepspeed.optimizer)
             self._traced = runs

@@ -22,7 +22,8 @@ class Keep:
             then the decoder's.
         heads: query heads, the same in every layer, as indices.
         columns: MLP columns, the same in every layer, as indices.
-        plan_step: the step whose plan is kept, in place of the others.
+        plan_step: the step whose plan is kept, in place of the others; of a step whose
+            micro-batches have plans of their own, the first one's.
     """
 
     layers: str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 # Kinds of draws: whole layers; part p of the layers (skipped apart); units of part p of a layer.
@@ -18,6 +20,24 @@ def keys(seed: int, kind: int, layer: int, step: int, n: int) -> np.ndarray:
     """
     words = np.random.Philox(key=seed, counter=[0, kind, layer, step]).random_raw((n + 1) // 2)
     return words.astype("<u8", copy=False).view("<u4")[:n]
+
+
+@dataclass(frozen=True)
+class Address:
+    """What the draws of a plan are a function of.
+
+    Attributes:
+        micro_batch: index in the global batch; 0 where the micro-batches of a step share a plan.
+    """
+
+    seed: int
+    step: int
+    micro_batch: int = 0
+
+    def keys(self, kind: int, layer: int, n: int) -> np.ndarray:
+        """`n` uniform 32-bit keys, uint32 [n]."""
+        # Kinds are small: the index has the upper half of their word.
+        return keys(self.seed, kind | self.micro_batch << 32, layer, self.step, n)
 
 
 def smallest(values: np.ndarray, k: int) -> np.ndarray:

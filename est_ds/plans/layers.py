@@ -43,14 +43,17 @@ class LayerDraw:
         self._fixed = [[i for i in band if i in self.always] for band in self._bands]
         self.floors = tuple(max(1, len(fixed)) for fixed in self._fixed)
 
-    def exact(self, seed: int, kind: int, step: int, count: int) -> list[int]:
-        """`count` layers: in every band its always-kept ones and a uniform subset of the others."""
+    def exact(self, address: draw.Address, kind: int, count: int) -> list[int]:
+        """`count` layers: in every band its always-kept ones and a uniform subset of the others.
+
+        How many a band keeps depends on the step alone.
+        """
         if count == self.num_layers:
             return list(range(count))
         kept: list[int] = []
-        for r, n in enumerate(balance.spread(count, self.lengths, self.floors, step)):
+        for r, n in enumerate(balance.spread(count, self.lengths, self.floors, address.step)):
             fixed, free = self._fixed[r], self._free[r]
-            keys = draw.keys(seed, kind, r, step, len(free))
+            keys = address.keys(kind, r, len(free))
             kept += fixed + [free[i] for i in draw.smallest(keys, n - len(fixed))]
         return sorted(kept)
 
@@ -69,7 +72,7 @@ class LayerDraw:
                 chances[free] = (mean - len(fixed)) / len(free)
         return chances
 
-    def bernoulli(self, seed: int, kind: int, step: int, keep: np.ndarray) -> list[int]:
+    def bernoulli(self, address: draw.Address, kind: int, keep: np.ndarray) -> list[int]:
         """Every layer on its own with its chance in `keep` [num_layers].
 
         A draw may keep no layer at all: the step then trains embeddings and head only, as the
@@ -77,7 +80,7 @@ class LayerDraw:
         layers, drawn uniformly.
         """
         n = self.num_layers
-        keys = draw.keys(seed, kind, 0, step, n + len(self._bands))
+        keys = address.keys(kind, 0, n + len(self._bands))
         kept = draw.below(keys[:n], keep)
         if self.balanced:
             for key, band in zip(keys[n:].tolist(), self._bands):

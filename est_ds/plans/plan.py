@@ -1,8 +1,9 @@
-"""The plan of one optimizer step, a pure value."""
+"""The plan of one optimizer step, or of one of its micro-batches, a pure value."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,6 +84,38 @@ class Plan:
                 for indices in (kept.units, kept.groups):
                     h.update(b";all" if indices is None else _packed(indices, kept.total))
         return h.hexdigest()
+
+
+class StepPlans(Sequence[Plan]):
+    """The plans of one optimizer step: one for all its micro-batches, or one for each.
+
+    Each is drawn when it is first asked for.
+
+    Args:
+        step: optimizer step, from 0.
+        count: 1, or the micro-batches of the global batch.
+        draw: the plan of a micro-batch, by its index in the global batch.
+    """
+
+    def __init__(self, step: int, count: int, draw: Callable[[int], Plan]) -> None:
+        self.step, self._draw = step, draw
+        self._drawn: list[Plan | None] = [None] * count
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def __getitem__(self, micro_batch: int) -> Plan:
+        if self._drawn[micro_batch] is None:
+            self._drawn[micro_batch] = self._draw(micro_batch)
+        return self._drawn[micro_batch]
+
+    @cached_property
+    def digest(self) -> str:
+        """That of the one plan, or 16 hexadecimal characters over those of all."""
+        if len(self) == 1:
+            return self[0].digest
+        digests = "|".join(plan.digest for plan in self)
+        return hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
 
 
 def _packed(indices: np.ndarray, total: int) -> bytes:

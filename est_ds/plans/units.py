@@ -69,8 +69,8 @@ class UnitDraw:
             return units, 0
         return units, kept if self.with_groups else self.part.groups
 
-    def kept(self, seed: int, kind: int, layer: int, step: int) -> Kept:
-        """The draw at an address.
+    def kept(self, address: draw.Address, kind: int, layer: int) -> Kept:
+        """The draw at an address, for one layer.
 
         With Bernoulli counts every unit of the first row is kept with probability `fraction`
         (the likeliest one if none is), and the other rows keep as many, uniformly.
@@ -78,7 +78,7 @@ class UnitDraw:
         total = self.part.units
         if self.fraction == 1.0:
             return Kept(None, total)
-        keys = draw.keys(seed, kind, layer, step, self.rows * self.size)
+        keys = address.keys(kind, layer, self.rows * self.size)
         if self.counts == "exact":
             count = exact_count(self.fraction, self.size)
         else:

@@ -62,7 +62,7 @@ class RunFiles:
         return [step for step in steps if phase.from_step <= step < phase.until_step]
 
     def keeps_everything(self, phase: int) -> bool:
-        """Whether every step of a phase is a step of the full model."""
+        """Whether every step of a phase computes the full model."""
         ratios = phase_ratios(self.method, phase, sequence=self.config.data.sequence)
         return math.isclose(ratios.blocks, 1.0, rel_tol=1e-12)
 

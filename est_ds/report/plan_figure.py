@@ -88,7 +88,8 @@ def _draw_flops(axes: Axes, estimate: Estimate) -> None:
     config, method = design.config, design.method
     size = design.flops_size(config.batch.global_)
     samples = _samples(design)
-    active = [step_flops(method.shape, method.loads(int(s)), **size).model for s in samples]
+    loads = [method.computed(method.loads(int(step))) for step in samples]
+    active = [step_flops(method.shape, some, **size).model for some in loads]
     edges = np.append(samples, config.steps)
     total = np.concatenate([[0.0], np.cumsum(np.diff(edges) * active)])
     unit, text = style.power_of_thousand(config.steps * dense)

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.table import Table
 
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import Size
+from est_ds.cost.flops import Size, gradient_share
 from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
+from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -68,6 +69,8 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
         ("activations", f"at least {gibibytes(_activations(estimate, accumulation))}"),
+        *([("draw", _draw(estimate))] if estimate.design.method.by_micro_batch else []),
+        *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
 
@@ -100,6 +103,24 @@ def _activations(estimate: Estimate, accumulation: int) -> float:
             accumulation=accumulation,
             input_bytes=inputs if config.activation_checkpointing else None,
         )
+    )
+
+
+def _draw(estimate: Estimate) -> str:
+    """What it costs that every micro-batch has its own plan."""
+    design = estimate.design
+    method, count = design.method, design.config.batch.micro_batches
+
+    def sent(phase: int, plans: int) -> str:
+        everything = plans > 1 and design.config.parallel.zero == 3
+        return f"{1.0 if everything else gradient_share(method, phase, plans):.2f}"
+
+    shares = ", ".join(
+        f"{phase.name} {sent(i, count)} ({sent(i, 1)})" for i, phase in enumerate(method.phases)
+    )
+    return (
+        f"micro_batch: {count} plans a step, FLOPs as with draw: step; layers' gradients that a "
+        f"step reduces, of all (with draw: step): {shares}"
     )
 
 

@@ -28,7 +28,7 @@ class PhaseSummary:
         ratio_between: 95 % interval of it; None of too few steps.
         blocks_ratio: FLOPs of its steps over the dense ones, `blocks`.
         model_ratio: the same, `model`.
-        keeps_everything: its steps train the full model.
+        keeps_everything: its steps compute the full model.
     """
 
     name: str

@@ -101,7 +101,7 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     if _is_dense(summary):
         time_s = summary.time_s
         return rows + [
-            ("FLOPs saved", "none: every step trained the full model"),
+            ("FLOPs saved", "none: every step computed the full model"),
             ("training time", _absent(summary) if time_s is None else _at_medians(time_s)),
         ]
     rows += [

@@ -163,9 +163,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
     former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
-    found = []
+    found, free = [], set(FREE_TO_CHANGE)
+    if now.get("method.draw") == "micro_batch":
+        free.discard("batch.micro")  # each has a plan of its own
     for key in sorted(former.keys() | now.keys()):
-        if any(fnmatch(key, free) for free in FREE_TO_CHANGE):
+        if any(fnmatch(key, pattern) for pattern in free):
             continue
         if former.get(key) != now.get(key):
             found.append(f"{key} is {former.get(key)!r} there and {now.get(key)!r} here")

@@ -67,8 +67,36 @@ class SlicedRows(Leaf):
         return _keep(self.weight, self.est_out_dim, kept), bias
 
 
+@dataclass(frozen=True)
+class Mask:
+    """What a leaf multiplies what it reads by, in place of slicing.
+
+    Attributes:
+        values: 1 for what is kept and 0 for all else, [in], in the weight's type and on its
+            device; None keeps all.
+        scale: factor on what is kept (realised n / k).
+        output_scale: factor on product and bias (the layer's scale).
+    """
+
+    values: Tensor | None
+    scale: float
+    output_scale: float
+
+
 class SlicedColumns(Leaf):
-    """A projection out of heads or MLP columns: multiplies by the kept columns, and rescales."""
+    """A projection out of heads or MLP columns: multiplies by the kept columns, and rescales.
+
+    With a mask it multiplies by all columns, and what it reads by zeros.
+    """
+
+    est_mask: Mask | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (mask := self.est_mask) is None:
+            return super().forward(x)
+        if mask.values is not None:
+            x = x * mask.values * mask.scale
+        return super().forward(x) * mask.output_scale
 
     def est_kept(self) -> tuple[Tensor, Tensor | None]:
         kept = self.est_slice
@@ -92,17 +120,31 @@ def _keep(tensor: Tensor, dim: int, kept: Slice) -> Tensor:
 
 
 class Skippable:
-    """A module that can return at once; `est_skip` says what, in the form of its forward."""
+    """A module that can return at once; `est_skip` says what, in the form of its forward.
+
+    Masked, it computes all the same, and adds zero times its result to what it returns.
+    """
 
     est_skipped: bool = False
+    est_masked: bool = False
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if self.est_skipped:
             return self.est_skip(hidden_states, *args, **kwargs)
-        return super().forward(hidden_states, *args, **kwargs)
+        computed = super().forward(hidden_states, *args, **kwargs)
+        if self.est_masked:
+            return self.est_mask_out(computed, self.est_skip(hidden_states, *args, **kwargs))
+        return computed
 
     def est_skip(self, hidden_states: Tensor, *args, **kwargs):
         raise NotImplementedError
+
+    def est_mask_out(self, computed, instead):
+        """What a masked module returns: `instead`, whose first tensor is of the shape of
+        `computed`'s."""
+        if isinstance(instead, tuple):
+            return (self.est_mask_out(computed[0], instead[0]), *instead[1:])
+        return instead + 0 * computed
 
 
 class SkippableLayer(Skippable):
@@ -139,7 +181,7 @@ def restore_class(module: nn.Module) -> None:
 
 def forget(module: nn.Module) -> None:
     """Drops what a plan set."""
-    for name in ("est_slice", "est_skipped"):
+    for name in ("est_slice", "est_mask", "est_skipped", "est_masked"):
         module.__dict__.pop(name, None)
 
 
@@ -152,6 +194,15 @@ def _mixed(mixin: type, original: type) -> type:
 def indices(units, device: torch.device) -> Tensor | None:
     """A plan's kept units as an index tensor on `device`."""
     return None if units is None else torch.from_numpy(units).to(device, non_blocking=True)
+
+
+def mask_of(units, total: int, size: int, like: Tensor) -> Tensor | None:
+    """A plan's kept units of `total` as zeros and ones, each `size` times, [total * size]."""
+    if units is None:
+        return None
+    values = torch.zeros(total)
+    values[torch.from_numpy(units)] = 1.0
+    return values.repeat_interleave(size).to(like.device, like.dtype, non_blocking=True)
 
 
 def fused(units: Tensor, groups: Tensor | None, num_units: int, num_groups: int) -> Tensor:

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from est_ds.plans.plan import Kept, LayerPlan, Plan
+from est_ds.plans.plan import Kept, LayerPlan, Plan, StepPlans
 from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.families.base import Family, Slot
 from est_ds.slicing.leaf import (
+    Mask,
     Slice,
     SlicedColumns,
     SlicedRows,
     forget,
     fused,
     indices,
+    mask_of,
     restore_class,
     swap_class,
 )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is being trained.
+
+    Attributes:
+        step: optimizer step, from 0.
+        micro_batch: index in the global batch, the same in every layout.
+    """
+
+    step: int
+    micro_batch: int
 
 
 class Subnetwork:
@@ -28,11 +44,23 @@ class Subnetwork:
     Args:
         layers: the layers that live in this process, by their index in the plan. A pipe stage
             passes its own; the rest of a plan is then none of its business.
+        masked: what a plan leaves out is computed all the same, and multiplied by zero.
+
+    Attributes:
+        turn: the micro-batch whose forward, backward or recomputation runs; None outside training.
     """
 
-    def __init__(self, family: Family, shape: ModelShape, layers: Mapping[int, nn.Module]) -> None:
-        self.shape = shape
-        self._layers = dict(layers)
+    def __init__(
+        self,
+        family: Family,
+        shape: ModelShape,
+        layers: Mapping[int, nn.Module],
+        masked: bool = False,
+    ) -> None:
+        self.shape, self.masked = shape, masked
+        self.turn: Turn | None = None
+        self._plans: StepPlans | None = None
+        self._family, self._layers = family, dict(layers)
         self._slots = {i: family.slots(layer) for i, layer in self._layers.items()}
         for module in self._layers.values():
             swap_class(module, family.skippable)
@@ -45,21 +73,56 @@ class Subnetwork:
                 swap_class(module, mixin)
 
     @contextmanager
-    def active(self, plan: Plan) -> Iterator[None]:
+    def active(self, plan: Plan | StepPlans) -> Iterator[None]:
         """Within, forward and backward use only what the plan keeps; outside, everything.
 
-        Must enclose the whole step: recomputation in the backward needs the same plan.
+        Must enclose the whole step: recomputation in the backward needs the same plan. Of a step
+        whose micro-batches have plans of their own, `turn_to` chooses one.
         """
+        self._plans = (
+            plan if isinstance(plan, StepPlans) else StepPlans(plan.step, 1, lambda _: plan)
+        )
+        try:
+            if len(self._plans) == 1:
+                self._set(self._plans[0])
+            yield
+        finally:
+            self._clear()
+            self._plans = self.turn = None
+
+    def turn_to(self, micro_batch: int) -> None:
+        """Says whose forward, backward or recomputation comes next, and makes its plan active.
+
+        Args:
+            micro_batch: index in the global batch.
+        """
+        turn = Turn(self._plans.step, micro_batch)
+        if turn != self.turn and len(self._plans) > 1:
+            self._clear()
+            self._set(self._plans[micro_batch])
+        self.turn = turn
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Parameters of this process that no plan of the step uses, in any micro-batch.
+
+        A layer of which a plan keeps a part counts whole.
+        """
+        if self.masked:
+            return []
+        idle = set(self._layers)
+        for plan in self._plans:
+            idle.difference_update(plan.kept_layers)
+            if not idle:
+                break
+        return [p for i in sorted(idle) for p in self._family.idle_parameters(self._layers[i])]
+
+    def _set(self, plan: Plan) -> None:
         if len(plan.layers) != self.shape.num_layers:
             raise ValueError(
                 f"the plan has {len(plan.layers)} layers, the model {self.shape.num_layers}"
             )
-        try:
-            for i, layer in self._layers.items():
-                self._set_layer(i, layer, plan.layers[i])
-            yield
-        finally:
-            self._clear()
+        for i, layer in self._layers.items():
+            self._set_layer(i, layer, plan.layers[i])
 
     @property
     def skipped(self) -> tuple[nn.Module, ...]:
@@ -82,19 +145,24 @@ class Subnetwork:
 
     def _set_layer(self, i: int, layer: nn.Module, plan: LayerPlan | None) -> None:
         if plan is None:
-            layer.est_skipped = True
+            self._leave_out(layer)
             return
         parts = zip(self._slots[i], plan.parts, self.shape.layers[i], strict=True)
         for slot, kept, part in parts:
-            self._set_slot(slot, kept, plan.scale, part)
+            if kept.count == 0:
+                for module, _ in slot.skippable:
+                    self._leave_out(module)
+            elif self.masked:
+                _mask_slot(slot, kept, plan.scale)
+            else:
+                self._set_slot(slot, kept, plan.scale, part)
+
+    def _leave_out(self, module: nn.Module) -> None:
+        setattr(module, "est_masked" if self.masked else "est_skipped", True)
 
     @staticmethod
     def _set_slot(slot: Slot, kept: Kept, layer_scale: float, part: Part) -> None:
         if kept.units is None and layer_scale == 1.0:
-            return
-        if kept.count == 0:
-            for module, _ in slot.skippable:
-                module.est_skipped = True
             return
         device = slot.columns[0][0].weight.device
         units = indices(kept.units, device)
@@ -117,6 +185,14 @@ class Subnetwork:
                 forget(module)
             for follower in slot.followers:
                 follower.restore()
+
+
+def _mask_slot(slot: Slot, kept: Kept, layer_scale: float) -> None:
+    if kept.units is None and layer_scale == 1.0:
+        return
+    for module, size in slot.columns:
+        values = mask_of(kept.units, kept.total, size, like=module.weight)
+        module.est_mask = Mask(values, kept.scale, layer_scale)
 
 
 def _set_groups(slot: Slot, kept: Kept, part: Attention, units: Tensor) -> None:

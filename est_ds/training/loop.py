@@ -122,17 +122,17 @@ def train_step(job: Job, step: int) -> bool:
     if growth := run.method.growth(step):
         # A checkpoint before it has just been written, or loaded: a crash loses nothing.
         engine.grow(growth)
-    plan, trained = run.method.plan(step), None
+    plans, trained = run.plans(step), None
     if history.begin(step):
         rate = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
         engine.set_learning_rate(rate)
         began = time.perf_counter()
-        with engine.subnetwork.active(plan):
+        with engine.subnetwork.active(plans):
             loss = engine.train_batch(job.loader.micro_batches(step))
         step_s = time.perf_counter() - began
         if history.judge(step, loss, engine.grad_norm) == "roll back":
             return False
-        trained = Trained(plan, loss, rate, engine.grad_norm, step_s, history.spike)
+        trained = Trained(plans, loss, rate, engine.grad_norm, step_s, history.spike)
     # Of this phase: not to be counted in the next.
     shares = engine.pipe_shares() if step + 1 == run.method.phase_of(step).until_step else None
     if reason := history.skipped.get(step):

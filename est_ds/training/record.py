@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import mean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ import torch
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.engine.base import Engine
-from est_ds.plans.methods.base import plan_loads
-from est_ds.plans.plan import Plan
+from est_ds.plans.methods.base import SAVES_NOTHING, plan_loads
+from est_ds.plans.plan import StepPlans
 from est_ds.ranks.world import World, say
 from est_ds.run.metrics import MetricsFile, depth_text, nats
 from est_ds.run.prepare import Run
@@ -35,7 +36,7 @@ class Trained:
         spike: what the loss was, if it was a spike.
     """
 
-    plan: Plan
+    plans: StepPlans
     loss: float
     rate: float
     grad_norm: float
@@ -89,7 +90,7 @@ class Recorder:
         Args:
             shares: of the pipe stages in the phase that ends with this step.
         """
-        run, number = self._run, step.plan.step
+        run, number = self._run, step.plans.step
         done, phase = number + 1, run.method.phase_of(number)
         self._progress.step(number, phase.name, step.loss, run.tokens_per_step / step.step_s)
         is_end = done == phase.until_step
@@ -101,7 +102,7 @@ class Recorder:
             self.note(f"step {number}: {step.spike}")
         if shares:
             entry |= {"pipe_imbalance": shares.imbalance, "pipe_waiting": shares.waiting}
-            self.note(_pipe_note(run, self._engine, step.plan.phase, shares))
+            self.note(_pipe_note(run, self._engine, shares, run.method.phase_at(number)))
         if self._metrics:
             self._metrics.write_step(**entry)
         shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers")
@@ -145,11 +146,13 @@ class Recorder:
 
 
 def _entry(run: Run, step: Trained) -> dict[str, Any]:
-    """A training line of `metrics.jsonl`."""
+    """A training line of `metrics.jsonl`; what is kept and computed is the plans' mean."""
     shape, size = run.method.shape, run.flops_size(run.config.batch.global_)
-    active = step_flops(shape, plan_loads(step.plan, shape), **size)
+    loads = [run.method.computed(plan_loads(plan, shape)) for plan in step.plans]
+    active = [step_flops(shape, computed, **size) for computed in loads]
     dense = dense_flops(shape, **size)
-    number = step.plan.step
+    kept_layers = mean(len(plan.kept_layers) for plan in step.plans)
+    number = step.plans.step
     return {
         "step": number,
         "phase": run.method.phase_of(number).name,
@@ -159,17 +162,17 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
         "tokens": (number + 1) * run.tokens_per_step,
         "step_s": step.step_s,
         "tokens_per_s": run.tokens_per_step / step.step_s,
-        "flops_active": active.model,
+        "flops_active": mean(flops.model for flops in active),
         "flops_dense": dense.model,
-        "blocks_active": active.blocks,
+        "blocks_active": mean(flops.blocks for flops in active),
         "blocks_dense": dense.blocks,
-        "kept_layers": len(step.plan.kept_layers),
-        "plan_digest": step.plan.digest,
+        "kept_layers": kept_layers,
+        "plan_digest": step.plans.digest,
         "data_digest": run.train.digest(number),
     }
 
 
-def _pipe_note(run: Run, engine: Engine, phase: int, shares: PipeShares) -> str:
+def _pipe_note(run: Run, engine: Engine, shares: PipeShares, phase: int) -> str:
     """How evenly the pipe stages shared a phase's work, beside what FLOPs and schedule say."""
     config = run.config
     expected = imbalance(stage_costs(run.method, phase, run.cuts, **run.flops_size(1)))
@@ -186,7 +189,7 @@ def _remaining(run: Run, start: int) -> Callable[[int], float]:
     """Maps a step to the share of the work from `start` on that is still to do after it."""
     size, method = run.flops_size(1), run.method
     work = [
-        step_flops(method.shape, method.mean_loads(phase), **size).model
+        step_flops(method.shape, method.computed(method.mean_loads(phase)), **size).model
         for phase in range(len(method.phases))
     ]
     done = [0.0, *accumulate(work[method.phase_at(step)] for step in range(run.config.steps))]
@@ -202,6 +205,8 @@ def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
         f"replicas, ZeRO {config.parallel.zero}, {config.precision}",
         f"{config.batch.equation(engine.num_replicas)} sequences of {config.data.sequence} tokens",
     ]
+    if run.method.masked:
+        lines.append(f"method.compute=masked: {SAVES_NOTHING}")
     return lines + _corpora(run)
 
 

@@ -40,7 +40,7 @@ def _next(run: Run, step: int) -> Next | None:
         return None
     return Next(
         lr=learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
-        plan_digest=run.method.plan(step).digest,
+        plan_digest=run.plans(step).digest,
         data_digest=run.train.digest(step),
     )
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -108,6 +109,7 @@ CASES = {
         "AutoModelForSeq2SeqLM",
     ),
 }
+OBJECTIVES = {"bert": "{name: mlm, vocabulary: 61}", "t5": "{name: ul2, vocabulary: 61}"}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -126,6 +128,19 @@ def config_of(case: Case) -> Any:
 
 def shape_of(case: Case) -> ModelShape:
     return family_of(case.section["model_type"]).shape(config_of(case))
+
+
+def training_of(section: dict[str, Any]) -> list[str]:
+    """Overrides by which the synthetic run trains a model of the table, in batches of six."""
+    text = yaml.safe_dump(section, default_flow_style=True, width=10_000).strip()
+    return [
+        f"model={text}",
+        f"objective={OBJECTIVES.get(section['model_type'], '{name: causal}')}",
+        "data.sequence=16",
+        "batch={global: 12, micro: 2}",
+        "schedule={name: cosine}",
+        "optimizer={lr: 3.0e-3}",
+    ]
 
 
 _built: dict[int, tuple[nn.Module, nn.Module]] = {}
@@ -166,9 +181,9 @@ def library_model(case: Case) -> nn.Module:
     return copy.deepcopy(_models(case)[1])
 
 
-def installed(case: Case, model: nn.Module) -> Subnetwork:
+def installed(case: Case, model: nn.Module, masked: bool = False) -> Subnetwork:
     family = family_of(case.section["model_type"])
-    return Subnetwork(family, shape_of(case), dict(enumerate(family.layers(model))))
+    return Subnetwork(family, shape_of(case), dict(enumerate(family.layers(model))), masked)
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from est_ds.config.strict import Strict
+from est_ds.errors import UserError
 from est_ds.plans.growth import Growth
 from est_ds.plans.phases import Phase, phase_at
-from est_ds.plans.plan import Plan
+from est_ds.plans.plan import Plan, StepPlans
 from est_ds.plans.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Load:
-    """How much of one layer is computed.
+    """How much of one layer is kept, or computed.
 
     Attributes:
         probability: chance that the layer is kept, or each of its parts if they are skipped apart.
@@ -30,6 +32,25 @@ class Load:
     probability: float
     units: tuple[float, ...]
     groups: tuple[float, ...]
+
+
+SAVES_NOTHING = "everything is computed, and what is not kept multiplied by zero: it saves nothing"
+
+
+class MethodSettings(Strict):
+    """What every method can set.
+
+    Attributes:
+        compute: `sliced`: only what is kept is computed. `masked`: everything is, and what is not
+            kept is multiplied by zero, with the same rescaling: structural dropout. The same plans
+            and, but for rounding, the same training; it saves nothing.
+        draw: `step`: one plan for all micro-batches of a step, on all replicas. `micro_batch`:
+            one for each, whose gradients add up to those of all that any of them keeps. Phases,
+            exact counts and how they are spread over bands depend on the step alone.
+    """
+
+    compute: Literal["sliced", "masked"] = "sliced"
+    draw: Literal["step", "micro_batch"] = "step"
 
 
 Groups = Annotated[int, Field(ge=1)] | list[int]
@@ -57,16 +78,35 @@ class Method(ABC):
     Attributes:
         Settings: the pydantic model of the method's section of the run file.
         phases: the step ranges of the schedule.
+        draws: whether a plan is drawn anew at every step.
         band_lengths: bands of layers over which kept layers are spread; a pipeline may cut only
             at their ends. None: no promise is made.
     """
 
-    Settings: ClassVar[type[Strict]]
+    Settings: ClassVar[type[MethodSettings]]
     phases: tuple[Phase, ...]
+    draws: ClassVar[bool] = True
     band_lengths: tuple[int, ...] | None = None
 
-    def __init__(self, settings: Strict, *, seed: int, steps: int, shape: ModelShape) -> None:
+    def __init__(
+        self, settings: MethodSettings, *, seed: int, steps: int, shape: ModelShape
+    ) -> None:
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
+        if self.by_micro_batch and not self.draws:
+            raise UserError(
+                f"method.draw=micro_batch cannot take effect with method.name={settings.name!r}, "
+                f"which draws no plan anew at every step; remove it."
+            )
+
+    @property
+    def masked(self) -> bool:
+        """Whether everything is computed, and what is not kept multiplied by zero."""
+        return self.settings.compute == "masked"
+
+    @property
+    def by_micro_batch(self) -> bool:
+        """Whether every micro-batch has a plan of its own."""
+        return self.settings.draw == "micro_batch"
 
     def phase_at(self, step: int) -> int:
         """Returns the number of the phase that a step belongs to."""
@@ -77,12 +117,31 @@ class Method(ABC):
         return self.phases[self.phase_at(step)]
 
     @abstractmethod
-    def plan(self, step: int) -> Plan:
-        """The plan of `step`; the same on every rank, in every layout, at every time."""
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
+        """The plan of `step`; the same on every rank, in every layout, at every time.
+
+        Args:
+            micro_batch: index in the global batch, whose micro-batch i has the rows from
+                i * batch.micro on; without `draw: micro_batch` 0.
+        """
+
+    def plans(self, step: int, micro_batches: int) -> StepPlans:
+        """The plans of `step`: one for all micro-batches, or one for each.
+
+        Args:
+            micro_batches: of the global batch.
+        """
+        return StepPlans(
+            step, micro_batches if self.by_micro_batch else 1, partial(self.plan, step)
+        )
 
     @abstractmethod
     def loads(self, step: int) -> tuple[Load, ...]:
-        """The expected load of every layer at `step`; exact where counts are exact."""
+        """What is kept of every layer at `step`, expected; exact where counts are exact."""
+
+    def computed(self, kept: tuple[Load, ...]) -> tuple[Load, ...]:
+        """What is computed where so much is kept."""
+        return full_loads(self.shape) if self.masked else kept
 
     def growth(self, step: int) -> Growth | None:
         """What happens to the model's depth before `step` is trained; None: nothing."""

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from est_ds.config.strict import Strict
 from est_ds.errors import UserError
+from est_ds.plans.draw import Address
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
-from est_ds.plans.methods.base import Groups, Load, Method, Scale, full_loads
+from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale, full_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import Kept, Plan
 from est_ds.plans.shape import ModelShape
@@ -19,7 +19,7 @@ from est_ds.plans.shape import ModelShape
 STEPS_AT_ONCE = 2**16
 
 
-class RateSettings(Strict):
+class RateSettings(MethodSettings):
     """What a method of rates can set besides its rates.
 
     Attributes:
@@ -65,11 +65,12 @@ class KeepRates(Method):
         keep[:, self._always] = 1.0
         return keep
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
         phase = self.phase_at(step)
         keep = self._keep(np.array([step]))[0]
         kinds = draw_kinds(self.settings.skip, self.shape)
-        kept = [set(self._draw.bernoulli(self.seed, kind, step, keep)) for kind in kinds]
+        address = Address(self.seed, step, micro_batch)
+        kept = [set(self._draw.bernoulli(address, kind, keep)) for kind in kinds]
         factors = self.settings.scale.factors(self._draw.bernoulli_probabilities(keep))
 
         def whole_part(i: int, p: int) -> Kept:

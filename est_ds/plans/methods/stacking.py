@@ -17,7 +17,7 @@ from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import balance
 from est_ds.plans.growth import Growth
-from est_ds.plans.methods.base import Groups, Load, Method, full_loads
+from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, full_loads
 from est_ds.plans.phases import phases_until
 from est_ds.plans.plan import Kept, LayerPlan, Plan
 
@@ -32,7 +32,7 @@ class StackingPhase(Strict):
     layers: Annotated[int, Field(ge=0)]
 
 
-class StackingSettings(Strict):
+class StackingSettings(MethodSettings):
     """How the depth grows.
 
     Attributes:
@@ -76,6 +76,7 @@ def sources(mode: Mode, before: int, after: int) -> list[int | None]:
 
 class Stacking(Method):
     Settings = StackingSettings
+    draws = False
 
     def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
@@ -127,7 +128,7 @@ class Stacking(Method):
         starts = np.cumsum([0, *lengths[:-1]]).tolist()
         return [start + i for start, n in zip(starts, counts) for i in range(n)]
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
         phase = self.phase_at(step)
         layers: list[LayerPlan | None] = [None] * self.shape.num_layers
         for i in self.places[phase]:

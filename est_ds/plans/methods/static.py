@@ -30,6 +30,7 @@ class StaticSettings(SubsetSettings):
 
 class Static(PhasedSubsets):
     Settings = StaticSettings
+    draws = False
 
     def _phases(self, settings: StaticSettings, steps: int) -> tuple[Phase, ...]:
         end = to_step(settings.until, steps, "method.until")

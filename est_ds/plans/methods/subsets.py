@@ -8,11 +8,10 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import draw
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
-from est_ds.plans.methods.base import Groups, Load, Method, Scale
+from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale
 from est_ds.plans.phases import Phase, phases_until
 from est_ds.plans.plan import Kept, Plan
 from est_ds.plans.shape import ModelShape
@@ -30,7 +29,7 @@ def _check_amount(value: int | float) -> int | float:
 Amount = Annotated[int | float, AfterValidator(_check_amount)]
 
 
-class SubsetSettings(Strict):
+class SubsetSettings(MethodSettings):
     """The settings that do not change from phase to phase.
 
     Attributes:
@@ -150,20 +149,20 @@ class _PhaseDraw:
                 f"it cannot take effect; use 1.0{most}."
             )
 
-    def draw(self, seed: int, step: int, at: int, phase: int) -> Plan:
-        """The plan of `step`, drawn at the address `at`."""
+    def draw(self, step: int, phase: int, address: draw.Address) -> Plan:
+        """The plan of `step`, drawn at an address."""
         kinds = draw_kinds(self.settings.skip, self.shape)
-        kept = [self._draw_layers(seed, kind, at) for kind in kinds]
+        kept = [self._draw_layers(address, kind) for kind in kinds]
 
         def draw_part(i: int, p: int) -> Kept:
-            return self.units[i][p].kept(seed, draw.UNITS + p, i, at)
+            return self.units[i][p].kept(address, draw.UNITS + p, i)
 
         return Plan(step, phase, assemble(self.shape, kept, self.factors, draw_part))
 
-    def _draw_layers(self, seed: int, kind: int, at: int) -> set[int]:
+    def _draw_layers(self, address: draw.Address, kind: int) -> set[int]:
         if self.settings.counts == "exact":
-            return set(self.layer_draw.exact(seed, kind, at, self.count))
-        return set(self.layer_draw.bernoulli(seed, kind, at, self.keep))
+            return set(self.layer_draw.exact(address, kind, self.count))
+        return set(self.layer_draw.bernoulli(address, kind, self.keep))
 
 
 def _load(chance: float, layer: tuple[UnitDraw, ...]) -> Load:
@@ -198,9 +197,10 @@ class PhasedSubsets(Method):
         """The step under which the draws of `step` are addressed."""
         return step
 
-    def plan(self, step: int) -> Plan:
+    def plan(self, step: int, micro_batch: int = 0) -> Plan:
         phase = self.phase_at(step)
-        return self._draws[phase].draw(self.seed, step, self._address(step), phase)
+        address = draw.Address(self.seed, self._address(step), micro_batch)
+        return self._draws[phase].draw(step, phase, address)
 
     def loads(self, step: int) -> tuple[Load, ...]:
         return self._draws[self.phase_at(step)].loads
@@ -221,6 +221,8 @@ class PhasedSubsets(Method):
             ("scale", settings.scale, no_skips, "no phase skips layers"),
             ("head_rule", settings.head_rule, no_heads, "no phase drops heads"),
             ("counts", settings.counts, everything, "every phase keeps everything"),
+            ("compute", settings.compute, everything, "every phase keeps everything"),
+            ("draw", settings.draw, everything, "every phase keeps everything"),
         ):
             if idle and value and value != default[field].default:
                 shown = f"scale.layers={value.layers}" if field == "scale" else f"{field}={value}"

@@ -216,6 +216,10 @@ class Family(ABC):
     def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
         """The leaves of a layer's parts, in the order of the shape's parts."""
 
+    def idle_parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+        """The parameters of a layer that are not used where it is skipped."""
+        return list(layer.parameters())
+
     def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The arguments of the whole model.
 

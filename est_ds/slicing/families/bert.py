@@ -29,6 +29,13 @@ class SkippableSelfAttention(Skippable):
         return hidden_states, None
 
 
+class SkippableIntermediate(SkippableLayer):
+    """The first half of the MLP, whose result a skipped second half does not use."""
+
+    def est_mask_out(self, computed: Tensor, instead: Tensor):
+        return computed
+
+
 class SkippableOutput(Skippable):
     """The second half of the MLP, with residual and norm; its second argument is the stream."""
 
@@ -77,7 +84,10 @@ class Bert(Family):
             Slot(
                 rows=((layer.intermediate.dense, 1),),
                 columns=((layer.output.dense, 1),),
-                skippable=((layer.intermediate, SkippableLayer), (layer.output, SkippableOutput)),
+                skippable=(
+                    (layer.intermediate, SkippableIntermediate),
+                    (layer.output, SkippableOutput),
+                ),
             ),
         )
 

@@ -149,6 +149,10 @@ class T5(Family):
             ),
         )
 
+    def idle_parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+        """All but the position bias, which the first layer of a stack holds for the others."""
+        return [p for n, p in layer.named_parameters() if "relative_attention_bias" not in n]
+
     def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         return dict(zip(("input_ids", "decoder_input_ids"), inputs))
 

@@ -13,7 +13,7 @@ from est_ds.data.mixture import PhaseWeights
 from est_ds.data.objectives import objective_settings
 from est_ds.data.objectives.base import Settings
 from est_ds.errors import UserError
-from est_ds.plans.lr import check_schedule
+from est_ds.plans.lr import check_schedule, learning_rate
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import phases_until
@@ -58,6 +58,13 @@ class Design:
         """
         return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
 
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step."""
+        config = self.config
+        return learning_rate(
+            config.schedule, config.optimizer.lr, step, config.steps, self.method.phases
+        )
+
     def flops_size(self, sequences: float) -> dict[str, float | None]:
         """The sizes that `flops.step_flops` takes, of that many sequences."""
         sequence, target = self.config.data.sequence, self.target_sequence
@@ -76,13 +83,13 @@ def make_design(config: RunConfig) -> Design:
         UserError: they do not fit.
     """
     check_deepspeed_section(config)
-    check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
     refuse_dropout(hf)
     _check_builds(hf)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
     method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
+    check_schedule(config.schedule, config.steps, method.phases)
     objective = objective_settings(
         config.objective,
         head=family.auto_class,

@@ -8,8 +8,9 @@ positions) and labels (alone, or with a divisor).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,12 @@ from est_ds.data.objectives.loss import Labels
 from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
+from est_ds.engine.moved import Sample, Sampler
 from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
-from est_ds.slicing.families.base import Family
+from est_ds.slicing.families.base import Family, layer_paths
 from est_ds.slicing.subnetwork import Subnetwork
 
 if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
@@ -98,6 +100,14 @@ class Engine(ABC):
     def grow(self, growth: Growth) -> None:
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
         grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
+
+    def layer_weights(self, layers: Collection[int]) -> Sample:
+        """A sample of the weights of layers as they are now; every process calls it."""
+        return self._sampler.sample(layers)
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        return Sampler(self.fragments, layer_paths(self.family.pieces(self.hf_config)))
 
     def compile_layers(self) -> None:
         """Compiles each layer by itself: one graph serves all layers, and all plans of a phase."""

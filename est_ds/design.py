@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from torch import nn
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.sections import RunConfig
@@ -17,7 +20,7 @@ from est_ds.plans.lr import check_schedule, learning_rate
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import phases_until
-from est_ds.slicing.build import empty_model
+from est_ds.slicing.build import empty_model, initialise
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.fields import refuse_dropout
@@ -58,6 +61,15 @@ class Design:
         """
         return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
 
+    def draw(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Gives submodules of an empty model the weights that the run begins with; whatever is
+        drawn, at the start or when the model grows, is drawn here.
+
+        Args:
+            paths: of the submodules; "" is the whole model.
+        """
+        initialise(model, paths, self.config.seed_of("model"))
+
     def learning_rate(self, step: int) -> float:
         """The rate of a step."""
         config = self.config
@@ -88,8 +100,9 @@ def make_design(config: RunConfig) -> Design:
     _check_builds(hf)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
-    method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
-    check_schedule(config.schedule, config.steps, method.phases)
+    seed, steps = config.seed_of("method"), config.steps
+    method = build_method(config.method, seed=seed, steps=steps, shape=shape)
+    check_schedule(config.schedule, steps, method.phases)
     objective = objective_settings(
         config.objective,
         head=family.auto_class,

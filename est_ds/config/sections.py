@@ -364,12 +364,30 @@ class Log(Strict):
     every: Positive = 1
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Seeds(Strict):
+    """Seeds of their own, in place of `seed`, for what a run draws.
+
+    Attributes:
+        model: the first weights.
+        data: the order of the sequences, and what the objective draws of them.
+        method: the plans.
+    """
+
+    model: Seed | None = None
+    data: Seed | None = None
+    method: Seed | None = None
+
+
 class RunConfig(Strict):
     """One run. The sections `model`, `method` and `objective` are checked by the family, the method
     and the objective."""
 
     run_dir: PathText
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
+    seeds: Seeds = Seeds()
     steps: Positive
     precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any]
@@ -394,6 +412,11 @@ class RunConfig(Strict):
     @property
     def tokens_per_step(self) -> int:
         return self.batch.global_ * self.data.sequence
+
+    def seed_of(self, part: Literal["model", "data", "method"]) -> int:
+        """The seed of a part: its own, or that of all."""
+        own = getattr(self.seeds, part)
+        return self.seed if own is None else own
 
     def data_parallel(self, processes: int) -> int:
         """Replicas of the model: processes / pipe.

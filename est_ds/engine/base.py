@@ -19,6 +19,7 @@ from torch import nn
 from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels
+from est_ds.design import Design
 from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
@@ -27,7 +28,7 @@ from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
-from est_ds.slicing.families.base import Family, layer_paths
+from est_ds.slicing.families.base import layer_paths
 from est_ds.slicing.subnetwork import Subnetwork
 
 if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
@@ -50,8 +51,7 @@ class Engine(ABC):
     subnetwork: Subnetwork
     layers: dict[int, nn.Module]
     fragments: Fragments
-    hf_config: Any
-    family: Family
+    design: Design
     replica: int
     num_replicas: int
     config: RunConfig
@@ -99,7 +99,7 @@ class Engine(ABC):
 
     def grow(self, growth: Growth) -> None:
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
-        grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
+        grow(self.fragments, self.design, growth)
 
     def layer_weights(self, layers: Collection[int]) -> Sample:
         """A sample of the weights of layers as they are now; every process calls it."""
@@ -107,7 +107,8 @@ class Engine(ABC):
 
     @cached_property
     def _sampler(self) -> Sampler:
-        return Sampler(self.fragments, layer_paths(self.family.pieces(self.hf_config)))
+        pieces = self.design.family.pieces(self.design.hf_config)
+        return Sampler(self.fragments, layer_paths(pieces))
 
     def compile_layers(self) -> None:
         """Compiles each layer by itself: one graph serves all layers, and all plans of a phase."""

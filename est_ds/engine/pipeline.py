@@ -20,7 +20,7 @@ from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config
 from est_ds.engine.ties import Ties
 from est_ds.ranks.world import World
-from est_ds.slicing.build import count_parameters, empty_model, initialise
+from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.slicing.families.base import Piece
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -28,9 +28,9 @@ from est_ds.slicing.subnetwork import Subnetwork
 class PieceModule(nn.Module):
     """A piece of the model with its own modules, initialised when a pipe stage builds it."""
 
-    def __init__(self, model: nn.Module, piece: Piece, seed: int, checkpointing: bool) -> None:
+    def __init__(self, design: Design, model: nn.Module, piece: Piece, checkpointing: bool) -> None:
         super().__init__()
-        initialise(model, piece.modules, seed)
+        design.draw(model, piece.modules)
         held = [model.get_submodule(path) for path in piece.modules]
         self.held = nn.ModuleList(held)
         self.piece = piece
@@ -85,7 +85,7 @@ class PipelineEngine(base.Engine):
         model = empty_model(hf_config)
         pieces = family.pieces(hf_config)
         specs = [
-            LayerSpec(PieceModule, model, piece, config.seed, config.activation_checkpointing)
+            LayerSpec(PieceModule, design, model, piece, config.activation_checkpointing)
             for piece in pieces
         ]
         with start.quiet():
@@ -96,7 +96,7 @@ class PipelineEngine(base.Engine):
                 loss_fn=design.objective.loss,
             )
             self._ties = self.pipeline.tie(pieces)
-            self.hf_config, self.family = hf_config, family
+            self.design = design
             self.layers = {
                 p.piece.layer: p.held[0]
                 for p in self.pipeline.forward_funcs

@@ -23,7 +23,7 @@ from est_ds.plans.phases import phases_until
 from est_ds.slicing.build import empty_model, initialise
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
-from est_ds.slicing.families.fields import refuse_dropout
+from est_ds.slicing.families.fields import Init, refuse_dropout
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Design:
         Args:
             paths: of the submodules; "" is the whole model.
         """
-        initialise(model, paths, self.config.seed_of("model"))
+        init = Init.model_validate(self.config.model.get("init", {}))
+        std = init.residual_std(self.hf_config)
+        initialise(model, paths, self.config.seed_of("model"), std)
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step."""

@@ -213,18 +213,32 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Optimizer(Strict):
-    """AdamW; `lr` is the peak. Norms and biases do not decay.
+    """AdamW; `lr` is the peak.
 
     What the step's subnetwork leaves out has a zero gradient (`zero_grad`: its moments decay, and
     weight decay applies) or rests (`freeze`).
+
+    Attributes:
+        decay: `matrices`: weight decay is theirs alone, not that of norms and biases; `all`: of
+            all parameters, as of TinyLlama's; `no_embeddings`: of matrices but embeddings, and so
+            of no head that is tied to one.
     """
 
     lr: Annotated[float, Field(gt=0.0)]
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    decay: Literal["matrices", "all", "no_embeddings"] = "matrices"
     clip: Annotated[float, Field(ge=0.0)] = 1.0
     inactive: Literal["zero_grad", "freeze"] = "zero_grad"
+
+    @model_validator(mode="after")
+    def _decay_takes_effect(self) -> Optimizer:
+        if self.decay != "matrices" and not self.weight_decay:
+            raise ValueError(
+                f"decay={self.decay} has no effect with weight_decay=0; remove it, or raise that"
+            )
+        return self
 
 
 class Rewarm(Strict):

@@ -28,6 +28,7 @@ from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
+from est_ds.slicing.build import embedding_names, empty_model
 from est_ds.slicing.families.base import layer_paths
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -140,17 +141,28 @@ class Engine(ABC):
         forget_after(self.deepspeed.monitor, done)
 
 
-def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
-    """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`."""
+def start_deepspeed(
+    module: nn.Module, design: Design, settings: dict[str, Any], named: dict[str, nn.Parameter]
+) -> Any:
+    """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`.
+
+    Args:
+        named: the module's parameters by their Hugging Face names.
+    """
     import deepspeed
 
+    config = design.config
+    embeddings = []
+    if config.optimizer.decay == "no_embeddings":
+        names = embedding_names(empty_model(design.hf_config))
+        embeddings = [parameter for name, parameter in named.items() if name in names]
     # DeepSpeed casts the whole module to bf16; rotary frequencies must survive that.
     buffers = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
     keep_errors_of_tensorboard()
     with quiet(), zero_optimizer_for_bf16() if config.parallel.zero else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module.parameters(), config.optimizer),
+            optimizer=adamw(module.parameters(), config.optimizer, embeddings),
             config=settings,
             dist_init_required=False,
         )

@@ -109,7 +109,8 @@ class PipelineEngine(base.Engine):
             parameters=count_parameters(self.pipeline),
             tensorboard_dir=str(folder),
         )
-        self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
+        named = self.pipeline.parameters_by_common_name()
+        self.deepspeed = base.start_deepspeed(self.pipeline, design, settings, named)
         self._ties.take_over(self.deepspeed)
         self._clock = PipeClock(self.deepspeed)
         grid = self.deepspeed.grid
@@ -117,7 +118,6 @@ class PipelineEngine(base.Engine):
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, grid.get_pipe_parallel_group())
         self.replica = grid.get_data_parallel_rank()
-        named = self.pipeline.parameters_by_common_name()
         is_first = {n: not getattr(p, "ds_pipe_replicated", False) for n, p in named.items()}
         self.fragments = Fragments(self.deepspeed, named, self.replica, self.num_replicas, is_first)
 

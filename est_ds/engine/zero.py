@@ -42,14 +42,13 @@ class ZeroEngine(base.Engine):
         self._objective_loss = design.objective.loss
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(family, design.method.shape, self.layers)
-        self.deepspeed = base.start_deepspeed(model, config, settings)
+        named = dict(model.named_parameters())
+        self.deepspeed = base.start_deepspeed(model, design, settings, named)
         self.compile_layers()
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, None)
         self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None
-        self.fragments = Fragments(
-            self.deepspeed, dict(model.named_parameters()), self.replica, self.num_replicas
-        )
+        self.fragments = Fragments(self.deepspeed, named, self.replica, self.num_replicas)
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         self.deepspeed.train()

@@ -89,6 +89,7 @@ def test_short_version_of_a_run_warms_again_in_proportion(tiny_run):
         (["schedule.rewarm={steps: 2, at: 5}"], ["rewarm.at=5", "boundaries"]),
         (["schedule={name: inverse_sqrt, warmup: 0}"], ["warmup=0", "raise it"]),
         (["schedule={name: inverse_sqrt, final: 0.1}"], ["schedule.final", "Known here"]),
+        (["schedule={name: wsd, decay: 0, shape: sqrt}"], ["shape=sqrt has no effect"]),
         (["schedule.shape=sqrt"], ["unknown key 'schedule.shape'"]),
         (["method.phases.0.lr=0.0"], ["method.phases.0.lr=0.0", "greater than 0"]),
         (["method={name: pld}", "method.lr=2.0"], ["unknown key 'method.lr'"]),

@@ -299,6 +299,12 @@ class Wsd(Schedule):
     shape: Literal["linear", "sqrt"] = "linear"
     final: Share = 0.1
 
+    @model_validator(mode="after")
+    def _shape_takes_effect(self) -> Wsd:
+        if self.shape != "linear" and not self.decay:
+            raise ValueError(f"shape={self.shape} has no effect with decay=0; remove one of them")
+        return self
+
 
 AnySchedule = Annotated[Cosine | Linear | InverseSqrt | Wsd, Field(discriminator="name")]
 

@@ -54,14 +54,14 @@ def learning_rate(
     """The rate of `step`: that of the schedule, times the factor of the step's phase, and, in the
     first n steps after a boundary where the schedule warms again, times 1/n, 2/n, ... 1.
 
-    Every schedule begins with a linear warm-up of W steps, and has its lowest rate in the last
-    step (or, where it warms again, right after a boundary). Behind the warm-up:
+    A schedule of T steps begins with a linear warm-up of W steps. Behind it, step t being 0 for the
+    first step and the lowest rate that of the last one:
 
     - cosine: half a cosine to `final` x peak.
     - linear: peak x (T - t) / (T - W) with `final` 0, as the learning rate of BERT (its
       optimization.py; there the line begins at step 0, under the warm-up); else to `final` x peak,
       which the step after the last one would have.
-    - inverse_sqrt: peak x sqrt(W / t) at the t-th step (arXiv 1706.03762, section 5.3).
+    - inverse_sqrt: peak x sqrt(W / (t + 1)) (arXiv 1706.03762, section 5.3).
     - wsd (warm-up, stable, decay; arXiv 2404.06395): constant, then a fall to `final` x peak, in
       proportion to the share of the decay that is done, or to its root (arXiv 2405.18392, "1 -
       sqrt").

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from torch import nn
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.sections import RunConfig
@@ -13,15 +16,15 @@ from est_ds.data.mixture import PhaseWeights
 from est_ds.data.objectives import objective_settings
 from est_ds.data.objectives.base import Settings
 from est_ds.errors import UserError
-from est_ds.plans.lr import check_schedule
+from est_ds.plans.lr import check_schedule, learning_rate
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import phases_until
 from est_ds.plans.plan import StepPlans
-from est_ds.slicing.build import empty_model
+from est_ds.slicing.build import empty_model, initialise
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
-from est_ds.slicing.families.fields import refuse_dropout
+from est_ds.slicing.families.fields import Init, refuse_dropout
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,24 @@ class Design:
         """The plans of the micro-batches of a step."""
         return self.method.plans(step, self.config.batch.micro_batches)
 
+    def draw(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Gives submodules of an empty model the weights that the run begins with; whatever is
+        drawn, at the start or when the model grows, is drawn here.
+
+        Args:
+            paths: of the submodules; "" is the whole model.
+        """
+        init = Init.model_validate(self.config.model.get("init", {}))
+        std = init.residual_std(self.hf_config)
+        initialise(model, paths, self.config.seed_of("model"), std)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step."""
+        config = self.config
+        return learning_rate(
+            config.schedule, config.optimizer.lr, step, config.steps, self.method.phases
+        )
+
     def flops_size(self, sequences: float) -> dict[str, float | None]:
         """The sizes that `flops.step_flops` takes, of that many sequences."""
         sequence, target = self.config.data.sequence, self.target_sequence
@@ -81,13 +102,14 @@ def make_design(config: RunConfig) -> Design:
         UserError: they do not fit.
     """
     check_deepspeed_section(config)
-    check_schedule(config.schedule, config.steps)
     hf = hf_config(config.model, config.data.sequence)
     refuse_dropout(hf)
     _check_builds(hf, config)
     family = family_of(hf.model_type)
     shape = family.shape(hf)
-    method = build_method(config.method, seed=config.seed, steps=config.steps, shape=shape)
+    seed, steps = config.seed_of("method"), config.steps
+    method = build_method(config.method, seed=seed, steps=steps, shape=shape)
+    check_schedule(config.schedule, steps, method.phases)
     objective = objective_settings(
         config.objective,
         head=family.auto_class,

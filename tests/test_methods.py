@@ -206,6 +206,6 @@ def test_inverse_scale_leaves_the_expected_output_of_a_layer_unchanged():
 
 def test_mean_loads_of_a_million_steps_take_a_second():
     method = method_of(dict(name="pld", balance_groups=4), steps=10**6, shape=TINYLLAMA)
-    start = time.perf_counter()
+    start = time.process_time()
     assert 0.7 < flops.phase_ratios(method, 0, sequence=2048).blocks < 0.8
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0

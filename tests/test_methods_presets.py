@@ -9,10 +9,12 @@ import pytest
 import yaml
 
 from cases.plans import GPT2, TINYLLAMA
+from est_ds.config.run_file import load_run
 from est_ds.cost import flops
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.run.directory import write_config
 
 PRESETS = Path(__file__).parents[1] / "configs" / "method"
 
@@ -34,7 +36,18 @@ SAVED = {
     "raptr_ul2": (UL2, 400_000, 1 - 1 / 1.2),
     "layer_drop": (GPT2, 100_000, 0.2),
     "pld": (BERT, 200_000, 1 - 0.7305),
-    "decay_drop": (GPT2, 100_000, 0.125),
+    "decay_drop_0b9": (GPT2, 100_000, 0.05),
+    "decay_drop_1b8": (UL2, 100_000, 0.15),
+    "decay_drop_3b9": (UL2, 100_000, 0.2),
+    # Half is left out up to step 70k: of the layers; of attention, a third of them; of the MLP.
+    "est_layers": (GPT2, 150_000, 7 / 15 / 2),
+    "est_heads": (GPT2, 150_000, 7 / 15 / 2 / 3),
+    "est_columns": (GPT2, 150_000, 7 / 15 / 2 * 2 / 3),
+    "raptr_ul2_warm": (UL2, 400_000, 0.925 / 6),
+    "constant_est_gpt2": (GPT2, 150_000, 0.2667),
+    "constant_est_tinyllama": (TINYLLAMA, 24_000, 0.2507),
+    "constant_raptr_bert": (BERT, 100_000, 0.25),
+    "constant_raptr_ul2": (UL2, 400_000, 1 / 6),
     "static": (GPT2, 150_000, 0.2667),
     "stacking": (GPT2, 100_000, 0.375),
 }
@@ -103,6 +116,41 @@ def test_raptr_presets_have_the_stages_and_the_speedup_of_the_paper(name, depths
     mean = sum(d * n for d, n in zip(depths, lengths)) / sum(lengths) / depths[-1]
     assert 1 / mean == pytest.approx(speedup)
     assert 1 / (1 - flops.saved(method, sequence=512).blocks) == pytest.approx(speedup)
+
+
+@pytest.mark.parametrize(("layers", "depths"), [(12, [6, 8, 10, 12]), (24, [12, 16, 20, 24])])
+@pytest.mark.parametrize("name", ["raptr_bert", "raptr_ul2"])
+def test_raptr_presets_fit_other_depths(name, layers, depths):
+    method = preset(name, shape=encoder(layers, 768))
+    found = [len(method.plan(phase.from_step).kept_layers) for phase in method.phases]
+    assert found == depths
+
+
+def test_raptr_ul2_warm_trains_the_full_model_for_30k_steps_and_then_in_tenths():
+    method = preset("raptr_ul2_warm")
+    assert ends(method) == [30_000, 67_000, 141_000, 252_000, 400_000]
+    depths = [len(method.plan(phase.from_step).kept_layers) for phase in method.phases]
+    assert depths == [24, 12, 16, 20, 24]
+
+
+def test_bert_runs_as_its_own_code_does():
+    run = load_run(PRESETS.parent / "run" / "raptr_bert.yaml")
+    optimizer, schedule = run.optimizer, run.schedule
+    assert (optimizer.eps, optimizer.weight_decay, optimizer.betas) == (1e-6, 0.01, (0.9, 0.999))
+    assert (schedule.name, schedule.final, run.steps) == ("linear", 0.0, 100_000)
+
+
+@pytest.mark.parametrize("file", sorted((PRESETS.parent / "run").glob("*.yaml")), ids=str)
+def test_method_of_a_run_file_stands_in_one_place(file, tmp_path):
+    """A preset of the same name, which overrides still change; the resolved run needs no file."""
+    if file.stem != "quickstart":  # the README shows it whole
+        text = yaml.safe_load(file.read_text())["method"]
+        assert text == f"../method/{file.stem}.yaml"
+        assert load_run(file).method == yaml.safe_load((PRESETS / f"{file.stem}.yaml").read_text())
+    run = load_run(file, ["method.phases.0.until=0.05", f"run_dir={tmp_path}"])
+    assert run.method["phases"][0]["until"] == 0.05
+    write_config(run)
+    assert load_run(tmp_path).method == run.method
 
 
 @pytest.mark.parametrize(("count_from", "mean_keep"), [(1, 0.7305), (0, 0.7720)])

@@ -180,7 +180,10 @@ def test_the_published_config_of_tinyllama_is_the_preset(tiny_run, tmp_path):
     file.write_text(TINYLLAMA_JSON)
     model = load_run(tiny_run, [f"model={file}"]).model
     preset = read_mapping(ROOT / "configs" / "model" / "tinyllama_1b.yaml", "preset")
-    assert hf_config(model).to_dict() == hf_config(preset).to_dict()
+    theirs, ours = (hf_config(section).to_dict() for section in (model, preset))
+    # Of the first weights its code says more than its config.
+    assert ours.pop("initializer_range") == pytest.approx(0.0140, abs=5e-5)
+    assert theirs.pop("initializer_range") == 0.02 and theirs == ours
 
 
 def test_an_exported_config_is_taken_as_it_is_from_its_folder(tiny_run, tmp_path):

@@ -21,14 +21,17 @@ from est_ds.verify_resume.short import default_cut, shortened
 from est_ds.verify_resume.verify import OTHER_LAYOUT, ResumeCheck
 
 ONE = ["parallel.pipe=1", "--processes", "1"]
+OWN = ["seeds={model: 1, data: 2, method: 4}", "method.phases.1.lr=0.5", "optimizer.decay=all"]
+OWN += ["schedule={name: linear, rewarm: {steps: 4}}", "model.init={residual: tinyllama}"]
 
 
 def test_killed_run_resumes_identically_in_its_own_layout(tiny_run, tmp_path):
-    """RUN is a run directory here, which is read and left alone."""
+    """RUN is a run directory here, which is read and left alone; everything has a seed of its own,
+    and the rate changes at boundaries."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text(tiny_run.read_text())
-    done = est_ds("verify-resume", run_dir, *ONE)
+    done = est_ds("verify-resume", run_dir, *ONE, *OWN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 steps (phases: small 0-5, narrow 5-8, full 8-12)" in done.stdout
     assert "its last checkpoint of step 6" in done.stdout

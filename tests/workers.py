@@ -142,7 +142,7 @@ def _slow_disk(job: dict) -> None:
 
     run_dir = job["overrides"][0].removeprefix("run_dir=")
     marks: dict = {"steps": {}, "written": []}
-    save_file, learning_rate = writer.save_file, training.learning_rate
+    save_file, train_step = writer.save_file, training.train_step
 
     def slow(*arguments):
         time.sleep(job["slow_disk_s"])
@@ -150,11 +150,11 @@ def _slow_disk(job: dict) -> None:
         marks["written"].append(time.monotonic())
         Path(run_dir, "marks.json").write_text(json.dumps(marks))
 
-    def noting(schedule, peak, step, steps):
+    def noting(job, step):
         marks["steps"].setdefault(str(step), time.monotonic())
-        return learning_rate(schedule, peak, step, steps)
+        return train_step(job, step)
 
-    writer.save_file, training.learning_rate = slow, noting
+    writer.save_file, training.train_step = slow, noting
 
 
 def _poisoned(build, poison: list, *arguments):

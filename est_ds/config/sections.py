@@ -218,35 +218,100 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Optimizer(Strict):
-    """AdamW; `lr` is the peak. Norms and biases do not decay.
+    """AdamW; `lr` is the peak.
 
     What the step's subnetwork leaves out has a zero gradient (`zero_grad`: its moments decay, and
     weight decay applies) or rests (`freeze`).
+
+    Attributes:
+        decay: `matrices`: weight decay is theirs alone, not that of norms and biases; `all`: of
+            all parameters, as of TinyLlama's; `no_embeddings`: of matrices but embeddings, and so
+            of no head that is tied to one.
     """
 
     lr: Annotated[float, Field(gt=0.0)]
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    decay: Literal["matrices", "all", "no_embeddings"] = "matrices"
     clip: Annotated[float, Field(ge=0.0)] = 1.0
     inactive: Literal["zero_grad", "freeze"] = "zero_grad"
 
+    @model_validator(mode="after")
+    def _decay_takes_effect(self) -> Optimizer:
+        if self.decay != "matrices" and not self.weight_decay:
+            raise ValueError(
+                f"decay={self.decay} has no effect with weight_decay=0; remove it, or raise that"
+            )
+        return self
 
-class Cosine(Strict):
+
+class Rewarm(Strict):
+    """A linear rise of the rate from nearly 0 over `steps` (a number, or a fraction of the run)
+    after every boundary between two phases of the method."""
+
+    steps: Position
+    at: Literal["boundaries"] = "boundaries"
+
+    @field_validator("steps")
+    @classmethod
+    def _takes_effect(cls, value: int | float) -> int | float:
+        if not value:
+            raise ValueError("must be above 0; leave schedule.rewarm out for none")
+        return value
+
+
+class Schedule(Strict):
+    """What all schedules begin with: a linear warm-up."""
+
+    warmup: Position = 0.02
+    rewarm: Rewarm | None = None
+
+
+class Cosine(Schedule):
     """Linear warm-up, then half a cosine down to `final` x lr."""
 
     name: Literal["cosine"] = "cosine"
-    warmup: Position = 0.02
     final: Share = 0.1
 
 
-class Wsd(Strict):
-    """Linear warm-up, a stable stretch, then a linear decay of length `decay` to `final` x lr."""
+class Linear(Schedule):
+    """Linear warm-up, then a straight line down to `final` x lr, as BERT's."""
+
+    name: Literal["linear"]
+    final: Share = 0.0
+
+
+class InverseSqrt(Schedule):
+    """Linear warm-up of W steps, then lr x sqrt(W / step), as the first Transformer's."""
+
+    name: Literal["inverse_sqrt"]
+
+    @field_validator("warmup")
+    @classmethod
+    def _has_a_warmup(cls, value: int | float) -> int | float:
+        if not value:
+            raise ValueError("the rate falls with the root of the warm-up's length; raise it")
+        return value
+
+
+class Wsd(Schedule):
+    """Linear warm-up, a stable stretch, then a decay of length `decay` to `final` x lr: `linear`,
+    or with 1 - the root of its share that is done (`sqrt`)."""
 
     name: Literal["wsd"]
-    warmup: Position = 0.02
     decay: Position = 0.2
+    shape: Literal["linear", "sqrt"] = "linear"
     final: Share = 0.1
+
+    @model_validator(mode="after")
+    def _shape_takes_effect(self) -> Wsd:
+        if self.shape != "linear" and not self.decay:
+            raise ValueError(f"shape={self.shape} has no effect with decay=0; remove one of them")
+        return self
+
+
+AnySchedule = Annotated[Cosine | Linear | InverseSqrt | Wsd, Field(discriminator="name")]
 
 
 class Checkpoint(Strict):
@@ -324,12 +389,30 @@ class Log(Strict):
     every: Positive = 1
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Seeds(Strict):
+    """Seeds of their own, in place of `seed`, for what a run draws.
+
+    Attributes:
+        model: the first weights.
+        data: the order of the sequences, and what the objective draws of them.
+        method: the plans.
+    """
+
+    model: Seed | None = None
+    data: Seed | None = None
+    method: Seed | None = None
+
+
 class RunConfig(Strict):
     """One run. The sections `model`, `method` and `objective` are checked by the family, the method
     and the objective."""
 
     run_dir: PathText
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
+    seeds: Seeds = Seeds()
     steps: Positive
     precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any]
@@ -339,7 +422,7 @@ class RunConfig(Strict):
     batch: Batch
     parallel: Parallel = Parallel()
     optimizer: Optimizer
-    schedule: Annotated[Cosine | Wsd, Field(discriminator="name")] = Cosine()
+    schedule: AnySchedule = Cosine()
     checkpoint: Checkpoint
     # auto: from the newest good checkpoint; latest: from the one that `latest` names, or not at all
     resume: Literal["auto", "latest"] = "auto"
@@ -354,6 +437,11 @@ class RunConfig(Strict):
     @property
     def tokens_per_step(self) -> int:
         return self.batch.global_ * self.data.sequence
+
+    def seed_of(self, part: Literal["model", "data", "method"]) -> int:
+        """The seed of a part: its own, or that of all."""
+        own = getattr(self.seeds, part)
+        return self.seed if own is None else own
 
     def data_parallel(self, processes: int) -> int:
         """Replicas of the model: processes / pipe.

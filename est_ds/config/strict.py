@@ -40,8 +40,9 @@ class Strict(BaseModel):
         return _with_strict_scalars(handler(source))
 
 
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "wsd")
 # Parts of a location that no run file has.
-UNION_TAGS = ("cosine", "wsd", "int", "float", "constrained-", "<")
+UNION_TAGS = (*SCHEDULES, "int", "float", "constrained-", "<")
 
 
 # After pydantic's own words, which say what a value is not.
@@ -93,7 +94,7 @@ def _keys_beside(kind: Any, location: tuple) -> list[str]:
     for part in location[:-1]:
         found = []
         for model in models:
-            if part in ("cosine", "wsd") and model.model_fields["name"].annotation == Literal[part]:
+            if part in SCHEDULES and model.model_fields["name"].annotation == Literal[part]:
                 found.append(model)
             for name, info in model.model_fields.items():
                 if part in (name, info.alias):

@@ -8,8 +8,9 @@ positions) and labels (alone, or with a divisor).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,17 @@ from torch import nn
 from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels
+from est_ds.design import Design
 from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
+from est_ds.engine.moved import Sample, Sampler
 from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
-from est_ds.slicing.families.base import Family
+from est_ds.slicing.build import embedding_names, empty_model
+from est_ds.slicing.families.base import layer_paths
 from est_ds.slicing.subnetwork import Subnetwork
 
 if TYPE_CHECKING:  # it imports DeepSpeed, which must not happen before the processes start
@@ -48,8 +52,7 @@ class Engine(ABC):
     subnetwork: Subnetwork
     layers: dict[int, nn.Module]
     fragments: Fragments
-    hf_config: Any
-    family: Family
+    design: Design
     replica: int
     num_replicas: int
     config: RunConfig
@@ -102,7 +105,16 @@ class Engine(ABC):
 
     def grow(self, growth: Growth) -> None:
         """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
-        grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
+        grow(self.fragments, self.design, growth)
+
+    def layer_weights(self, layers: Collection[int]) -> Sample:
+        """A sample of the weights of layers as they are now; every process calls it."""
+        return self._sampler.sample(layers)
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        pieces = self.design.family.pieces(self.design.hf_config)
+        return Sampler(self.fragments, layer_paths(pieces))
 
     def compile_layers(self) -> None:
         """Compiles each layer by itself: one graph serves all layers, and all plans of a phase."""
@@ -134,17 +146,28 @@ class Engine(ABC):
         forget_after(self.deepspeed.monitor, done)
 
 
-def start_deepspeed(module: nn.Module, config: RunConfig, settings: dict[str, Any]) -> Any:
-    """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`."""
+def start_deepspeed(
+    module: nn.Module, design: Design, settings: dict[str, Any], named: dict[str, nn.Parameter]
+) -> Any:
+    """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`.
+
+    Args:
+        named: the module's parameters by their Hugging Face names.
+    """
     import deepspeed
 
+    config = design.config
+    embeddings = []
+    if config.optimizer.decay == "no_embeddings":
+        names = embedding_names(empty_model(design.hf_config))
+        embeddings = [parameter for name, parameter in named.items() if name in names]
     # DeepSpeed casts the whole module to bf16; rotary frequencies must survive that.
     buffers = {n: b.clone() for n, b in module.named_buffers() if b.dtype == torch.float32}
     keep_errors_of_tensorboard()
     with quiet(), zero_optimizer_for_bf16() if config.parallel.zero else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module.parameters(), config.optimizer),
+            optimizer=adamw(module.parameters(), config.optimizer, embeddings),
             config=settings,
             dist_init_required=False,
         )

@@ -7,27 +7,27 @@ every parameter of its new layers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from est_ds.design import Design
 from est_ds.engine.fragments import MOMENTS, Fragments
 from est_ds.plans.growth import Growth
-from est_ds.slicing.build import empty_model, initialise
-from est_ds.slicing.families.base import Family, layer_paths
+from est_ds.slicing.build import empty_model
+from est_ds.slicing.families.base import layer_paths
 
 ParameterState = dict[str, Tensor]  # weight, exp_avg, exp_avg_sq
 
 
-def grow(fragments: Fragments, hf_config: Any, family: Family, seed: int, growth: Growth) -> None:
+def grow(fragments: Fragments, design: Design, growth: Growth) -> None:
     """Carries out a growth. Every process calls it."""
-    paths = layer_paths(family.pieces(hf_config))
+    hf_config = design.hf_config
+    paths = layer_paths(design.family.pieces(hf_config))
     shapes = {n: tuple(p.shape) for n, p in empty_model(hf_config).named_parameters()}
     taken: dict[str, ParameterState] = {}
     for layer in growth.fresh:
         if any(name.startswith(paths[layer]) for name in fragments.shapes):
-            taken |= _identity_layer(hf_config, family, seed, paths[layer])
+            taken |= _identity_layer(design, paths[layer])
     for target, source in sorted(growth.copies.items()):
         for name in (n for n in shapes if n.startswith(paths[source])):
             state = fragments.gather(name, shapes[name])
@@ -46,19 +46,17 @@ def grow(fragments: Fragments, hf_config: Any, family: Family, seed: int, growth
     fragments.commit(steps)
 
 
-def _identity_layer(
-    hf_config: Any, family: Family, seed: int, path: str
-) -> dict[str, ParameterState]:
+def _identity_layer(design: Design, path: str) -> dict[str, ParameterState]:
     """The state of a layer that computes the identity: output projections zero, moments zero.
 
     All else is drawn as at the start of the run (arXiv 2511.04981 trains such layers at once,
     since the gradients of the zero projections are not zero).
     """
-    model = empty_model(hf_config)
-    initialise(model, [path.removesuffix(".")], seed)
+    model = empty_model(design.hf_config)
+    design.draw(model, [path.removesuffix(".")])
     layer = model.get_submodule(path.removesuffix("."))
     with torch.no_grad():
-        for slot in family.slots(layer):
+        for slot in design.family.slots(layer):
             for module, _ in slot.columns:
                 for parameter in module.parameters():
                     parameter.zero_()

@@ -51,20 +51,29 @@ def fill_missing_gradients(module: nn.Module) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-def adamw(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with two groups: matrices decay, norms and biases do not.
+def adamw(
+    parameters: Iterable[nn.Parameter],
+    settings: Optimizer,
+    embeddings: Iterable[nn.Parameter] = (),
+) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) with two groups: matrices decay, and the rest as `decay` says.
 
     Every pipe stage has both groups, even if one held nothing: DeepSpeed reduces norms group by
     group, and hangs where stages differ in their number.
+
+    Args:
+        embeddings: those among the parameters, and what is tied to them.
     """
+    apart = {id(p) for p in embeddings} if settings.decay == "no_embeddings" else ()
     matrices, vectors = [], []
     for parameter in parameters:
         # ZeRO 3 has flattened what it has cut into shares.
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) >= 2 else vectors).append(parameter)
+        decays = len(shape) >= 2 and id(parameter) not in apart
+        (matrices if decays else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": settings.weight_decay * (settings.decay == "all")},
     ]
     kind = FreezingAdamW if settings.inactive == "freeze" else torch.optim.AdamW
     return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)

@@ -21,7 +21,7 @@ from est_ds.engine.pipe_clock import PipeClock, PipeShares
 from est_ds.engine.settings import deepspeed_config
 from est_ds.engine.ties import Ties
 from est_ds.ranks.world import World
-from est_ds.slicing.build import count_parameters, empty_model, initialise
+from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.slicing.families.base import Piece
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -29,9 +29,9 @@ from est_ds.slicing.subnetwork import Subnetwork
 class PieceModule(nn.Module):
     """A piece of the model with its own modules, initialised when a pipe stage builds it."""
 
-    def __init__(self, model: nn.Module, piece: Piece, seed: int, checkpointing: bool) -> None:
+    def __init__(self, design: Design, model: nn.Module, piece: Piece, checkpointing: bool) -> None:
         super().__init__()
-        initialise(model, piece.modules, seed)
+        design.draw(model, piece.modules)
         held = [model.get_submodule(path) for path in piece.modules]
         self.held = nn.ModuleList(held)
         self.piece = piece
@@ -86,7 +86,7 @@ class PipelineEngine(base.Engine):
         model = empty_model(hf_config)
         pieces = family.pieces(hf_config)
         specs = [
-            LayerSpec(PieceModule, model, piece, config.seed, config.activation_checkpointing)
+            LayerSpec(PieceModule, design, model, piece, config.activation_checkpointing)
             for piece in pieces
         ]
         with start.quiet():
@@ -97,7 +97,7 @@ class PipelineEngine(base.Engine):
                 loss_fn=design.objective.loss,
             )
             self._ties = self.pipeline.tie(pieces)
-            self.hf_config, self.family = hf_config, family
+            self.design = design
             self.layers = {
                 p.piece.layer: p.held[0]
                 for p in self.pipeline.forward_funcs
@@ -112,7 +112,8 @@ class PipelineEngine(base.Engine):
             parameters=count_parameters(self.pipeline),
             tensorboard_dir=str(folder),
         )
-        self.deepspeed = base.start_deepspeed(self.pipeline, config, settings)
+        named = self.pipeline.parameters_by_common_name()
+        self.deepspeed = base.start_deepspeed(self.pipeline, design, settings, named)
         self._ties.take_over(self.deepspeed)
         if design.method.by_micro_batch and config.parallel.zero == 1:
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
@@ -123,7 +124,6 @@ class PipelineEngine(base.Engine):
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, grid.get_pipe_parallel_group())
         self.replica = grid.get_data_parallel_rank()
-        named = self.pipeline.parameters_by_common_name()
         is_first = {n: not getattr(p, "ds_pipe_replicated", False) for n, p in named.items()}
         self.fragments = Fragments(self.deepspeed, named, self.replica, self.num_replicas, is_first)
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from est_ds.config.sections import RunConfig
 from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
@@ -22,8 +21,7 @@ from est_ds.engine.patches import (
 )
 from est_ds.engine.settings import deepspeed_config
 from est_ds.ranks.world import World
-from est_ds.slicing.build import build_model, count_parameters, empty_model, initialise
-from est_ds.slicing.families.base import Family
+from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.slicing.subnetwork import Subnetwork
 
 
@@ -33,20 +31,20 @@ class ZeroEngine(base.Engine):
     def __init__(self, design: Design, world: World, folder: Path) -> None:
         config, hf_config, family = design.config, design.hf_config, design.family
         self.config, self.replica, self.num_replicas = config, world.rank, world.size
+        model = empty_model(hf_config)
         settings = deepspeed_config(
             config,
             data_parallel=world.size,
-            parameters=count_parameters(empty_model(hf_config)),
+            parameters=count_parameters(model),
             tensorboard_dir=str(folder),
         )
-        model = (
-            _sharded_model(config, hf_config, family, settings)
-            if config.parallel.zero == 3
-            else build_model(hf_config, config.seed)
-        )
+        if config.parallel.zero == 3:
+            _draw_sharded(model, design, settings)
+        else:
+            design.draw(model, [""])
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        self.hf_config, self.family = hf_config, family
+        self.design = design
         self._objective_loss = design.objective.loss
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(
@@ -55,16 +53,15 @@ class ZeroEngine(base.Engine):
         self._gathers_whole = design.method.by_micro_batch and config.parallel.zero == 3
         if self._gathers_whole:
             gather_whole(self.layers.values())
-        self.deepspeed = base.start_deepspeed(model, config, settings)
+        named = dict(model.named_parameters())
+        self.deepspeed = base.start_deepspeed(model, design, settings, named)
         if design.method.by_micro_batch and config.parallel.zero in (1, 2):
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self.compile_layers()
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, None)
         self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None
-        self.fragments = Fragments(
-            self.deepspeed, dict(model.named_parameters()), self.replica, self.num_replicas
-        )
+        self.fragments = Fragments(self.deepspeed, named, self.replica, self.num_replicas)
 
     def train_batch(self, batches: Iterator[base.MicroBatch]) -> float:
         self.deepspeed.train()
@@ -101,7 +98,7 @@ class ZeroEngine(base.Engine):
 
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
-        named = self.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
+        named = self.design.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
         return self._objective_loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:
@@ -111,28 +108,25 @@ class ZeroEngine(base.Engine):
         return (value / self.num_replicas).item()
 
 
-def _sharded_model(
-    config: RunConfig, hf_config: Any, family: Family, settings: dict[str, Any]
-) -> nn.Module:
-    """The initialised model, every parameter cut into shares as soon as its layer is drawn, so that
-    no process holds the whole, but where weights are tied."""
+def _draw_sharded(model: nn.Module, design: Design, settings: dict[str, Any]) -> None:
+    """Draws the model, every parameter cut into shares as soon as its layer is drawn, so that no
+    process holds the whole, but where weights are tied."""
     import deepspeed
 
-    model = empty_model(hf_config)
-    paths = [path for piece in family.pieces(hf_config) for path in piece.modules]
+    config, hf_config = design.config, design.hf_config
+    paths = [path for piece in design.family.pieces(hf_config) for path in piece.modules]
     # ZeRO++'s second sharding can be started only once.
     twice = settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
     if twice or model.all_tied_weights_keys or hf_config.is_encoder_decoder:
         paths = [""]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     for path in dict.fromkeys(paths):
-        initialise(model, [path], config.seed)
+        design.draw(model, [path])
         module = model.get_submodule(path)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)  # and not the buffers
         with start.quiet():
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
-    return model
 
 
 def _moved(part: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 
-from est_ds.config.sections import Cosine, Wsd
+from est_ds.config.sections import AnySchedule, Cosine, InverseSqrt, Wsd
 from est_ds.errors import UserError
-from est_ds.plans.phases import to_step
+from est_ds.plans.phases import Phase, phase_at, to_step
 
 
 def _length(position: int | float, steps: int, field: str) -> int:
     return 0 if position == 0 else to_step(position, steps, field)
 
 
-def check_schedule(schedule: Cosine | Wsd, steps: int) -> None:
-    """Checks that warm-up and decay fit into the run.
+def check_schedule(schedule: AnySchedule, steps: int, phases: tuple[Phase, ...]) -> None:
+    """Checks that warm-up and decay fit into the run, and warming again into the phases.
+
+    Args:
+        phases: of the method.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not, or there is nothing after which to warm again.
     """
     lengths = {"schedule.warmup": schedule.warmup}
     if isinstance(schedule, Wsd):
@@ -28,22 +31,69 @@ def check_schedule(schedule: Cosine | Wsd, steps: int) -> None:
             f"{' + '.join(lengths)} = {total} steps, more than steps={steps}; shorten it, or raise "
             f"steps."
         )
+    if schedule.rewarm is None:
+        return
+    if len(phases) == 1:
+        raise UserError(
+            "schedule.rewarm cannot take effect: the method has one phase, and so no boundary; "
+            "remove it, or choose a method with phases."
+        )
+    again = to_step(schedule.rewarm.steps, steps, "schedule.rewarm.steps")
+    for phase in phases[1:]:
+        if (length := phase.until_step - phase.from_step) < again:
+            raise UserError(
+                f"schedule.rewarm.steps={schedule.rewarm.steps} is {again} steps, more than the "
+                f"{length} of phase {phase.name!r}, which would end before its rate is reached; "
+                f"use at most {length}."
+            )
 
 
-def learning_rate(schedule: Cosine | Wsd, peak: float, step: int, steps: int) -> float:
-    """The rate of `step`.
+def learning_rate(
+    schedule: AnySchedule, peak: float, step: int, steps: int, phases: tuple[Phase, ...] = ()
+) -> float:
+    """The rate of `step`: that of the schedule, times the factor of the step's phase, and, in the
+    first n steps after a boundary where the schedule warms again, times 1/n, 2/n, ... 1.
 
-    Cosine: linear warm-up, then half a cosine to `final` x peak. WSD (warm-up, stable, decay;
-    arXiv 2404.06395): linear warm-up, constant, then a linear fall to `final` x peak.
-    The lowest rate is that of the last step.
+    A schedule of T steps begins with a linear warm-up of W steps. Behind it, step t being 0 for the
+    first step and the lowest rate that of the last one:
+
+    - cosine: half a cosine to `final` x peak.
+    - linear: peak x (T - t) / (T - W) with `final` 0, as the learning rate of BERT (its
+      optimization.py; there the line begins at step 0, under the warm-up); else to `final` x peak,
+      which the step after the last one would have.
+    - inverse_sqrt: peak x sqrt(W / (t + 1)) (arXiv 1706.03762, section 5.3).
+    - wsd (warm-up, stable, decay; arXiv 2404.06395): constant, then a fall to `final` x peak, in
+      proportion to the share of the decay that is done, or to its root (arXiv 2405.18392, "1 -
+      sqrt").
+
+    Args:
+        phases: of the method; without them, as if it had one.
     """
+    rate = _scheduled(schedule, peak, step, steps)
+    if not phases:
+        return rate
+    i = phase_at(phases, step)
+    rate *= phases[i].lr
+    if schedule.rewarm is not None and i > 0:
+        again = max(1, to_step(schedule.rewarm.steps, steps, "schedule.rewarm.steps"))
+        rate *= min(1.0, (step - phases[i].from_step + 1) / again)
+    return rate
+
+
+def _scheduled(schedule: AnySchedule, peak: float, step: int, steps: int) -> float:
     warmup = _length(schedule.warmup, steps, "schedule.warmup")
     if step < warmup:
         return peak * (step + 1) / warmup
+    if isinstance(schedule, InverseSqrt):
+        return peak * math.sqrt(max(1, warmup) / (step + 1))
     if isinstance(schedule, Wsd):
         decay = _length(schedule.decay, steps, "schedule.decay")
         done = (step - (steps - decay) + 1) / decay if step >= steps - decay else 0.0
-        return peak * (1.0 - done * (1.0 - schedule.final))
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    falling = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * (schedule.final + (1.0 - schedule.final) * falling)
+        fallen = math.sqrt(done) if schedule.shape == "sqrt" else done
+        return peak * (1.0 - fallen * (1.0 - schedule.final))
+    if isinstance(schedule, Cosine):
+        progress = (step - warmup) / max(1, steps - 1 - warmup)
+        left = 0.5 * (1.0 + math.cos(math.pi * progress))
+    else:
+        left = (steps - step) / (steps - warmup)
+    return peak * (schedule.final + (1.0 - schedule.final) * left)

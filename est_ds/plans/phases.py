@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
 
+from pydantic import Field
+
+from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps `from_step <= step < until_step`."""
+    """Steps `from_step <= step < until_step`.
+
+    Attributes:
+        lr: factor on the learning rate of its steps.
+    """
 
     name: str
     from_step: int
     until_step: int
+    lr: float = 1.0
+
+
+class PhaseSettings(Strict):
+    """What a method with a list of phases says of each, whatever it keeps.
+
+    Attributes:
+        until: where it ends (a step, or a fraction of the run).
+        lr: factor on the learning rate in it.
+    """
+
+    name: str | None = None
+    until: int | float
+    lr: Annotated[float, Field(gt=0.0)] = 1.0
 
 
 def to_step(position: int | float, steps: int, field: str) -> int:
@@ -54,6 +77,19 @@ def phases_until(names: list[str], until: list[int | float], steps: int, field: 
             f"the last phase must end at the last step: set it to {steps} or 1.0."
         )
     return tuple(phases)
+
+
+def method_phases(
+    settings: Sequence[PhaseSettings], names: list[str], steps: int
+) -> tuple[Phase, ...]:
+    """The phases of `method.phases`; see `phases_until`.
+
+    Args:
+        names: of those that have none of their own.
+    """
+    named = [phase.name or name for phase, name in zip(settings, names)]
+    phases = phases_until(named, [phase.until for phase in settings], steps, "method.phases")
+    return tuple(replace(phase, lr=asked.lr) for phase, asked in zip(phases, settings))
 
 
 def phase_at(phases: tuple[Phase, ...], step: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from est_ds.data.manifest import Manifest, read_manifest
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.times import Timed, Timing, timed
+from est_ds.run.metrics import Steps, steps_of
 
 Between = tuple[float, float]
 
@@ -29,6 +30,7 @@ class PhaseSummary:
         blocks_ratio: FLOPs of its steps over the dense ones, `blocks`.
         model_ratio: the same, `model`.
         keeps_everything: its steps compute the full model.
+        steps: how they went.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PhaseSummary:
     blocks_ratio: float
     model_ratio: float
     keeps_everything: bool
+    steps: Steps
 
     @property
     def num_steps(self) -> int:
@@ -222,6 +225,7 @@ def _phase(run: RunFiles, i: int, times: Timed, full: Timing | None, keeps: bool
         blocks_ratio=ratio("blocks"),
         model_ratio=ratio("flops"),
         keeps_everything=keeps,
+        steps=steps_of(lines),
     )
 
 

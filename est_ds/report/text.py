@@ -97,6 +97,7 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
         if steps:
             shown = ", ".join(f"{step:,}" for step in steps[:8]) + ", ..." * (len(steps) > 8)
             rows.append((name, f"{len(steps):,}: step {shown} of metrics.jsonl, which says why"))
+    rows += _how_steps_went(summary)
     rows.append(("steps timed", _timed(summary)))
     if _is_dense(summary):
         time_s = summary.time_s
@@ -149,6 +150,22 @@ def seconds(duration_s: float) -> str:
         return f"{duration_s:.{2 if duration_s < 10.0 else 1}f} s"
     minutes = duration_s / 60.0
     return f"{minutes:.1f} min" if minutes < 120.0 else f"{minutes / 60.0:.1f} h"
+
+
+def _how_steps_went(summary: Summary) -> list[tuple[str, str]]:
+    """Clipping and updates of every phase, where its lines know them."""
+    phases = [(phase.name, phase.steps) for phase in summary.phases]
+    clipped = [f"{name} {s.clipped:.1%}" for name, s in phases if s.clipped is not None]
+    updates = [f"{name} {s.update_rms:.2g}" for name, s in phases if s.update_rms is not None]
+    rows = []
+    if clipped:
+        rows.append(("clipped", f"{', '.join(clipped)} of the logged steps"))
+    if updates:
+        counted = sum(s.measured for _, s in phases)
+        rows.append(
+            ("update / lr", f"{', '.join(updates)} (RMS over the layers, {counted:,} steps)")
+        )
+    return rows
 
 
 def _is_dense(summary: Summary) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from est_ds.disk import replace_text
 from est_ds.errors import naming
+from est_ds.plans.phases import Phase
 
 FILE = "metrics.jsonl"
 
@@ -23,6 +26,50 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of steps that were left out (`skipped`: why) or whose loss was a spike (`spike`)."""
     return [e for e in _lines(run_dir) if "skipped" in e or "spike" in e]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What the lines of some steps say of how they went.
+
+    Attributes:
+        clipped: share of the logged steps whose gradient was clipped; None of older lines.
+        update_rms: root mean square of the update over the learning rate; None if no step was
+            measured.
+        measured: number of those that were.
+    """
+
+    clipped: float | None
+    update_rms: float | None
+    measured: int
+
+
+def steps_of(lines: Sequence[dict[str, Any]]) -> Steps:
+    """Returns what training lines say together."""
+    clipped = [e["clipped"] for e in lines if "clipped" in e]
+    updates = [e["update_rms"] for e in lines if e.get("update_rms") is not None]
+    mean_square = sum(u * u for u in updates) / len(updates) if updates else None
+    return Steps(
+        clipped=sum(clipped) / len(clipped) if clipped else None,
+        update_rms=None if mean_square is None else math.sqrt(mean_square),
+        measured=len(updates),
+    )
+
+
+def read_phase(run_dir: Path, phase: Phase) -> Steps:
+    """Returns what the file says of the steps of a phase, whichever process trained them."""
+    lines, _ = read_metrics(run_dir)
+    return steps_of([e for e in lines if phase.from_step <= e["step"] < phase.until_step])
+
+
+def phase_note(steps: Steps) -> str:
+    """How the steps of a phase went, in words; nothing where nothing is known."""
+    said = []
+    if steps.clipped is not None:
+        said.append(f"{steps.clipped:.0%} of the logged steps clipped")
+    if steps.update_rms is not None:
+        said.append(f"update {steps.update_rms:.2g} x lr (RMS, {steps.measured:,} steps)")
+    return ", ".join(said)
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:

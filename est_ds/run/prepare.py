@@ -114,7 +114,7 @@ def _data(
     sampling = _sampling(design, train)
     ordering = Ordering(
         global_batch=config.batch.global_,
-        seed=config.seed,
+        seed=config.seed_of("data"),
         weights=corpus_weights(config),
         shuffled=data.shuffle == "documents",
     )

@@ -34,7 +34,16 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def initialise(model: nn.Module, paths: Iterable[str], seed: int) -> None:
+def embedding_names(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that are embeddings; of tied ones the name that they share."""
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    held = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    return frozenset(name for name, p in model.named_parameters() if id(p) in held)
+
+
+def initialise(
+    model: nn.Module, paths: Iterable[str], seed: int, residual_std: float | None = None
+) -> None:
     """Gives the submodules at `paths` real weights, drawn as Hugging Face draws them.
 
     Every module's draw is addressed by (seed, its path), so that a pipe stage that builds three
@@ -44,9 +53,13 @@ def initialise(model: nn.Module, paths: Iterable[str], seed: int) -> None:
     Args:
         model: a model with empty weights.
         paths: paths of submodules; "" is the whole model.
+        residual_std: width of the projections that write into the residual stream; None: as
+            Hugging Face draws them.
     """
     for path in paths:
         _draw(model, path, seed)
+        if residual_std is not None:
+            _draw_projections(model, path, seed, residual_std)
         tied = {
             target: source
             for target, source in model.all_tied_weights_keys.items()
@@ -74,14 +87,31 @@ def _draw(model: nn.Module, path: str, seed: int) -> None:
                 # A whole model at most draws its embedding again, as T5 does at the same scale;
                 # a stage that holds a part of the model could not repeat that.
                 continue
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+            _seed_for(seed, name)
             model._init_weights(module)
             family.rescale_drawn(model.config, name, module)
 
 
+def _draw_projections(model: nn.Module, path: str, seed: int, std: float) -> None:
+    """Draws the projections into the residual stream that are under `path`, each at its address."""
+    family = family_of(model.config.model_type)
+    slots = [slot for layer in family.layers(model) for slot in family.slots(layer)]
+    projections = {module for slot in slots for module, _ in slot.columns}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, module in model.get_submodule(path).named_modules():
+            if module in projections:
+                _seed_for(seed, f"{path}.{name}".strip("."))
+                module.weight.normal_(0.0, std)
+
+
+def _seed_for(seed: int, name: str) -> None:
+    """Seeds torch's generator for the draw of a module."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
 def build_model(config: Any, seed: int) -> nn.Module:
-    """The whole model, initialised."""
+    """The whole model, drawn as Hugging Face draws it."""
     model = empty_model(config)
     initialise(model, [""], seed)
     return model

@@ -15,7 +15,6 @@ from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
 from est_ds.engine.start import start_processes
 from est_ds.errors import Failure, UserError
-from est_ds.plans.lr import learning_rate
 from est_ds.ranks.before_training import BeforeTraining
 from est_ds.ranks.meeting import Meeting
 from est_ds.ranks.preempt import Preempted, noticed
@@ -26,7 +25,7 @@ from est_ds.run.prepare import Run
 from est_ds.training.agreement import check_agreement, check_hashes
 from est_ds.training.divergence import History
 from est_ds.training.evaluate import evaluate
-from est_ds.training.record import Recorder, Trained
+from est_ds.training.record import Recorder, Trained, measured_layers
 from est_ds.training.state import check_state, first_steps, run_state
 
 
@@ -118,21 +117,24 @@ def _begin(job: Job, start: int, resumed: Index | None) -> None:
 
 def train_step(job: Job, step: int) -> bool:
     """Trains a step, or leaves it out as the policy says; False if the run must go back."""
-    run, engine, history, config = job.run, job.engine, job.history, job.run.config
+    run, engine, history = job.run, job.engine, job.history
     if growth := run.method.growth(step):
         # A checkpoint before it has just been written, or loaded: a crash loses nothing.
         engine.grow(growth)
     plans, trained = run.plans(step), None
     if history.begin(step):
-        rate = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
+        rate = run.learning_rate(step)
         engine.set_learning_rate(rate)
+        layers = measured_layers(run, step)
+        before = engine.layer_weights(layers) if layers else None
         began = time.perf_counter()
         with engine.subnetwork.active(plans):
             loss = engine.train_batch(job.loader.micro_batches(step))
         step_s = time.perf_counter() - began
         if history.judge(step, loss, engine.grad_norm) == "roll back":
             return False
-        trained = Trained(plans, loss, rate, engine.grad_norm, step_s, history.spike)
+        moved = before.rms_to(engine.layer_weights(layers)) if before else None
+        trained = Trained(plans, loss, rate, engine.grad_norm, step_s, history.spike, moved)
     # Of this phase: not to be counted in the next.
     shares = engine.pipe_shares() if step + 1 == run.method.phase_of(step).until_step else None
     if reason := history.skipped.get(step):

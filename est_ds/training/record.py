@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from statistics import mean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.engine.base import Engine
 from est_ds.plans.methods.base import SAVES_NOTHING, plan_loads
+from est_ds.plans.phases import Phase
 from est_ds.plans.plan import StepPlans
 from est_ds.ranks.world import World, say
-from est_ds.run.metrics import MetricsFile, depth_text, nats
+from est_ds.run.metrics import MetricsFile, depth_text, nats, phase_note, read_phase
 from est_ds.run.prepare import Run
 from est_ds.training.progress import Progress
 
 if TYPE_CHECKING:
     from est_ds.engine.pipe_clock import PipeShares
+
+MEASURED = 64  # steps of a phase in which the update is measured
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Trained:
         rate: learning rate.
         grad_norm: of all parameters, before clipping.
         spike: what the loss was, if it was a spike.
+        moved: root mean square of what the step added to the weights of the layers, decay
+            included (`engine.moved`); None where it was not measured.
     """
 
     plans: StepPlans
@@ -42,6 +49,25 @@ class Trained:
     grad_norm: float
     step_s: float
     spike: str | None = None
+    moved: float | None = None
+
+
+def measured_layers(run: Run, step: int) -> Collection[int]:
+    """Layers by whose weights the update of a step is measured: all that there are at that step, in
+    up to `MEASURED` logged steps of every phase; none in the others."""
+    if step not in _measured_steps(run.method.phase_of(step), run.config.log.every):
+        return ()
+    whole = run.method.whole(step)
+    return range(run.method.shape.num_layers) if whole is None else whole.kept_layers
+
+
+@cache
+def _measured_steps(phase: Phase, every: int) -> frozenset[int]:
+    """Logged steps that lie evenly over a phase, the first and the last one among them."""
+    first = -(-(phase.from_step + 1) // every) * every - 1
+    logged = sorted({*range(first, phase.until_step, every), phase.until_step - 1})
+    chosen = np.linspace(0, len(logged) - 1, min(MEASURED, len(logged)))
+    return frozenset(logged[i] for i in chosen.astype(int))
 
 
 class Recorder:
@@ -105,8 +131,10 @@ class Recorder:
             self.note(_pipe_note(run, self._engine, shares, run.method.phase_at(number)))
         if self._metrics:
             self._metrics.write_step(**entry)
-        shown = ("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "kept_layers")
-        events = {f"train/{n}": float(entry[n]) for n in shown if entry[n] is not None}
+            if is_end and (text := phase_note(read_phase(run.directory, phase))):
+                self.note(f"phase {phase.name}: {text}")
+        shown = ("loss", "lr", "grad_norm", "update_rms", "step_s", "tokens_per_s", "kept_layers")
+        events = {f"train/{n}": float(entry[n]) for n in shown if entry.get(n) is not None}
         events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
         self._engine.write_events(events, done)
 
@@ -152,13 +180,14 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
     active = [step_flops(shape, computed, **size) for computed in loads]
     dense = dense_flops(shape, **size)
     kept_layers = mean(len(plan.kept_layers) for plan in step.plans)
-    number = step.plans.step
-    return {
+    number, clip = step.plans.step, run.config.optimizer.clip
+    entry = {
         "step": number,
         "phase": run.method.phase_of(number).name,
         "loss": step.loss,
         "lr": step.rate,
         "grad_norm": step.grad_norm,
+        "clipped": 0.0 < clip < step.grad_norm,
         "tokens": (number + 1) * run.tokens_per_step,
         "step_s": step.step_s,
         "tokens_per_s": run.tokens_per_step / step.step_s,
@@ -170,6 +199,9 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
         "plan_digest": step.plans.digest,
         "data_digest": run.train.digest(number),
     }
+    if step.moved is not None and step.rate:
+        entry["update_rms"] = step.moved / step.rate
+    return entry
 
 
 def _pipe_note(run: Run, engine: Engine, shares: PipeShares, phase: int) -> str:

@@ -7,7 +7,6 @@ from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.design import corpus_weights
 from est_ds.errors import UserError
-from est_ds.plans.lr import learning_rate
 from est_ds.ranks.versions import versions
 from est_ds.run.directory import differences
 from est_ds.run.prepare import Run
@@ -35,11 +34,10 @@ def first_steps(run: Run) -> set[int]:
 
 
 def _next(run: Run, step: int) -> Next | None:
-    config = run.config
-    if step == config.steps:
+    if step == run.config.steps:
         return None
     return Next(
-        lr=learning_rate(config.schedule, config.optimizer.lr, step, config.steps),
+        lr=run.learning_rate(step),
         plan_digest=run.plans(step).digest,
         data_digest=run.train.digest(step),
     )

@@ -58,6 +58,8 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
     tree = config.model_dump(mode="json", by_alias=True)
     if steps != config.steps:
         phases = [*tree["method"].get("phases", []), *tree["data"]["phases"]]
+        if rewarm := tree["schedule"]["rewarm"]:
+            rewarm["steps"] = _fraction(rewarm["steps"], config.steps)
         for section in (tree["schedule"], tree["method"], *phases):
             for field in {"warmup", "decay", "until"} & section.keys():
                 section[field] = _fraction(section[field], config.steps)

@@ -11,19 +11,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from est_ds.config.strict import Strict
 from est_ds.plans.methods.subsets import Fraction, PhasedSubsets, SubsetSettings
+from est_ds.plans.phases import PhaseSettings
 
 
-class EstPhase(Strict):
-    """One phase: where it ends (a step, or a fraction of the run) and what it keeps.
+class EstPhase(PhaseSettings):
+    """One phase and what it keeps.
 
     Attributes:
         always_keep: in place of the method's list, in this phase.
     """
 
-    name: str | None = None
-    until: int | float
     layers: Fraction = 1.0
     heads: Fraction = 1.0
     columns: Fraction = 1.0

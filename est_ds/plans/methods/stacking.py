@@ -13,22 +13,19 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from est_ds.config.strict import Strict
 from est_ds.errors import UserError
 from est_ds.plans import balance
 from est_ds.plans.growth import Growth
 from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, full_loads
-from est_ds.plans.phases import phases_until
+from est_ds.plans.phases import PhaseSettings, method_phases
 from est_ds.plans.plan import Kept, LayerPlan, Plan
 
 Mode = Literal["double", "gradual", "midas", "fresh"]
 
 
-class StackingPhase(Strict):
-    """One phase: where it ends, and the depth that it trains (a number of layers)."""
+class StackingPhase(PhaseSettings):
+    """One phase, and the depth that it trains (a number of layers)."""
 
-    name: str | None = None
-    until: int | float
     layers: Annotated[int, Field(ge=0)]
 
 
@@ -80,9 +77,8 @@ class Stacking(Method):
 
     def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
-        names = [p.name or f"depth_{p.layers}" for p in settings.phases]
-        until = [p.until for p in settings.phases]
-        self.phases = phases_until(names, until, steps, "method.phases")
+        names = [f"depth_{p.layers}" for p in settings.phases]
+        self.phases = method_phases(settings.phases, names, steps)
         self._check(settings)
         lengths = (shape.num_layers,)
         if settings.balance_groups is not None:

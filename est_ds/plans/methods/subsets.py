@@ -12,7 +12,7 @@ from est_ds.errors import UserError
 from est_ds.plans import draw
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
 from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale
-from est_ds.plans.phases import Phase, phases_until
+from est_ds.plans.phases import Phase, method_phases
 from est_ds.plans.plan import Kept, Plan
 from est_ds.plans.shape import ModelShape
 from est_ds.plans.units import Counts, HeadRule, UnitDraw, exact_count, unit_draw
@@ -184,8 +184,8 @@ class PhasedSubsets(Method):
         self._refuse_settings_without_effect()
 
     def _phases(self, settings: Any, steps: int) -> tuple[Phase, ...]:
-        names = [p.name or f"phase_{i + 1}" for i, p in enumerate(settings.phases)]
-        return phases_until(names, [p.until for p in settings.phases], steps, "method.phases")
+        names = [f"phase_{i + 1}" for i in range(len(settings.phases))]
+        return method_phases(settings.phases, names, steps)
 
     def _sizes(self, settings: Any) -> list[Size]:
         return [

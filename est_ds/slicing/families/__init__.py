@@ -7,7 +7,12 @@ from typing import Any
 from est_ds.errors import UserError, did_you_mean
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.bert import Bert
-from est_ds.slicing.families.fields import refuse_overruled, todays_section
+from est_ds.slicing.families.fields import (
+    init_of,
+    refuse_overruled,
+    set_width,
+    todays_section,
+)
 from est_ds.slicing.families.gpt2 import Gpt2
 from est_ds.slicing.families.llama import Llama
 from est_ds.slicing.families.t5 import T5
@@ -48,17 +53,20 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     plain = AutoConfig.for_model(model_type)
     fields = plain.to_dict()
     known = set(fields) | set(plain.attribute_map) | family.extra_keys
+    init = init_of(section, fields)
     section = todays_section(section, fields)
     del section["model_type"]
+    section.pop("init", None)
     for key in section:
         if key not in known:
-            hint = did_you_mean(key, known).strip() or "see the class's documentation"
+            hint = did_you_mean(key, known | {"init"}).strip() or "see the class's documentation"
             raise UserError(f"unknown key 'model.{key}' for model_type {model_type!r}; {hint}")
     family.check_section(section)
     try:
         config = AutoConfig.for_model(model_type, **section)
         config._attn_implementation = "sdpa"
         refuse_overruled(section, config)
+        set_width(config, section, init)
         shape = family.shape(config)
     except UserError:
         raise

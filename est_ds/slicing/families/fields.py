@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from est_ds.config.strict import Strict, checked
 from est_ds.errors import UserError
 
 # Fields that est_ds decides, and how.
@@ -61,6 +64,75 @@ ROPE_KEYS = {
         "high_freq_factor",
     ),
 }
+
+
+class Init(Strict):
+    """`model.init`: how wide the first weights are drawn, where Hugging Face's widths will not do.
+
+    Attributes:
+        std: standard deviation of embeddings and linear layers: Hugging Face's `initializer_range`
+            by another name. With `residual: tinyllama` it is sqrt(2 / (5 d)) unless one of the two
+            is given.
+        residual: that of the projections that write into the residual stream (o_proj and down_proj
+            of a Llama), of L layers of width d. `none`: std like all others. `gpt2`: std /
+            sqrt(2 L), as Hugging Face draws those of GPT-2 alone. `tinyllama`: 1 / sqrt(d) / L
+            (jzhang38/TinyLlama, lit_gpt/model.py). Not set: as Hugging Face has it.
+    """
+
+    std: Annotated[float, Field(gt=0.0)] | None = None
+    residual: Literal["none", "gpt2", "tinyllama"] | None = None
+
+    def residual_std(self, config: Any) -> float | None:
+        """The width of the projections into the residual stream; None: Hugging Face's.
+
+        Args:
+            config: Hugging Face config of the full model.
+        """
+        num_layers = config.num_hidden_layers
+        return {
+            None: None,
+            "none": config.initializer_range,
+            "gpt2": config.initializer_range / math.sqrt(2 * num_layers),
+            "tinyllama": 1 / math.sqrt(config.hidden_size) / num_layers,
+        }[self.residual]
+
+
+def init_of(section: dict[str, Any], plain: dict[str, Any]) -> Init:
+    """What a `model` section says of the first weights.
+
+    Args:
+        plain: fields of the family's default config.
+
+    Raises:
+        UserError: it says nothing, twice the same, or what the family cannot honour.
+    """
+    if "init" not in section:
+        return Init()
+    init, model_type = section["init"], section["model_type"]
+    if not isinstance(init, dict):
+        raise UserError(f"model.init={init!r}: write {{std: NUMBER, residual: RULE}}.")
+    init = checked(Init, init, "model.init")
+    if init == Init():
+        raise UserError("model.init sets nothing; give it std or residual, or remove it.")
+    if "initializer_range" not in plain:
+        raise UserError(
+            f"model.init does not work with model_type {model_type!r}, which draws every matrix by "
+            f"a width of its own; set model.initializer_factor."
+        )
+    if init.std is not None and "initializer_range" in section:
+        raise UserError(
+            f"model.init.std={init.std} and model.initializer_range="
+            f"{section['initializer_range']} are the same; remove one of them."
+        )
+    return init
+
+
+def set_width(config: Any, section: dict[str, Any], init: Init) -> None:
+    """Writes the width of embeddings and linear layers into a Hugging Face config."""
+    if init.std is not None:
+        config.initializer_range = init.std
+    elif init.residual == "tinyllama" and "initializer_range" not in section:
+        config.initializer_range = math.sqrt(2 / (5 * config.hidden_size))
 
 
 def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:

@@ -31,8 +31,17 @@ CASES = {
         *("double", "fresh", (1, 2, 4)),
         *(("parallel.pipe=1", "parallel.zero=2"), 2),
     ),
-    "fresh from no layer, pipe 2, ZeRO 1": ("fresh", "copy", (0, 1, 4), ("parallel.zero=1",), 2),
+    "random from no layer, pipe 2, ZeRO 1": ("random", "copy", (0, 1, 4), ("parallel.zero=1",), 2),
+    "random from no layer, 1 process": (
+        *("random", "copy", (0, 2, 4)),
+        *(("parallel.pipe=1", "parallel.zero=0"), 1),
+    ),
+    "identity, data 2, ZeRO 3": (
+        *("identity", "copy", (1, 2, 4)),
+        *(("parallel.pipe=1", "parallel.zero=3"), 2),
+    ),
 }
+SLOW = ["random from no layer, 1 process"]
 
 
 def arguments(mode: str, moments: str, depths: tuple[int, ...]) -> list[str]:
@@ -82,7 +91,7 @@ def grow(config, model, optimizer, whole, mode, moments, places, step):
     pairs += [(model.model.norm, grown.model.norm), (model.lm_head, grown.lm_head)]
     for i, source in enumerate(taken):
         layer = grown.model.layers[i]
-        if source is None:
+        if source is None and mode == "identity":
             with torch.no_grad():
                 layer.self_attn.o_proj.weight.zero_()
                 layer.mlp.down_proj.weight.zero_()
@@ -131,7 +140,9 @@ def reference(config, run, mode, moments, depths):
     return losses, held_out
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASES]
+)
 def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
     torch.set_num_threads(1)
     mode, moments, depths, layout, processes = CASES[case]
@@ -164,18 +175,33 @@ def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "before", "after", "expected"),
+    ("mode", "before", "expected"),
     [
-        ("double", 2, 4, [0, 1, 0, 1]),
-        ("double", 3, 6, [0, 1, 2, 0, 1, 2]),
-        ("gradual", 4, 6, [0, 1, 2, 3, 2, 3]),
-        ("midas", 4, 6, [0, 1, 2, 1, 2, 3]),
-        ("midas", 6, 9, [0, 1, 2, 3, 1, 2, 3, 4, 5]),
-        ("fresh", 1, 3, [0, None, None]),
+        ("double", 2, "0 1 0 1"),
+        ("double", 3, "0 1 2 0 1 2"),
+        ("double", 1, "0 0 0 0"),
+        ("interleave", 2, "0 0 1 1"),
+        ("interleave", 3, "0 0 0 1 1 1 2 2 2"),
+        ("gradual", 4, "0 1 2 3 2 3"),
+        # Block ceil(n / 2) of n equal ones: 1 of 2, 2 of 4, 1 of 2, 2 of 4.
+        ("midas", 6, "0 1 2  0 1 2  3 4 5"),
+        ("midas", 12, "0 1 2 3 4 5  3 4 5  6 7 8 9 10 11"),
+        ("midas", 8, "0 1 2 3  0 1 2 3  4 5 6 7"),
+        ("midas", 16, "0 1 2 3 4 5 6 7  4 5 6 7  8 9 10 11 12 13 14 15"),
+        # Odd numbers of blocks: 1 of 1, 2 of 3, 3 of 5.
+        ("midas", 3, "0 1 2  0 1 2"),
+        ("midas", 3, "0 1  1  2"),
+        ("midas", 9, "0 1 2 3 4 5  3 4 5  6 7 8"),
+        ("midas", 5, "0 1 2  2  3 4"),
+        ("lidas", 4, "0 1 2  1 2  3"),
+        ("lidas", 6, "0 1 2 3  1 2 3  4 5"),
+        ("random", 1, "0 - -"),
+        ("identity", 0, "- -"),
     ],
 )
-def test_sources_are_those_of_the_papers(mode, before, after, expected):
-    assert sources(mode, before, after) == expected
+def test_sources_are_those_of_the_papers(mode, before, expected):
+    layers = [None if word == "-" else int(word) for word in expected.split()]
+    assert sources(mode, before, len(layers)) == layers
 
 
 @pytest.mark.parametrize(
@@ -188,10 +214,15 @@ def test_sources_are_those_of_the_papers(mode, before, after, expected):
             {"mode": "double", "phases": [{"until": 5, "layers": 3}, {"until": 18, "layers": 4}]},
             "multiple of 3",
         ),
-        ({"phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "mode fresh"),
+        ({"phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "mode random"),
+        (
+            {"mode": "midas", "phases": [{"until": 5, "layers": 1}, {"until": 18, "layers": 4}]},
+            "1 layers are no blocks of 3; add a divisor of 1: use 2",
+        ),
+        ({"mode": "fresh", "phases": []}, "`random` .* or `identity` "),
         (
             {
-                "mode": "fresh",
+                "mode": "random",
                 "moments": "fresh",
                 "phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}],
             },

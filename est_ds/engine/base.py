@@ -96,7 +96,7 @@ class Engine(ABC):
         return float(self.deepspeed.get_global_grad_norm())
 
     def grow(self, growth: Growth) -> None:
-        """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
+        """Copies layers and adds new ones, weights and moments. Every process calls it."""
         grow(self.fragments, self.hf_config, self.family, self.config.seed, growth)
 
     def compile_layers(self) -> None:

@@ -25,9 +25,9 @@ def grow(fragments: Fragments, hf_config: Any, family: Family, seed: int, growth
     paths = layer_paths(family.pieces(hf_config))
     shapes = {n: tuple(p.shape) for n, p in empty_model(hf_config).named_parameters()}
     taken: dict[str, ParameterState] = {}
-    for layer in growth.fresh:
+    for layer in growth.new:
         if any(name.startswith(paths[layer]) for name in fragments.shapes):
-            taken |= _identity_layer(hf_config, family, seed, paths[layer])
+            taken |= _new_layer(hf_config, family, seed, paths[layer], growth.new_are_identity)
     for target, source in sorted(growth.copies.items()):
         for name in (n for n in shapes if n.startswith(paths[source])):
             state = fragments.gather(name, shapes[name])
@@ -46,22 +46,23 @@ def grow(fragments: Fragments, hf_config: Any, family: Family, seed: int, growth
     fragments.commit(steps)
 
 
-def _identity_layer(
-    hf_config: Any, family: Family, seed: int, path: str
+def _new_layer(
+    hf_config: Any, family: Family, seed: int, path: str, is_identity: bool
 ) -> dict[str, ParameterState]:
-    """The state of a layer that computes the identity: output projections zero, moments zero.
+    """The state of a layer drawn as at the start of the run, its moments zero.
 
-    All else is drawn as at the start of the run (arXiv 2511.04981 trains such layers at once,
-    since the gradients of the zero projections are not zero).
+    Args:
+        is_identity: its output projections are zero, so that the model computes what it did; their
+            gradients are not.
     """
     model = empty_model(hf_config)
     initialise(model, [path.removesuffix(".")], seed)
     layer = model.get_submodule(path.removesuffix("."))
-    with torch.no_grad():
-        for slot in family.slots(layer):
-            for module, _ in slot.columns:
-                for parameter in module.parameters():
-                    parameter.zero_()
+    outputs = [module for slot in family.slots(layer) for module, _ in slot.columns]
+    if is_identity:
+        with torch.no_grad():
+            for parameter in (p for module in outputs for p in module.parameters()):
+                parameter.zero_()
     return {
         path + name: {
             "weight": p.detach().float(),

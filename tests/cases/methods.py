@@ -42,8 +42,8 @@ SECTIONS = {
     "stacking": dict(
         name="stacking", phases=[dict(until=0.5, layers=4), dict(until=1.0, layers=8)]
     ),
-    "stacking_fresh_balanced": dict(
-        name="stacking", mode="fresh", balance_groups=2,
+    "stacking_random_balanced": dict(
+        name="stacking", mode="random", balance_groups=2,
         phases=[dict(until=0.2, layers=0), dict(until=0.5, layers=3), dict(until=1.0, layers=8)],
     ),
 }

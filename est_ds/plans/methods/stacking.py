@@ -1,4 +1,4 @@
-"""`stacking`: the depth grows at phase boundaries, by copying layers or by fresh ones.
+"""`stacking`: the depth grows at phase boundaries, by copies of layers or by new ones.
 
 The layers that do not exist yet have their places in the full model from the start, and are
 skipped: cost and function are those of the shallow model, while engine, pipeline cuts and
@@ -8,10 +8,10 @@ checkpoints stay as they are. At a boundary layers are copied between places.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from est_ds.config.strict import Strict
 from est_ds.errors import UserError
@@ -21,7 +21,8 @@ from est_ds.plans.methods.base import Groups, Load, Method, full_loads
 from est_ds.plans.phases import phases_until
 from est_ds.plans.plan import Kept, LayerPlan, Plan
 
-Mode = Literal["double", "gradual", "midas", "fresh"]
+Mode = Literal["random", "identity", "double", "interleave", "gradual", "midas", "lidas"]
+COPIES_NOTHING = ("random", "identity")
 
 
 class StackingPhase(Strict):
@@ -36,12 +37,16 @@ class StackingSettings(Strict):
     """How the depth grows.
 
     Attributes:
-        mode: `double`: the whole stack again on top (StackBERT, Gong et al. 2019); `gradual`: the
+        mode: `random`: new layers on top, drawn as at the start of the run (arXiv 2511.04981 grows
+            so, once, from depth 0 or 1 [note]); `identity`: new layers on top that compute the
+            identity, since their output projections are zero (no paper's; 2511.04981 finds that
+            zero initialisation blocks feature learning [note]); `double`: the whole stack again on
+            top (StackBERT, Gong et al. 2019; four times in G_stack, arXiv 2405.15319);
+            `interleave`: every layer again behind itself (arXiv 2511.04981 [note]); `gradual`: the
             last layers again on top (gradual stacking, arXiv 2402.05913 section 2); `midas`: the
-            middle block again in the middle (arXiv 2409.19044); `fresh`: new layers on top that
-            start as the identity, from depth 0 or 1 on (arXiv 2511.04981).
-        moments: AdamW's moments are copied with the weights, or start at zero. The optimizer's
-            step count goes on, so that its bias correction does not start again.
+            middle one of equal blocks again behind itself (arXiv 2409.19044 [note]); `lidas`: the
+            middle layers again behind themselves (arXiv 2512.08819 [note]).
+        moments: AdamW's moments are copied with the weights, or start at zero.
     """
 
     name: Literal["stacking"]
@@ -50,28 +55,56 @@ class StackingSettings(Strict):
     phases: Annotated[list[StackingPhase], Field(min_length=2)]
     balance_groups: Groups | None = None
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _fresh_was_identity(cls, value: Any) -> Any:
+        if value == "fresh":
+            raise ValueError(
+                "no mode any more: use `random` (new layers drawn as at the start, as in arXiv "
+                "2511.04981), or `identity` (their output projections are zero, which `fresh` "
+                "was). A run that began with `fresh` cannot go on: begin anew, in another run_dir"
+            )
+        return value
+
 
 def sources(mode: Mode, before: int, after: int) -> list[int | None]:
-    """For every layer of the grown model the layer that it is a copy of; None: a fresh layer.
+    """For every layer of the grown model the layer that it is a copy of; None: a new layer.
 
     Raises:
         ValueError: the mode cannot grow `before` layers to `after`.
     """
     added = after - before
-    if mode == "fresh":
+    if mode in COPIES_NOTHING:
         return [*range(before), *[None] * added]
     if before == 0:
-        raise ValueError("there is no layer to copy: start with at least 1, or use mode fresh")
-    if mode == "double":
+        raise ValueError("there is no layer to copy: start with at least 1, or use mode random")
+    if mode in ("double", "interleave"):
         if after % before:
-            raise ValueError(f"the whole stack is copied: use a multiple of {before}")
-        return [i % before for i in range(after)]
+            raise ValueError(f"every layer is copied alike: use a multiple of {before}")
+        times = after // before
+        return [i % before if mode == "double" else i // times for i in range(after)]
+    if mode == "midas":
+        return _with_middle_block_twice(before, added)
     if added > before:
         raise ValueError(f"{added} layers are copied of {before}: use at most {2 * before}")
     if mode == "gradual":
         return [*range(before), *range(before - added, before)]
     middle = (before - added) // 2
     return [*range(middle + added), *range(middle, before)]
+
+
+def _with_middle_block_twice(before: int, added: int) -> list[int]:
+    """MIDAS: of the n blocks of `added` layers that the stack consists of, block ceil(n / 2)
+    (counted from 1) stands twice."""
+    if before % added:
+        able = [before + b for b in range(1, before + 1) if before % b == 0]
+        raise ValueError(
+            f"one of equal blocks is copied, and {before} layers are no blocks of {added}; add a "
+            f"divisor of {before}: use {', '.join(map(str, able))}"
+        )
+    num_blocks = before // added
+    end = (num_blocks + 1) // 2 * added
+    return [*range(end), *range(end - added, before)]
 
 
 class Stacking(Method):
@@ -101,10 +134,10 @@ class Stacking(Method):
                 f"method.phases[{len(depths) - 1}].layers={depths[-1]}: the last phase trains the "
                 f"whole model; use {self.shape.num_layers}."
             )
-        if settings.mode == "fresh" and settings.moments == "fresh":
+        if settings.mode in COPIES_NOTHING and settings.moments == "fresh":
             raise UserError(
-                "method.moments=fresh cannot take effect with method.mode=fresh: new layers always "
-                "start with zero moments; remove it."
+                f"method.moments=fresh cannot take effect with method.mode={settings.mode}: new "
+                f"layers always start with zero moments; remove it."
             )
         for i, (before, after) in enumerate(pairwise(depths), start=1):
             if after <= before:
@@ -154,7 +187,8 @@ class Stacking(Method):
             anew = frozenset(place for i, place in enumerate(after) if taken[i] in taken[:i])
         return Growth(
             copies={p: s for p, s in pairs if s is not None and (s != p or p in anew)},
-            fresh=tuple(place for place, source in pairs if source is None),
+            new=tuple(place for place, source in pairs if source is None),
+            new_are_identity=self.settings.mode == "identity",
             without_moments=anew,
         )
 

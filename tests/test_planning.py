@@ -110,10 +110,16 @@ def test_stages_hold_all_parameters_together():
     ],
 )
 def test_memory_of_100_parameters_on_4_replicas(precision, zero, expected):
-    memory = memory_per_process(100, precision=precision, zero=zero, data_parallel=4)
+    parallel = {"zero": zero}
+    memory = memory_per_process(100, make_config(precision=precision, parallel=parallel), 4)
     found = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes)
     assert found == expected
     assert memory.total_bytes == sum(expected)
+    frozen = make_config(
+        precision=precision, parallel=parallel, optimizer={"lr": 1e-3, "inactive": "freeze"}
+    )
+    counts = memory_per_process(100, frozen, 4).optimizer_bytes - memory.optimizer_bytes
+    assert counts == (100 if zero else 400)  # a count of every element's steps, 4 bytes
 
 
 def test_plan_of_7b_parameters_takes_seconds_and_no_memory():

@@ -22,7 +22,9 @@ from est_ds.run.metrics import read_metrics
 from est_ds.run.prepare import prepare
 from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
+from reference import step_active
 
+FREEZE = "optimizer.inactive=freeze"
 # mode, moments, depths at steps 0-5, 6-11, 12-17; overrides and processes of the layout
 CASES = {
     "gradual, pipe 2 x data 2, ZeRO 1": ("gradual", "copy", (2, 3, 4), ("parallel.zero=1",), 4),
@@ -40,8 +42,16 @@ CASES = {
         *("identity", "copy", (1, 2, 4)),
         *(("parallel.pipe=1", "parallel.zero=3"), 2),
     ),
+    "random, freeze, data 2, ZeRO 3, offload": (
+        *("random", "copy", (1, 2, 4)),
+        *(("parallel.pipe=1", "parallel.zero=3", "parallel.offload=true", FREEZE), 2),
+    ),
+    "double, fresh moments, freeze, pipe 2, ZeRO 1": (
+        *("double", "fresh", (1, 2, 4)),
+        *(("parallel.zero=1", FREEZE), 2),
+    ),
 }
-SLOW = ["random from no layer, 1 process"]
+SLOW = [name for name in CASES if "1 process" in name or "freeze" in name]
 
 
 def arguments(mode: str, moments: str, depths: tuple[int, ...]) -> list[str]:
@@ -81,8 +91,11 @@ def optimizer_of(model):
     )
 
 
-def grow(config, model, optimizer, whole, mode, moments, places, step):
-    """The grown model and its optimizer, layer by layer in plain torch."""
+def grow(config, model, optimizer, whole, mode, moments, places):
+    """The grown model and its optimizer, layer by layer in plain torch.
+
+    A parameter whose moments begin at zero counts its steps from there.
+    """
     old_layers = list(model.model.layers)
     taken = sources(mode, len(old_layers), len(places))
     grown = shallow(config, whole, places)
@@ -99,7 +112,7 @@ def grow(config, model, optimizer, whole, mode, moments, places, step):
     for i, (old, new) in enumerate(pairs):
         copied = i >= 3 and taken[i - 3] in taken[: i - 3]
         for name, parameter in new.named_parameters():
-            state = {"step": torch.tensor(float(step))}
+            state = {"step": torch.tensor(0.0)}
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = torch.zeros_like(parameter)
             if old is not None:
@@ -120,7 +133,7 @@ def reference(config, run, mode, moments, depths):
     for step in range(config.steps):
         if step in (6, 12):
             at = places[step // 6]
-            model, optimizer = grow(config, model, optimizer, whole, mode, moments, at, step)
+            model, optimizer = grow(config, model, optimizer, whole, mode, moments, at)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.optimizer.lr, step, config.steps)
         optimizer.zero_grad()
@@ -130,7 +143,10 @@ def reference(config, run, mode, moments, depths):
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        if config.optimizer.inactive == "freeze":
+            step_active(optimizer)
+        else:
+            optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 6 == 0:
             [(ids, labels)] = run.valid["valid"].held_out(10, Portion(0, 1, micro=10))
@@ -172,6 +188,27 @@ def test_growing_run_equals_models_grown_by_hand(case, tiny_run, tmp_path):
         resumed = train(again, processes=4)
         assert resumed.returncode == 0, resumed.stderr
         assert [e["loss"] for e in read_metrics(again)[0]] == [e["loss"] for e in steps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inactive", ["zero_grad", "freeze"])
+def test_new_layers_go_on_counting_in_another_layout(inactive, tiny_run, tmp_path):
+    """Layers began at steps 6 and 12; the run goes on from a checkpoint at step 15."""
+    begun = tmp_path / "pipeline"
+    overrides = arguments("random", "copy", (1, 2, 4))
+    overrides += ["checkpoint.every=3", f"optimizer.inactive={inactive}", "optimizer.lr=1e-2"]
+    overrides += ["optimizer.betas=[0.9, 0.999]"]
+    done = train(tiny_run, f"run_dir={begun}", *overrides, processes=4)
+    assert done.returncode == 0, done.stderr
+    losses = [e["loss"] for e in read_metrics(begun)[0]]
+    for zero, processes in ((0, 1), (2, 2), (3, 2)):
+        again = shutil.copytree(begun, tmp_path / f"zero_{zero}")
+        shutil.rmtree(again / "checkpoints" / "step_00000018")
+        (again / "checkpoints" / "latest").write_text("step_00000015\n")
+        layout = ("parallel.pipe=1", f"parallel.zero={zero}")
+        resumed = train(again, *layout, processes=processes)
+        assert resumed.returncode == 0, resumed.stderr
+        assert [e["loss"] for e in read_metrics(again)[0]] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -131,11 +131,7 @@ def _layouts(estimate: Estimate) -> Table:
         table.add_column("on the\nhost", justify="right", vertical="bottom")
     for processes, accumulation in layouts(config):
         memory = memory_per_process(
-            max(estimate.stage_parameters),
-            precision=config.precision,
-            zero=config.parallel.zero,
-            data_parallel=config.data_parallel(processes),
-            offload=config.parallel.offload,
+            max(estimate.stage_parameters), config, config.data_parallel(processes)
         )
         table.add_row(
             f"{processes}",

@@ -128,7 +128,9 @@ def test_500_steps_of_new_layers_move_them_by_at_most_the_rate(
         f"method={{name: stacking, mode: random, balance_groups: 2, phases: {phases}}}",
         f"optimizer.betas=[0.9, {beta2}]",
         *("checkpoint.every=650", "evaluate.every=650", "log.every=50"),
+        *("batch.global=4", "evaluate.sequences=2"),
         processes=processes,
+        timeout=1200,
         first=partial(record_moves, tmp_path / "moves"),
     )
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
+from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -57,6 +58,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
+        *_stacking(estimate),
         ("batch", config.batch.equation(replicas)),
         (
             "processes",
@@ -67,6 +69,22 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
+
+
+def _stacking(estimate: Estimate) -> list[tuple[str, str]]:
+    """When the depth grows, beside G_stack's rule; nothing of a method that the rule is not of."""
+    config, method = estimate.design.config, estimate.design.method
+    if not (isinstance(method, Stacking) and method.follows_g_stack):
+        return []
+    dense = config.steps * estimate.dense_step_flops
+    ruled = g_stack_tokens(estimate.json["parameters"], dense) / config.tokens_per_step
+    now = method.phases[0].until_step
+    found = [
+        f"{amount(steps * config.tokens_per_step)} tokens (step {round(steps):,}, "
+        f"{steps / config.steps:.3f} of the run)"
+        for steps in (now, ruled)
+    ]
+    return [("stacked", f"after {found[0]}; by G_stack's rule after {found[1]}")]
 
 
 def _pipeline(estimate: Estimate, accumulation: int) -> str:

@@ -7,7 +7,8 @@ checkpoints stay as they are. At a boundary layers are copied between places.
 
 from __future__ import annotations
 
-from itertools import pairwise
+import math
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,11 +27,16 @@ COPIES_NOTHING = ("random", "identity")
 
 
 class StackingPhase(Strict):
-    """One phase: where it ends, and the depth that it trains (a number of layers)."""
+    """One phase: where it ends, and the depth that it trains.
+
+    Attributes:
+        until: a step, or a fraction of the run; left out where the method has `alpha`.
+        layers: their number (whole), or a fraction of the model's (with a point).
+    """
 
     name: str | None = None
-    until: int | float
-    layers: Annotated[int, Field(ge=0)]
+    until: int | float | None = None
+    layers: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class StackingSettings(Strict):
@@ -47,11 +53,14 @@ class StackingSettings(Strict):
             middle one of equal blocks again behind itself (arXiv 2409.19044 [note]); `lidas`: the
             middle layers again behind themselves (arXiv 2512.08819 [note]).
         moments: AdamW's moments are copied with the weights, or start at zero.
+        alpha: phase i of k (from 1) lasts i ** alpha / (1 ** alpha + ... + k ** alpha) of the run,
+            in place of every phase's `until` (PROP-alpha of arXiv 2409.19044 [note]; 0: equally).
     """
 
     name: Literal["stacking"]
     mode: Mode = "gradual"
     moments: Literal["copy", "fresh"] = "copy"
+    alpha: Annotated[float, Field(ge=0.0)] | None = None
     phases: Annotated[list[StackingPhase], Field(min_length=2)]
     balance_groups: Groups | None = None
 
@@ -93,6 +102,18 @@ def sources(mode: Mode, before: int, after: int) -> list[int | None]:
     return [*range(middle + added), *range(middle, before)]
 
 
+def g_stack_tokens(parameters: float, flops: float) -> float:
+    """Tokens that a model of a quarter of the depth reads before it is stacked four times.
+
+    log10 d = .88 log10 N + 163.27 / log10 C - 5.74 (G_stack, arXiv 2405.15319 [note]).
+
+    Args:
+        parameters: N, of the full model.
+        flops: C, of its dense training.
+    """
+    return 10 ** (0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74)
+
+
 def _with_middle_block_twice(before: int, added: int) -> list[int]:
     """MIDAS: of the n blocks of `added` layers that the stack consists of, block ceil(n / 2)
     (counted from 1) stands twice."""
@@ -107,20 +128,48 @@ def _with_middle_block_twice(before: int, added: int) -> list[int]:
     return [*range(end), *range(end - added, before)]
 
 
+def _depth(layers: int | float, num_layers: int) -> int:
+    return round(layers * num_layers) if isinstance(layers, float) else layers
+
+
+def _ends(settings: StackingSettings) -> list[int | float]:
+    """Where the phases end: as they say, or by `alpha`.
+
+    Raises:
+        UserError: they say nothing, or both do.
+    """
+    given = [phase.until for phase in settings.phases]
+    if settings.alpha is None:
+        if None in given:
+            raise UserError(
+                f"method.phases.{given.index(None)}.until is missing; add it to every phase, or "
+                f"set method.alpha and to none."
+            )
+        return given
+    for i, until in enumerate(given):
+        if until is not None:
+            raise UserError(
+                f"method.phases[{i}].until={until} cannot take effect beside method.alpha="
+                f"{settings.alpha}, which says where phases end; remove one of them."
+            )
+    shares = list(accumulate((i + 1) ** settings.alpha for i in range(len(given))))
+    return [share / shares[-1] for share in shares]
+
+
 class Stacking(Method):
     Settings = StackingSettings
 
     def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
-        names = [p.name or f"depth_{p.layers}" for p in settings.phases]
-        until = [p.until for p in settings.phases]
-        self.phases = phases_until(names, until, steps, "method.phases")
+        self.depths = [_depth(p.layers, shape.num_layers) for p in settings.phases]
+        names = [p.name or f"depth_{d}" for p, d in zip(settings.phases, self.depths)]
+        self.phases = phases_until(names, _ends(settings), steps, "method.phases")
         self._check(settings)
         lengths = (shape.num_layers,)
         if settings.balance_groups is not None:
             lengths = balance.band_lengths(settings.balance_groups, shape.num_layers)
             self.band_lengths = lengths
-        self.places = [self._places(p.layers, lengths) for p in settings.phases]
+        self.places = [self._places(depth, lengths) for depth in self.depths]
 
     def _check(self, settings: StackingSettings) -> None:
         if len(set(self.shape.layers)) > 1:
@@ -128,30 +177,37 @@ class Stacking(Method):
                 f"method.name='stacking' copies layers, and those of model_type "
                 f"{self.shape.family!r} are not all of one shape; use another method or family."
             )
-        depths = [p.layers for p in settings.phases]
-        if depths[-1] != self.shape.num_layers:
+        if self.depths[-1] != self.shape.num_layers:
             raise UserError(
-                f"method.phases[{len(depths) - 1}].layers={depths[-1]}: the last phase trains the "
-                f"whole model; use {self.shape.num_layers}."
+                f"method.phases[{len(self.depths) - 1}].layers={settings.phases[-1].layers}: the "
+                f"last phase trains the whole model; use {self.shape.num_layers} or 1.0."
             )
         if settings.mode in COPIES_NOTHING and settings.moments == "fresh":
             raise UserError(
                 f"method.moments=fresh cannot take effect with method.mode={settings.mode}: new "
                 f"layers always start with zero moments; remove it."
             )
-        for i, (before, after) in enumerate(pairwise(depths), start=1):
+        for i, (before, after) in enumerate(pairwise(self.depths), start=1):
+            given = settings.phases[i].layers
+            depth = f"layers={given}" + f" ({after} layers)" * isinstance(given, float)
             if after <= before:
                 raise UserError(
-                    f"method.phases[{i}].layers={after} is not above {before}, the depth of the "
-                    f"phase before; the depth must grow."
+                    f"method.phases[{i}].{depth} is not above {before}, the depth of the phase "
+                    f"before; the depth must grow."
                 )
             try:
                 sources(settings.mode, before, after)
             except ValueError as e:
                 raise UserError(
-                    f"method.phases[{i}].layers={after} after {before} with method.mode="
+                    f"method.phases[{i}].{depth} after {before} with method.mode="
                     f"{settings.mode}: {e}."
                 ) from None
+
+    @property
+    def follows_g_stack(self) -> bool:
+        """Whether a quarter of the layers is stacked four times, at once."""
+        few = self.shape.num_layers / 4
+        return self.settings.mode == "double" and self.depths == [few, self.shape.num_layers]
 
     @staticmethod
     def _places(depth: int, lengths: tuple[int, ...]) -> list[int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import train
+from est_ds.checkpoints.index import read_index
+from est_ds.disk import describe
 from est_ds.engine.optimizer import FreezingAdamW, GrowingAdamW
 
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8, "fused": True}
@@ -77,6 +81,28 @@ def test_elements_that_rest_equal_adamw_that_steps_each_by_itself(betas):
     assert whole.detach().flatten().tolist() == pytest.approx([s.item() for s in scalars], rel=1e-5)
     counts = optimizer.state[whole]["active_steps"].flatten().tolist()
     assert counts == active.sum(dim=0).tolist()
+
+
+@pytest.mark.slow
+def test_a_run_whose_elements_did_not_count_yet_goes_on(tiny_run, tmp_path):
+    """With `freeze` as an earlier version saved it: every element is of the age of the run."""
+    run_dir = tmp_path / "run"
+    more = ("optimizer.inactive=freeze", "parallel.pipe=1", "parallel.zero=1")
+    done = train(tiny_run, f"run_dir={run_dir}", *more, processes=1)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000020")
+    checkpoint = run_dir / "checkpoints" / "step_00000015"
+    (run_dir / "checkpoints" / "latest").write_text(f"{checkpoint.name}\n")
+    file = checkpoint / "rank_00000.safetensors"
+    held = {k: t for k, t in load_file(file).items() if not k.startswith("active_steps:")}
+    save_file(held, file)
+    index = read_index(checkpoint).model_copy(update={"files": {file.name: describe(file)}})
+    (checkpoint / "checkpoint.json").write_text(index.to_json())
+    resumed = train(run_dir, processes=1)
+    assert resumed.returncode == 0, resumed.stderr
+    last = load_file(run_dir / "checkpoints" / "step_00000020" / file.name)
+    counts = torch.cat([t for k, t in last.items() if k.startswith("active_steps:")])
+    assert (counts.min(), counts.max()) == (15.0, 20.0)
 
 
 def record_moves(file: Path) -> None:

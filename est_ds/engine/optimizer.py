@@ -40,8 +40,8 @@ class GrowingAdamW(torch.optim.AdamW):
     """AdamW in which pieces of a tensor may have begun later than the rest.
 
     Attributes:
-        pieces: the pieces of the tensors that have such ones; the rest is of the age of the run.
-            While there are none it is torch's AdamW.
+        pieces: of tensors that have such ones all pieces, padding aside; other tensors are of one
+            age, that of the run. While there are none it is torch's AdamW.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -70,11 +70,11 @@ class GrowingAdamW(torch.optim.AdamW):
             )
 
     def _cut(self, parameter: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        """Weight, gradient, moments and age of every piece; counts the step."""
+        """Weight, gradient, moments, and the steps done since it began, of every piece."""
         state, whole = self.state[parameter], _flat(self, parameter)
         for offset, length, began in self.pieces.get(parameter, [(0, parameter.numel(), 0)]):
             yield (*(t.narrow(0, offset, length) for t in whole), state["step"] - began)
-        state["step"] += 1
+        state["step"] += 1  # last: torch counts the step of the pieces itself
 
 
 class FreezingAdamW(torch.optim.AdamW):

@@ -94,16 +94,10 @@ def plain_adamw(
         norm = nn.utils.get_total_norm([master.grad.double() for master in masters])
         nn.utils.clip_grads_with_norm_(masters, config.optimizer.clip, norm.to(wide))
         found.norms.append(norm.item())
-        idle = [(m, m.grad == 0, m.detach().clone()) for m in masters]
-        moments = {m: {k: t.clone() for k, t in optimizer.state[m].items()} for m in masters}
-        optimizer.step()
         if config.optimizer.inactive == "freeze":
-            for master, rests, before in idle:
-                master.data = torch.where(rests, before, master.data)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    now = optimizer.state[master]
-                    then = moments[master].get(key, torch.zeros_like(before))
-                    now[key] = torch.where(rests, then, now[key])
+            step_active(optimizer)
+        else:
+            optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(parameters, masters):
                 parameter.copy_(master)
@@ -114,6 +108,24 @@ def plain_adamw(
             with torch.no_grad():
                 found.held_out[step] = loss_of(run, model, *batch).item()
     return found
+
+
+@torch.no_grad()
+def step_active(optimizer: torch.optim.AdamW) -> None:
+    """AdamW (arXiv 1711.05101, algorithm 2) of each element alone, in float64: one without a
+    gradient does nothing, and n counts the steps of the others."""
+    for group in optimizer.param_groups:
+        (beta1, beta2), rate, decay = group["betas"], group["lr"], group["weight_decay"]
+        for p in group["params"]:
+            state, now = optimizer.state[p], p.grad != 0
+            g, w = p.grad[now].double(), p[now].double()
+            zeros = torch.zeros_like(p, dtype=torch.float64)
+            m, v, n = (state.setdefault(key, zeros.clone()) for key in ("m", "v", "n"))
+            n[now] += 1
+            m[now] = beta1 * m[now] + (1 - beta1) * g
+            v[now] = beta2 * v[now] + (1 - beta2) * g * g
+            mean, square = m[now] / (1 - beta1 ** n[now]), v[now] / (1 - beta2 ** n[now])
+            p[now] = (w - rate * (mean / (square.sqrt() + group["eps"]) + decay * w)).to(p.dtype)
 
 
 def _make_double(model: nn.Module) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cases.families import CASES, inputs_of, our_model, run_step, shape_of
+from cases.tiny import make_config
+from est_ds.config.sections import Optimizer
 from est_ds.cost.flops import Size
 from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.plans.shape import Attention, Mlp, ModelShape
@@ -23,10 +25,14 @@ from est_ds.plans.shape import Attention, Mlp, ModelShape
     ],
 )
 def test_memory_of_100_parameters_on_4_replicas(precision, zero, expected):
-    memory = memory_per_process(100, precision=precision, zero=zero, data_parallel=4)
+    config = make_config(precision=precision, parallel={"zero": zero})
+    memory = memory_per_process(100, config, 4)
     found = (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes)
     assert found == expected
     assert memory.total_bytes == sum(expected)
+    frozen = config.model_copy(update={"optimizer": Optimizer(lr=1e-3, inactive="freeze")})
+    counts = memory_per_process(100, frozen, 4).optimizer_bytes - memory.optimizer_bytes
+    assert counts == (100 if zero else 400)  # a count of every element's steps, 4 bytes
 
 
 # Two heads of width 3 with one key and value head over hidden 4, a gated MLP of 5 columns.

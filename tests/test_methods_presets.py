@@ -5,12 +5,14 @@ from __future__ import annotations
 from math import exp
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from cases.plans import GPT2, TINYLLAMA
 from est_ds.config.run_file import load_run
 from est_ds.cost import flops
+from est_ds.errors import UserError
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.shape import Attention, Mlp, ModelShape
@@ -35,7 +37,8 @@ SAVED = {
     "raptr_bert": (BERT, 100_000, 1 - 1 / 1.3333),
     "raptr_ul2": (UL2, 400_000, 1 - 1 / 1.2),
     "layer_drop": (GPT2, 100_000, 0.2),
-    "pld": (BERT, 200_000, 1 - 0.7305),
+    # The mean of exp(-100 t / T) over the run is 1/100 and half a step; of i / L over layers 13/24.
+    "pld": (BERT, 200_000, 13 / 24 * (1 - 0.5 - 0.5 * 0.01)),
     "decay_drop_0b9": (GPT2, 100_000, 0.05),
     "decay_drop_1b8": (UL2, 100_000, 0.15),
     "decay_drop_3b9": (UL2, 100_000, 0.2),
@@ -50,6 +53,10 @@ SAVED = {
     "constant_raptr_ul2": (UL2, 400_000, 1 / 6),
     "static": (GPT2, 150_000, 0.2667),
     "stacking": (GPT2, 100_000, 0.375),
+    "stacking_raptr": (BERT, 90_000, 0.25),
+    "midas": (UL2, 400_000, (1 * 3 + 2 * 2 + 3 * 1) / 40),
+    "g_stack": (UL2, 100_000, 0.1 * 3 / 4),
+    "zero_one": (GPT2, 100_000, 0.8 * 11 / 12),
 }
 
 
@@ -153,6 +160,65 @@ def test_method_of_a_run_file_stands_in_one_place(file, tmp_path):
     assert load_run(tmp_path).method == run.method
 
 
+@pytest.mark.parametrize(
+    ("name", "depths", "lengths"),
+    [
+        ("stacking_raptr", (6, 9, 12), (1, 1, 1)),
+        ("midas", (6, 12, 18, 24), (1, 2, 3, 4)),
+        ("g_stack", (6, 24), (1, 9)),
+        ("zero_one", (1, 12), (4, 1)),
+    ],
+)
+def test_stacking_presets_have_the_depths_and_lengths_of_their_papers(name, depths, lengths):
+    method = preset(name)
+    assert tuple(len(method.plan(p.from_step).kept_layers) for p in method.phases) == depths
+    shares = [(p.until_step - p.from_step) / method.steps for p in method.phases]
+    assert shares == pytest.approx([n / sum(lengths) for n in lengths], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stacking", "stacking_raptr", "midas", "g_stack", "zero_one"])
+@pytest.mark.parametrize("layers", [8, 12, 24, 32])
+def test_stacking_presets_fit_other_depths(name, layers):
+    method = preset(name, shape=encoder(layers, 768))
+    assert len(method.plan(method.steps - 1).kept_layers) == layers
+    assert all(method.growth(p.from_step) for p in method.phases[1:])
+
+
+@pytest.mark.parametrize("mode", ["random", "double", "interleave"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_expansion_is_made_in_every_way_of_its_paper(mode, first):
+    changes = {"mode": mode, "phases": [dict(until=0.8, layers=first), dict(until=1.0, layers=1.0)]}
+    if first == 0 and mode != "random":
+        with pytest.raises(UserError, match="no layer to copy"):
+            preset("zero_one", **changes)
+        return
+    method = preset("zero_one", **changes)
+    growth = method.growth(80_000)
+    assert (growth.new, growth.new_are_identity) == (
+        (tuple(range(first, 12)) if mode == "random" else ()),
+        False,
+    )
+    assert growth.copies == ({} if mode == "random" else {i: 0 for i in range(1, 12)})
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
+def test_phases_of_midas_last_as_alpha_says(alpha):
+    method = preset("midas", alpha=alpha)
+    lengths = [p.until_step - p.from_step for p in method.phases]
+    total = sum(i**alpha for i in (1, 2, 3, 4))
+    expected = [method.steps * i**alpha / total for i in (1, 2, 3, 4)]
+    assert lengths == pytest.approx(expected, abs=1) and sum(lengths) == method.steps
+
+
+def test_a_short_pld_saves_what_a_long_one_does():
+    kept = [
+        flops.phase_ratios(preset("pld", steps=n), 0, sequence=512).blocks
+        for n in (1_000, 20_000, 1_000_000)
+    ]
+    assert kept == pytest.approx([0.7319] * 3, abs=2e-3)
+    assert preset("pld", steps=1000).theta(np.array([10])) == pytest.approx(0.5 + 0.5 * exp(-1))
+
+
 @pytest.mark.parametrize(("count_from", "mean_keep"), [(1, 0.7305), (0, 0.7720)])
 def test_pld_keeps_0772_of_the_layers_only_when_they_count_from_zero(count_from, mean_keep):
     """With theta_bar 0.5 and gamma 0.001, 12 layers and 200k steps.
@@ -165,7 +231,7 @@ def test_pld_keeps_0772_of_the_layers_only_when_they_count_from_zero(count_from,
     depth = sum(i / layers for i in range(count_from, layers + count_from)) / layers
     assert depth == pytest.approx((13 if count_from else 11) / 24)
     assert 1 - depth * (1 - theta) == pytest.approx(mean_keep, abs=5e-5)
-    method = preset("pld", count_from=count_from)
+    method = preset("pld", count_from=count_from, gamma=0.001)
     kept = flops.phase_ratios(method, 0, sequence=512).blocks
     assert kept == pytest.approx(1 - depth * (1 - theta), abs=1e-9)
     drawn = [len(method.plan(s).kept_layers) / layers for s in range(0, steps, 400)]

@@ -42,7 +42,7 @@ METHODS = {
     "full": lambda: full(shape_of(8)),
     "raptr": lambda: grows("raptr"),
     "raptr, other fixed layers": lambda: grows("raptr", always_keep=[0, 3]),
-    "stacking": lambda: grows("stacking", mode="fresh"),
+    "stacking": lambda: grows("stacking", mode="random"),
 }
 
 
@@ -80,7 +80,7 @@ def test_a_deep_model_is_cut_at_once():
     # 96 layers on 16 stages: 10^17 cuts.
     depths = [24, 32, 48, 72, 95, 96]
     phases = [{"until": (i + 1) / 6, "layers": n} for i, n in enumerate(depths)]
-    section = {"name": "stacking", "mode": "fresh", "phases": phases}
+    section = {"name": "stacking", "mode": "random", "phases": phases}
     method = build_method(section, seed=0, steps=60, shape=shape_of(96))
     began = time.process_time()
     pipe_cuts(method, Parallel(pipe=16), **SIZE)

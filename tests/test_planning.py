@@ -9,15 +9,13 @@ import sys
 
 import pytest
 
-from cases.tiny import TINY_MODEL
-from est_ds.config.sections import RunConfig
+from cases.tiny import make_config
 from est_ds.errors import UserError
+from est_ds.plans.methods.stacking import g_stack_tokens
 from est_ds.report.estimate import make_estimate
 from est_ds.report.plan_figure import plan_figure
 from est_ds.report.plan_text import layouts, plan_report
 
-SMALL = {"name": "small", "until": 5, "layers": 0.5, "heads": 0.5, "columns": 0.5}
-EST = {"name": "est", "balance_groups": 2, "phases": [SMALL, {"name": "full", "until": 20}]}
 LLAMA_7B = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -28,21 +26,6 @@ LLAMA_7B = {
     "intermediate_size": 11008,
     "max_position_embeddings": 4096,
 }
-
-
-def make_config(**changes) -> RunConfig:
-    tree = {
-        "run_dir": "unset",
-        "steps": 20,
-        "model": TINY_MODEL,
-        "method": EST,
-        "data": {"train": "absent", "valid": "absent", "tokenizer": "absent", "sequence": 64},
-        "batch": {"global": 8, "micro": 2},
-        "optimizer": {"lr": 1e-3},
-        "checkpoint": {"every": 5},
-        "evaluate": {"every": 5, "sequences": 4},
-    }
-    return RunConfig.model_validate({**tree, **changes})
 
 
 def test_json_is_the_contract():
@@ -87,6 +70,21 @@ def test_layouts_show_only_replicas_by_which_the_batch_divides():
     assert layouts(make_config()) == [(1, 4), (2, 2), (4, 1)]
     with pytest.raises(UserError, match="batch.global"):
         plan_report(make_config(batch={"global": 7, "micro": 2}), as_json=False)
+
+
+def test_a_plan_says_when_g_stack_would_stack():
+    # log10 d = .88 x 9.8451 + 163.27 / 22.1004 - 5.74 = 10.3113 of 7 B parameters, 300 G tokens.
+    assert g_stack_tokens(7e9, 6 * 7e9 * 300e9) == pytest.approx(2.048e10, rel=1e-3)
+    phases = [{"until": 4, "layers": 1}, {"until": 20, "layers": 4}]
+    method = {"name": "stacking", "mode": "double", "phases": phases}
+    estimate = make_estimate(make_config(method=method))
+    dense = 20 * estimate.dense_step_flops
+    step = g_stack_tokens(estimate.json["parameters"], dense) / (8 * 64)
+    said = " ".join(plan_report(make_config(method=method), as_json=False).split())
+    assert "after 2.05 k tokens (step 4, 0.200 of the run); by G_stack's rule after" in said
+    assert f"(step {step:,.0f}, {step / 20:.3f} of the run)" in said
+    gradual = {**method, "mode": "gradual", "phases": [{"until": 4, "layers": 2}, phases[1]]}
+    assert "G_stack" not in plan_report(make_config(method=gradual), as_json=False)
 
 
 def test_stages_hold_all_parameters_together():

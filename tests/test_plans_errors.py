@@ -133,7 +133,28 @@ def test_wrong_settings_are_refused_by_name(name):
         (dict(name="layer_drop", always_keep=[0, 1, 2, -1]), ["names all 4 layers"]),
         (dict(name="pld", theta=0.5), ["unknown key 'method.theta'", "'theta_bar'"]),
         (dict(name="pld", gamma=0), ["method.gamma=0", "greater than 0"]),
-        (dict(name="decay_drop", p_max=1.5), ["method.p_max=1.5", "less than or equal to 1"]),
+        (dict(name="decay_drop", p_max=1.0), ["method.p_max=1.0", "less than 1"]),
+        # At step t of 10 the last layer is kept with chance 1 - .99 (1 - t / 9): 1/100, .12, ...
+        (dict(name="decay_drop", p_max=0.99), ["more than 20 in 1 of 10 steps", "100", "0.95"]),
+        (
+            dict(name="stacking", phases=[dict(layers=1), dict(until=1.0, layers=4)]),
+            ["method.phases.0.until is missing", "method.alpha"],
+        ),
+        (
+            dict(name="stacking", alpha=1, phases=[dict(layers=1), dict(until=1.0, layers=4)]),
+            ["method.phases[1].until=1.0 cannot take effect", "method.alpha=1"],
+        ),
+        (
+            dict(
+                name="stacking",
+                phases=[
+                    dict(until=2, layers=0.5),
+                    dict(until=4, layers=0.55),
+                    dict(until=1.0, layers=1.0),
+                ],
+            ),
+            ["method.phases[1].layers=0.55 (2 layers) is not above 2"],
+        ),
     ],
 )
 def test_wrong_method_is_refused(section, parts):

@@ -70,6 +70,7 @@ class Checkpoint:
 
     Attributes:
         index: its `checkpoint.json`.
+        keys: what it holds of every element: weight, exp_avg, exp_avg_sq, ...
 
     Raises:
         Damaged: a file is missing or unreadable, or the files do not hold every parameter.
@@ -77,6 +78,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, index: Index | None = None) -> None:
         self.index = index or read_index(folder)
+        self.keys: set[str] = set()
         self._files = ExitStack()
         # name -> (start, stop, file) of the ranges, in their order
         self._ranges: dict[str, list[tuple[int, int, Any]]] = {n: [] for n in self.index.parameters}
@@ -88,6 +90,7 @@ class Checkpoint:
                 raise Damaged(f"{name} cannot be read ({e})") from None
             for key in file.keys():
                 state, start, parameter = key.split(":", 2)
+                self.keys.add(state)
                 if state == WEIGHT:
                     length = file.get_slice(key).get_shape()[0]
                     self._ranges[parameter].append((int(start), int(start) + length, file))

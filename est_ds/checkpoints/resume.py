@@ -29,11 +29,15 @@ def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
                     f"{checkpoint} holds {name} as {written.get(name)}, and the model of this run "
                     f"has it as {shape}; choose another run_dir."
                 )
+        steps = index.state.optimizer_steps
         with torch.no_grad():
             for fragment in engine.fragments.held():
                 for key, tensor in fragment.states.items():
-                    tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
-        engine.fragments.commit(index.state.optimizer_steps)
+                    if key in held.keys:
+                        tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
+                    else:  # elements did not count their own steps, and go on so
+                        tensor.fill_(steps)
+        engine.fragments.commit(steps, index.state.births)
         engine.set_steps_done(index.step)
 
 

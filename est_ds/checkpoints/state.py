@@ -41,6 +41,8 @@ class State(Part):
         divergence: see `training.divergence`.
         evaluation_due: a notice came before the evaluation after this step was done.
         optimizer_steps: AdamW's own count, by which it corrects the moments' bias.
+        births: of layers that began with zero moments, by what their parameters' names begin with,
+            AdamW's count then: they count from there.
     """
 
     config: dict[str, Any]
@@ -52,3 +54,4 @@ class State(Part):
     divergence: Seen = Seen()
     evaluation_due: bool = False
     optimizer_steps: int = 0
+    births: dict[str, int] = {}

@@ -110,7 +110,8 @@ class Saver:
         self._engine.check_copies(step)
         self.check_space()
         fragments = self._engine.fragments
-        state = state.model_copy(update={"optimizer_steps": fragments.optimizer_steps})
+        counts = {"optimizer_steps": fragments.optimizer_steps, "births": fragments.births}
+        state = state.model_copy(update=counts)
         partial = self._store.folder / f".{tag_of(step)}.partial"
         self._content = _Content(partial, step, state, eval_loss)
         self._on_rank_0(self._begin)

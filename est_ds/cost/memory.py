@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import Size
 from est_ds.plans.shape import Attention, ModelShape
 
@@ -23,24 +24,25 @@ class Memory:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
 
-def memory_per_process(
-    parameters: int, *, precision: str, zero: int, data_parallel: int, offload: bool = False
-) -> Memory:
+def memory_per_process(parameters: int, config: RunConfig, data_parallel: int) -> Memory:
     """Model states of a process that holds `parameters`, as DeepSpeed keeps them.
 
     With w = 2 bytes (bf16) or 4 (fp32) a parameter and d replicas: weights w; gradients, which are
     added up in float32, 4, or 4 / d from ZeRO 2; AdamW's two moments 8 and a float32 copy of the
-    weights 4 (ZeRO 1 and 2 keep one for float32 weights too), divided by d from ZeRO 1. From ZeRO
-    3 the weights are divided by d as well (arXiv 1910.02054, figure 1). With the optimizer on the
-    host its state and the float32 gradients are there.
+    weights 4 (ZeRO 1 and 2 keep one for float32 weights too), and with `optimizer.inactive=freeze`
+    a count of steps 4, divided by d from ZeRO 1. From ZeRO 3 the weights are divided by d as well
+    (arXiv 1910.02054, figure 1). With the optimizer on the host its state and the float32 gradients
+    are there.
     """
-    width = 2 if precision == "bf16" else 4
-    has_copy = precision == "bf16" or zero in (1, 2) or offload
+    zero, offload = config.parallel.zero, config.parallel.offload
+    width = 2 if config.precision == "bf16" else 4
+    has_copy = width == 2 or zero in (1, 2) or offload
+    counts = config.optimizer.inactive == "freeze"
 
     def share(first_stage: int) -> float:
         return parameters / (data_parallel if zero >= first_stage else 1)
 
-    optimizer_bytes = (12 if has_copy else 8) * share(1)
+    optimizer_bytes = (8 + 4 * has_copy + 4 * counts) * share(1)
     gradients_bytes = 4 * share(2)
     return Memory(
         weights_bytes=width * share(3),

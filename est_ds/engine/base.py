@@ -104,7 +104,7 @@ class Engine(ABC):
         return float(self.deepspeed.get_global_grad_norm())
 
     def grow(self, growth: Growth) -> None:
-        """Copies layers and adds fresh ones, weights and moments. Every process calls it."""
+        """Copies layers and adds new ones, weights and moments. Every process calls it."""
         grow(self.fragments, self.design, growth)
 
     def layer_weights(self, layers: Collection[int]) -> Sample:

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATES = ("weight", *MOMENTS)
+from est_ds.engine.optimizer import GrowingAdamW, Piece, started, state_keys
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Fragment:
     Attributes:
         name: of the parameter, as in the Hugging Face model.
         start: its first element in the flattened parameter.
-        states: weight, exp_avg, exp_avg_sq: flat fp32 views [length] of what DeepSpeed uses.
+        states: by their keys (`Fragments.keys`), flat fp32 views [length] of what DeepSpeed uses.
     """
 
     name: str
@@ -51,6 +50,9 @@ class Fragments:
         is_first: which of these parameters this pipe stage answers for, where several hold one.
 
     Attributes:
+        keys: weight, exp_avg, exp_avg_sq, and with `freeze` the count of an element's own steps.
+        births: of parameters, by what their names begin with, AdamW's count of steps when their
+            moments were zero; 0 of all others. Set by `commit`.
         shapes: of the parameters that live here, wholly or partly.
         device: the one that communicates.
     """
@@ -68,6 +70,8 @@ class Fragments:
         self._is_first = is_first or {}
         self._zero = engine.zero_optimization_stage()
         self.device = engine.device
+        self.keys = ("weight", *state_keys(self._inner))
+        self.births: dict[str, int] = {}
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in parameters.items()}
 
     def held(self) -> Iterator[Fragment]:
@@ -101,7 +105,7 @@ class Fragments:
     @property
     def num_bytes(self) -> int:
         """What the owned fragments take."""
-        return sum(4 * len(STATES) * (f.stop - f.start) for f in self.owned())
+        return sum(4 * len(self.keys) * (f.stop - f.start) for f in self.owned())
 
     @property
     def optimizer_steps(self) -> int:
@@ -112,17 +116,20 @@ class Fragments:
         return 0
 
     @torch.no_grad()
-    def commit(self, optimizer_steps: int) -> None:
+    def commit(self, optimizer_steps: int, births: Mapping[str, int]) -> None:
         """Brings the weights that the model computes with in line with what was written.
 
         Every process calls it.
 
         Args:
             optimizer_steps: see the property.
+            births: see the attribute.
         """
+        self.births = dict(births)
         for flat in self._flats():
-            self._states(flat)
-            self._inner.state[flat]["step"].fill_(optimizer_steps)
+            started(self._inner, flat)["step"].fill_(optimizer_steps)
+        if isinstance(self._inner, GrowingAdamW):  # the other one counts every element's steps
+            self._inner.pieces = self._pieces() if births else {}
         optimizer = self._engine.optimizer
         if self._zero in (1, 2):
             optimizer.update_lp_params()
@@ -141,15 +148,15 @@ class Fragments:
             shape: of the parameter, which need not live here.
 
         Returns:
-            weight, exp_avg and exp_avg_sq: fp32 [*shape], on the device that communicates.
+            By their keys, fp32 [*shape], on the device that communicates.
         """
-        whole = torch.zeros(len(STATES), prod(shape), device=self.device)
+        whole = torch.zeros(len(self.keys), prod(shape), device=self.device)
         for fragment in self.owned():
             if fragment.name == name:
-                for row, key in zip(whole, STATES):
+                for row, key in zip(whole, self.keys):
                     row[fragment.start : fragment.stop] = fragment.states[key]
         dist.all_reduce(whole)  # one process holds an element, the others zero
-        return {key: row.view(shape) for key, row in zip(STATES, whole)}
+        return {key: row.view(shape) for key, row in zip(self.keys, whole)}
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -186,11 +193,17 @@ class Fragments:
         return flat, here.start, there.start, here.numel
 
     def _states(self, flat: Tensor) -> dict[str, Tensor]:
-        """Weight and moments of a flat tensor; the moments, which AdamW makes in its first step,
-        are made here if need be."""
-        state = self._inner.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(flat, requires_grad=False)
-        return {"weight": flat.detach().view(-1), **{k: state[k].view(-1) for k in MOMENTS}}
+        """Weight of a flat tensor, and what AdamW keeps of it."""
+        state = started(self._inner, flat)
+        kept = {key: state[key].view(-1) for key in state_keys(self._inner)}
+        return {"weight": flat.detach().view(-1), **kept}
+
+    def _pieces(self) -> dict[Tensor, list[Piece]]:
+        """Of every flat tensor the parameters' ranges, each with its birth."""
+        pieces: dict[Tensor, list[Piece]] = {}
+        for name, parameter in self._parameters.items():
+            if place := self._place(parameter):
+                flat, offset, _, length = place
+                born = [step for path, step in self.births.items() if name.startswith(path)]
+                pieces.setdefault(flat, []).append((offset, length, *(born or [0])))
+        return pieces

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from torch import Tensor, nn
 
-from est_ds.engine.fragments import STATES, Fragments
+from est_ds.engine.fragments import Fragments
 from est_ds.engine.patches import replace_instructions
 from est_ds.errors import Failure
 
@@ -26,7 +26,6 @@ from est_ds.errors import Failure
 # of a flat tensor otherwise than the rest, and they are others in every pipe stage.
 MAY_DIFFER = 1e-4
 AT_ONCE = 1 << 22  # elements that are summed up at a time
-COMPARED = ("weight as computed with", *STATES)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ class Ties:
                 gradient.zero_()
 
     def check(self, fragments: Fragments, step: int) -> None:
-        """Compares the copies of every tied parameter, its fp32 weight and its moments.
+        """Compares the copies of every tied parameter, its fp32 weight and what AdamW
+        keeps of it.
 
         Args:
             step: steps done; for the message.
@@ -113,7 +113,8 @@ class Ties:
         if not self._ties:
             return
         held = {tie.name: i for i, tie in enumerate(self._ties) if tie.parameter is not None}
-        shape = (len(self._ties), self._num_stages, len(COMPARED), 3)
+        compared = ("weight as computed with", *fragments.keys)
+        shape = (len(self._ties), self._num_stages, len(compared), 3)
         sums = torch.zeros(shape, dtype=torch.float64, device=fragments.device)
         own = sums[:, self._stage]
         if self._is_first_replica:
@@ -121,7 +122,7 @@ class Ties:
                 own[i, 0] = _sums(self._ties[i].parameter.detach().flatten(), 0)
         for part in fragments.divided():
             if part.name in held:
-                for column, key in enumerate(STATES, start=1):
+                for column, key in enumerate(fragments.keys, start=1):
                     own[held[part.name], column] += _sums(part.states[key], part.start)
         dist.all_reduce(sums)
         for tie, of_stages in zip(self._ties, sums.cpu()):
@@ -129,7 +130,7 @@ class Ties:
             apart = (copies[:, :, 1:] - copies[0, :, 1:]).norm(dim=-1).amax(dim=0)
             norms = copies[:, :, 0].amax(dim=0).sqrt()
             if (apart > MAY_DIFFER * norms).any():
-                found = zip(COMPARED, (apart / norms).tolist())
+                found = zip(compared, (apart / norms).tolist())
                 what = ", ".join(f"{name} by {much:.1e}" for name, much in found)
                 raise Failure(
                     f"after {step} steps the copies of {tie.name} in the pipe stages "

@@ -14,12 +14,13 @@ class Growth:
 
     Attributes:
         copies: for every layer that takes over another's weights, that other layer.
-        fresh: layers that start anew as the identity: drawn as at the start of the run, their
-            output projections zero, their moments zero.
+        new: layers that copy nothing: drawn as at the start of the run, their moments zero.
+        new_are_identity: the new layers' output projections are zero.
         without_moments: layers among the targets of `copies` that start with zero moments; the
             others take over AdamW's moments too.
     """
 
     copies: dict[int, int]
-    fresh: tuple[int, ...]
+    new: tuple[int, ...] = ()
+    new_are_identity: bool = False
     without_moments: frozenset[int] = frozenset()

@@ -14,6 +14,7 @@ from est_ds.cost.memory import activations_by_layer, activations_of_stages, memo
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import SAVES_NOTHING
+from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -60,6 +61,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
+        *_stacking(estimate),
         ("batch", config.batch.equation(replicas)),
         (
             "processes",
@@ -73,6 +75,22 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
+
+
+def _stacking(estimate: Estimate) -> list[tuple[str, str]]:
+    """When the depth grows, beside G_stack's rule; nothing of a method that the rule is not of."""
+    config, method = estimate.design.config, estimate.design.method
+    if not (isinstance(method, Stacking) and method.follows_g_stack):
+        return []
+    dense = config.steps * estimate.dense_step_flops
+    ruled = g_stack_tokens(estimate.json["parameters"], dense) / config.tokens_per_step
+    now = method.phases[0].until_step
+    found = [
+        f"{amount(steps * config.tokens_per_step)} tokens (step {round(steps):,}, "
+        f"{steps / config.steps:.3f} of the run)"
+        for steps in (now, ruled)
+    ]
+    return [("stacked", f"after {found[0]}; by G_stack's rule after {found[1]}")]
 
 
 def _pipeline(estimate: Estimate, accumulation: int) -> str:
@@ -172,11 +190,7 @@ def _layouts(estimate: Estimate) -> Table:
         table.add_column("on the\nhost", justify="right", vertical="bottom")
     for processes, accumulation in layouts(config):
         memory = memory_per_process(
-            max(estimate.stage_parameters),
-            precision=config.precision,
-            zero=config.parallel.zero,
-            data_parallel=config.data_parallel(processes),
-            offload=config.parallel.offload,
+            max(estimate.stage_parameters), config, config.data_parallel(processes)
         )
         table.add_row(
             f"{processes}",

@@ -15,7 +15,6 @@ from est_ds.checkpoints.store import Store
 from est_ds.run.metrics import read_metrics
 
 EXACT = ("phase", "lr", "tokens", "kept_layers", "plan_digest", "data_digest")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -153,15 +152,19 @@ def _numbers(step: int, name: str, one: dict | None, other: dict | None, bound: 
 
 def _checkpoint_differences(step: int, one: Path, other: Path, allowed: Bounds):
     with Checkpoint(one) as expected, Checkpoint(other) as found:
-        counts = [c.index.state.optimizer_steps for c in (expected, found)]
+        states = [c.index.state for c in (expected, found)]
+        counts = [s.optimizer_steps for s in states]
         if counts[0] != counts[1]:
             yield Difference(step, "AdamW's count of steps", *counts)
+        births = [s.births for s in states]
+        if births[0] != births[1]:
+            yield Difference(step, "the counts of steps at which layers began", *births)
         shapes = expected.index.parameters
         if shapes != found.index.parameters:
             yield Difference(step, "parameters", shapes, found.index.parameters)
             return
         yield from _state_differences(step, WEIGHT, expected, found, allowed.weight)
-        for state in MOMENTS:
+        for state in sorted(expected.keys & found.keys - {WEIGHT}):
             yield from _state_differences(step, state, expected, found, allowed.moment)
 
 

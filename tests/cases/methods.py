@@ -35,6 +35,7 @@ SECTIONS = {
     ),
     "layer_drop_sublayer": dict(name="layer_drop", skip="sublayer", always_keep=[0, -1]),
     "pld": dict(name="pld", gamma=0.05),
+    "pld_by_length": dict(name="pld"),
     "pld_sublayer": dict(name="pld", gamma=0.05, skip="sublayer", count_from=0),
     "decay_drop": dict(name="decay_drop", p_max=0.9),
     "static": dict(name="static", until=0.5, **HALF),
@@ -42,9 +43,13 @@ SECTIONS = {
     "stacking": dict(
         name="stacking", phases=[dict(until=0.5, layers=4), dict(until=1.0, layers=8)]
     ),
-    "stacking_fresh_balanced": dict(
-        name="stacking", mode="fresh", balance_groups=2,
+    "stacking_random_balanced": dict(
+        name="stacking", mode="random", balance_groups=2,
         phases=[dict(until=0.2, layers=0), dict(until=0.5, layers=3), dict(until=1.0, layers=8)],
+    ),
+    "stacking_midas": dict(
+        name="stacking", mode="midas", alpha=1.0,
+        phases=[dict(layers=0.25), dict(layers=0.5), dict(layers=1.0)],
     ),
 }
 

@@ -1,5 +1,7 @@
 """The smallest run that has everything: phases, pipe stages, replicas, checkpoints."""
 
+from est_ds.config.sections import RunConfig
+
 TINY_MODEL = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -31,3 +33,22 @@ TINY_RUN = {
     "checkpoint": {"every": 5, "keep_last": 0},
     "evaluate": {"every": 10, "sequences": 10},
 }
+
+SMALL = {"name": "small", "until": 5, "layers": 0.5, "heads": 0.5, "columns": 0.5}
+EST = {"name": "est", "balance_groups": 2, "phases": [SMALL, {"name": "full", "until": 20}]}
+
+
+def make_config(**changes) -> RunConfig:
+    """A run of which no data is there, for what reads none."""
+    tree = {
+        "run_dir": "unset",
+        "steps": 20,
+        "model": TINY_MODEL,
+        "method": EST,
+        "data": {"train": "absent", "valid": "absent", "tokenizer": "absent", "sequence": 64},
+        "batch": {"global": 8, "micro": 2},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 5},
+        "evaluate": {"every": 5, "sequences": 4},
+    }
+    return RunConfig.model_validate({**tree, **changes})

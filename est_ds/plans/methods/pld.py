@@ -20,14 +20,15 @@ class PldSettings(RateSettings):
     """The paper's settings for BERT are the defaults.
 
     Attributes:
-        gamma: per step; with 100 / steps theta is near theta_bar after a twentieth of the run.
+        gamma: per step (default: 100 / steps of the run, the paper's heuristic; theta is then near
+            theta_bar after a twentieth of the run, and a short run saves what a long one does).
         count_from: the number i of the first layer. 1: the last layer is kept with chance theta.
             0: the first layer is never dropped, and fewer are on average.
     """
 
     name: Literal["pld"]
     theta_bar: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    gamma: Annotated[float, Field(gt=0.0)] = 0.001
+    gamma: Annotated[float, Field(gt=0.0)] | None = None
     count_from: Annotated[int, Field(ge=0, le=1)] = 1
     scale: Scale = Scale(layers="inverse")
 
@@ -37,8 +38,8 @@ class Pld(KeepRates):
 
     def theta(self, steps: np.ndarray) -> np.ndarray:
         """theta(t), rounded, so that processors whose exp differs in the last bit agree."""
-        bar = self.settings.theta_bar
-        return np.round((1 - bar) * np.exp(-self.settings.gamma * steps) + bar, 12)
+        bar, gamma = self.settings.theta_bar, self.settings.gamma or 100 / self.steps
+        return np.round((1 - bar) * np.exp(-gamma * steps) + bar, 12)
 
     def rates(self, steps: np.ndarray) -> np.ndarray:
         num_layers = self.shape.num_layers

@@ -1,4 +1,4 @@
-"""`stacking`: the depth grows at phase boundaries, by copying layers or by fresh ones.
+"""`stacking`: the depth grows at phase boundaries, by copies of layers or by new ones.
 
 The layers that do not exist yet have their places in the full model from the start, and are
 skipped: cost and function are those of the shallow model, while engine, pipeline cuts and
@@ -7,11 +7,12 @@ checkpoints stay as they are. At a boundary layers are copied between places.
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Annotated, Literal
+import math
+from itertools import accumulate, pairwise
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from est_ds.errors import UserError
 from est_ds.plans import balance
@@ -20,49 +21,77 @@ from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, full
 from est_ds.plans.phases import PhaseSettings, method_phases
 from est_ds.plans.plan import Kept, LayerPlan, Plan
 
-Mode = Literal["double", "gradual", "midas", "fresh"]
+Mode = Literal["random", "identity", "double", "interleave", "gradual", "midas", "lidas"]
+COPIES_NOTHING = ("random", "identity")
 
 
 class StackingPhase(PhaseSettings):
-    """One phase, and the depth that it trains (a number of layers)."""
+    """One phase: where it ends, and the depth that it trains.
 
-    layers: Annotated[int, Field(ge=0)]
+    Attributes:
+        until: a step, or a fraction of the run; left out where the method has `alpha`.
+        layers: their number (whole), or a fraction of the model's (with a point).
+    """
+
+    until: int | float | None = None
+    layers: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class StackingSettings(MethodSettings):
     """How the depth grows.
 
     Attributes:
-        mode: `double`: the whole stack again on top (StackBERT, Gong et al. 2019); `gradual`: the
+        mode: `random`: new layers on top, drawn as at the start of the run (arXiv 2511.04981 grows
+            so, once, from depth 0 or 1 [note]); `identity`: new layers on top that compute the
+            identity, since their output projections are zero (no paper's; 2511.04981 finds that
+            zero initialisation blocks feature learning [note]); `double`: the whole stack again on
+            top (StackBERT, Gong et al. 2019; four times in G_stack, arXiv 2405.15319);
+            `interleave`: every layer again behind itself (arXiv 2511.04981 [note]); `gradual`: the
             last layers again on top (gradual stacking, arXiv 2402.05913 section 2); `midas`: the
-            middle block again in the middle (arXiv 2409.19044); `fresh`: new layers on top that
-            start as the identity, from depth 0 or 1 on (arXiv 2511.04981).
-        moments: AdamW's moments are copied with the weights, or start at zero. The optimizer's
-            step count goes on, so that its bias correction does not start again.
+            middle one of equal blocks again behind itself (arXiv 2409.19044 [note]); `lidas`: the
+            middle layers again behind themselves (arXiv 2512.08819 [note]).
+        moments: AdamW's moments are copied with the weights, or start at zero.
+        alpha: phase i of k (from 1) lasts i ** alpha / (1 ** alpha + ... + k ** alpha) of the run,
+            in place of every phase's `until` (PROP-alpha of arXiv 2409.19044 [note]; 0: equally).
     """
 
     name: Literal["stacking"]
     mode: Mode = "gradual"
     moments: Literal["copy", "fresh"] = "copy"
+    alpha: Annotated[float, Field(ge=0.0)] | None = None
     phases: Annotated[list[StackingPhase], Field(min_length=2)]
     balance_groups: Groups | None = None
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _fresh_was_identity(cls, value: Any) -> Any:
+        if value == "fresh":
+            raise ValueError(
+                "no mode any more: use `random` (new layers drawn as at the start, as in arXiv "
+                "2511.04981), or `identity` (their output projections are zero, which `fresh` "
+                "was). A run that began with `fresh` cannot go on: begin anew, in another run_dir"
+            )
+        return value
+
 
 def sources(mode: Mode, before: int, after: int) -> list[int | None]:
-    """For every layer of the grown model the layer that it is a copy of; None: a fresh layer.
+    """For every layer of the grown model the layer that it is a copy of; None: a new layer.
 
     Raises:
         ValueError: the mode cannot grow `before` layers to `after`.
     """
     added = after - before
-    if mode == "fresh":
+    if mode in COPIES_NOTHING:
         return [*range(before), *[None] * added]
     if before == 0:
-        raise ValueError("there is no layer to copy: start with at least 1, or use mode fresh")
-    if mode == "double":
+        raise ValueError("there is no layer to copy: start with at least 1, or use mode random")
+    if mode in ("double", "interleave"):
         if after % before:
-            raise ValueError(f"the whole stack is copied: use a multiple of {before}")
-        return [i % before for i in range(after)]
+            raise ValueError(f"every layer is copied alike: use a multiple of {before}")
+        times = after // before
+        return [i % before if mode == "double" else i // times for i in range(after)]
+    if mode == "midas":
+        return _with_middle_block_twice(before, added)
     if added > before:
         raise ValueError(f"{added} layers are copied of {before}: use at most {2 * before}")
     if mode == "gradual":
@@ -71,20 +100,76 @@ def sources(mode: Mode, before: int, after: int) -> list[int | None]:
     return [*range(middle + added), *range(middle, before)]
 
 
+def g_stack_tokens(parameters: float, flops: float) -> float:
+    """Tokens that a model of a quarter of the depth reads before it is stacked four times.
+
+    log10 d = .88 log10 N + 163.27 / log10 C - 5.74 (G_stack, arXiv 2405.15319 [note]).
+
+    Args:
+        parameters: N, of the full model.
+        flops: C, of its dense training.
+    """
+    return 10 ** (0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74)
+
+
+def _with_middle_block_twice(before: int, added: int) -> list[int]:
+    """MIDAS: of the n blocks of `added` layers that the stack consists of, block ceil(n / 2)
+    (counted from 1) stands twice."""
+    if before % added:
+        able = [before + b for b in range(1, before + 1) if before % b == 0]
+        raise ValueError(
+            f"one of equal blocks is copied, and {before} layers are no blocks of {added}; add a "
+            f"divisor of {before}: use {', '.join(map(str, able))}"
+        )
+    num_blocks = before // added
+    end = (num_blocks + 1) // 2 * added
+    return [*range(end), *range(end - added, before)]
+
+
+def _depth(layers: int | float, num_layers: int) -> int:
+    return round(layers * num_layers) if isinstance(layers, float) else layers
+
+
+def _ends(settings: StackingSettings) -> list[int | float]:
+    """Where the phases end: as they say, or by `alpha`.
+
+    Raises:
+        UserError: they say nothing, or both do.
+    """
+    given = [phase.until for phase in settings.phases]
+    if settings.alpha is None:
+        if None in given:
+            raise UserError(
+                f"method.phases.{given.index(None)}.until is missing; add it to every phase, or "
+                f"set method.alpha and to none."
+            )
+        return given
+    for i, until in enumerate(given):
+        if until is not None:
+            raise UserError(
+                f"method.phases[{i}].until={until} cannot take effect beside method.alpha="
+                f"{settings.alpha}, which says where phases end; remove one of them."
+            )
+    shares = list(accumulate((i + 1) ** settings.alpha for i in range(len(given))))
+    return [share / shares[-1] for share in shares]
+
+
 class Stacking(Method):
     Settings = StackingSettings
     draws = False
 
     def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
-        names = [f"depth_{p.layers}" for p in settings.phases]
-        self.phases = method_phases(settings.phases, names, steps)
+        self.depths = [_depth(p.layers, shape.num_layers) for p in settings.phases]
+        ended = zip(settings.phases, _ends(settings))
+        phases = [phase.model_copy(update={"until": until}) for phase, until in ended]
+        self.phases = method_phases(phases, [f"depth_{d}" for d in self.depths], steps)
         self._check(settings)
         lengths = (shape.num_layers,)
         if settings.balance_groups is not None:
             lengths = balance.band_lengths(settings.balance_groups, shape.num_layers)
             self.band_lengths = lengths
-        self.places = [self._places(p.layers, lengths) for p in settings.phases]
+        self.places = [self._places(depth, lengths) for depth in self.depths]
 
     def _check(self, settings: StackingSettings) -> None:
         if len(set(self.shape.layers)) > 1:
@@ -92,30 +177,37 @@ class Stacking(Method):
                 f"method.name='stacking' copies layers, and those of model_type "
                 f"{self.shape.family!r} are not all of one shape; use another method or family."
             )
-        depths = [p.layers for p in settings.phases]
-        if depths[-1] != self.shape.num_layers:
+        if self.depths[-1] != self.shape.num_layers:
             raise UserError(
-                f"method.phases[{len(depths) - 1}].layers={depths[-1]}: the last phase trains the "
-                f"whole model; use {self.shape.num_layers}."
+                f"method.phases[{len(self.depths) - 1}].layers={settings.phases[-1].layers}: the "
+                f"last phase trains the whole model; use {self.shape.num_layers} or 1.0."
             )
-        if settings.mode == "fresh" and settings.moments == "fresh":
+        if settings.mode in COPIES_NOTHING and settings.moments == "fresh":
             raise UserError(
-                "method.moments=fresh cannot take effect with method.mode=fresh: new layers always "
-                "start with zero moments; remove it."
+                f"method.moments=fresh cannot take effect with method.mode={settings.mode}: new "
+                f"layers always start with zero moments; remove it."
             )
-        for i, (before, after) in enumerate(pairwise(depths), start=1):
+        for i, (before, after) in enumerate(pairwise(self.depths), start=1):
+            given = settings.phases[i].layers
+            depth = f"layers={given}" + f" ({after} layers)" * isinstance(given, float)
             if after <= before:
                 raise UserError(
-                    f"method.phases[{i}].layers={after} is not above {before}, the depth of the "
-                    f"phase before; the depth must grow."
+                    f"method.phases[{i}].{depth} is not above {before}, the depth of the phase "
+                    f"before; the depth must grow."
                 )
             try:
                 sources(settings.mode, before, after)
             except ValueError as e:
                 raise UserError(
-                    f"method.phases[{i}].layers={after} after {before} with method.mode="
+                    f"method.phases[{i}].{depth} after {before} with method.mode="
                     f"{settings.mode}: {e}."
                 ) from None
+
+    @property
+    def follows_g_stack(self) -> bool:
+        """Whether a quarter of the layers is stacked four times, at once."""
+        few = self.shape.num_layers / 4
+        return self.settings.mode == "double" and self.depths == [few, self.shape.num_layers]
 
     @staticmethod
     def _places(depth: int, lengths: tuple[int, ...]) -> list[int]:
@@ -151,7 +243,8 @@ class Stacking(Method):
             anew = frozenset(place for i, place in enumerate(after) if taken[i] in taken[:i])
         return Growth(
             copies={p: s for p, s in pairs if s is not None and (s != p or p in anew)},
-            fresh=tuple(place for place, source in pairs if source is None),
+            new=tuple(place for place, source in pairs if source is None),
+            new_are_identity=self.settings.mode == "identity",
             without_moments=anew,
         )
 

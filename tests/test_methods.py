@@ -66,7 +66,11 @@ def test_plans_are_well_formed(section):
                     assert set(kept.units.tolist()) <= set(range(kept.total))
                     assert kept.scale == (kept.total / kept.count if kept.count else 0.0)
                 if groups and kept.count:
-                    held = range(4) if kept.groups is None else kept.groups.tolist()
+                    held = (
+                        range(4)
+                        if kept.key_value_groups is None
+                        else kept.key_value_groups.tolist()
+                    )
                     units = range(8) if kept.units is None else kept.units
                     owners = [unit // 2 for unit in units]
                     assert {owners.count(g) for g in held} == {kept.count // len(held)}
@@ -137,7 +141,7 @@ def test_sublayers_are_skipped_apart_and_exactly():
             attention, mlp = layer.parts
             mixed += not (attention.count and mlp.count)
             if not attention.count:
-                assert len(attention.units) == len(attention.groups) == 0
+                assert len(attention.units) == len(attention.key_value_groups) == 0
                 assert attention.scale == 0.0
     assert mixed > 30
 

@@ -111,22 +111,24 @@ def test_at_least_one_of_everything_is_kept():
     plan = est(shape_of(6), phases=[tiny], head_rule="groups").plan(0)
     assert len(plan.kept_layers) == 1
     attention, mlp = plan.layers[plan.kept_layers[0]].parts
-    assert (attention.count, len(attention.groups), mlp.count) == (2, 1, 1)
+    assert (attention.count, len(attention.key_value_groups), mlp.count) == (2, 1, 1)
 
 
 def test_within_groups_keeps_as_many_heads_in_every_group_and_all_keys():
     for step in range(20):
         for layer in filter(None, est(shape_of(6)).plan(step).layers):
             attention = layer.parts[0]
-            assert attention.groups is None
+            assert attention.key_value_groups is None
             assert (attention.units // 2).tolist() == [0, 1, 2, 3]
 
 
 def test_groups_rule_keeps_whole_key_value_groups():
     for layer in filter(None, est(shape_of(6), head_rule="groups").plan(1).layers):
         attention = layer.parts[0]
-        assert attention.units.tolist() == [h for g in attention.groups for h in (2 * g, 2 * g + 1)]
-        assert len(attention.groups) == 2
+        assert attention.units.tolist() == [
+            h for g in attention.key_value_groups for h in (2 * g, 2 * g + 1)
+        ]
+        assert len(attention.key_value_groups) == 2
 
 
 @pytest.mark.parametrize("head_rule", ["within_groups", "groups"])
@@ -134,7 +136,7 @@ def test_without_grouped_queries_a_head_is_dropped_with_its_key_and_value(head_r
     for layer in filter(None, est(shape_of(6, groups=8), head_rule=head_rule).plan(1).layers):
         attention = layer.parts[0]
         assert attention.count == 4
-        assert attention.units.tolist() == attention.groups.tolist()
+        assert attention.units.tolist() == attention.key_value_groups.tolist()
 
 
 def test_phase_that_keeps_everything_is_the_full_plan():
@@ -185,7 +187,7 @@ def test_heads_are_uniform(shape, head_rule):
     )
     counts = counts_of(method, 2000, lambda plan: plan.layers[0].parts[0].units)
     if head_rule == "groups":  # heads of a group go together
-        counts = counts[:: 8 // shape.layers[0][0].groups]
+        counts = counts[:: 8 // shape.layers[0][0].key_value_groups]
         assert_uniform(counts, [len(counts) / 2] * 2000, len(counts))
         return
     for pair in counts.reshape(4, 2):

@@ -159,8 +159,8 @@ def test_every_count_of_heads(case):
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
     attention = shape.layers[0][0]
-    per_group = attention.heads // attention.groups
-    for rule, most in (("within_groups", per_group), ("groups", attention.groups)):
+    per_group = attention.heads // attention.key_value_groups
+    for rule, most in (("within_groups", per_group), ("groups", attention.key_value_groups)):
         for heads in range(1, most + 1):
             plan = draw_plan(shape, heads=heads, rule=rule, seed=heads)
             assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))

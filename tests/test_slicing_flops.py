@@ -50,7 +50,11 @@ def expected(case: Case, plan: Plan) -> Flops:
             loads.append(Load(0.0, (0,) * len(parts), (0,) * len(parts)))
             continue
         groups = [
-            0 if not isinstance(p, Attention) else p.groups if k.groups is None else len(k.groups)
+            0
+            if not isinstance(p, Attention)
+            else p.key_value_groups
+            if k.key_value_groups is None
+            else len(k.key_value_groups)
             for p, k in zip(parts, layer.parts)
         ]
         loads.append(Load(1.0, tuple(k.count for k in layer.parts), tuple(groups)))

@@ -140,12 +140,12 @@ def _parts(
 ) -> Iterator[tuple[int, Part, float, float, float]]:
     """Every part with its layer, chance, and kept units and key/value heads."""
     for i, (layer, load) in enumerate(zip(shape.layers, loads, strict=True)):
-        for part, units, groups in zip(layer, load.units, load.groups, strict=True):
+        for part, units, groups in zip(layer, load.units, load.key_value_groups, strict=True):
             yield i, part, load.probability, units, groups
 
 
 def _weights(part: Part) -> int:
     """Weights of the matrices of a whole part."""
     if isinstance(part, Attention):
-        return 2 * part.hidden * part.head_dim * (part.heads + part.groups)
+        return 2 * part.hidden * part.head_dim * (part.heads + part.key_value_groups)
     return part.hidden * part.matrices * part.columns

@@ -75,7 +75,7 @@ def activations_by_layer(
             values = 2 * part.hidden
             if isinstance(part, Attention):
                 keys = source if part.cross else tokens
-                kept += keys * 2 * part.head_dim * part.groups * value_bytes
+                kept += keys * 2 * part.head_dim * part.key_value_groups * value_bytes
                 kept += tokens * 4 * part.heads
                 values += 2 * part.head_dim * part.heads
             else:

@@ -86,7 +86,7 @@ def _kept(part: Part, heads: str | None, columns: str | None) -> Kept:
         return Kept(None, part.units)
     if not isinstance(part, Attention):
         return Kept(units, part.units)
-    per_group = part.heads // part.groups
+    per_group = part.heads // part.key_value_groups
     groups, counts = np.unique(units // per_group, return_counts=True)
     if len(set(counts.tolist())) > 1:
         shown = ", ".join(f"{n} of K/V head {g}" for g, n in zip(groups, counts))
@@ -94,7 +94,9 @@ def _kept(part: Part, heads: str | None, columns: str | None) -> Kept:
             f"--heads={text}: {shown}; {per_group} query heads in a row share a K/V head: keep "
             f"equally many of each, or none."
         )
-    return Kept(units, part.units, groups=None if len(groups) == part.groups else groups)
+    return Kept(
+        units, part.units, key_value_groups=None if len(groups) == part.key_value_groups else groups
+    )
 
 
 def _indices(flag: str, text: str, total: int) -> np.ndarray:

@@ -74,7 +74,11 @@ def _size(plan: Plan, shape: ModelShape) -> Size:
     for i in plan.kept_layers:
         for kept, part in zip(plan.layers[i].parts, shape.layers[i]):
             if isinstance(part, Attention):
-                groups = part.groups if kept.groups is None else len(kept.groups)
+                groups = (
+                    part.key_value_groups
+                    if kept.key_value_groups is None
+                    else len(kept.key_value_groups)
+                )
                 counts = {"heads": kept.count, "key/value heads": groups}
             else:
                 counts = {"columns": kept.count}

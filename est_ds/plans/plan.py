@@ -18,12 +18,12 @@ class Kept:
         units: kept query heads or MLP columns, sorted int64 [k]; None keeps all. With none of
             them (k = 0) the part is skipped: it contributes nothing to the residual stream.
         total: number of units that the part has, n.
-        groups: kept key/value heads, sorted int64; None keeps all.
+        key_value_groups: kept key/value heads, sorted int64; None keeps all.
     """
 
     units: np.ndarray | None
     total: int
-    groups: np.ndarray | None = None
+    key_value_groups: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -81,7 +81,7 @@ class Plan:
                 continue
             h.update(f"|{layer.scale!r}".encode())
             for kept in layer.parts:
-                for indices in (kept.units, kept.groups):
+                for indices in (kept.units, kept.key_value_groups):
                     h.update(b";all" if indices is None else _packed(indices, kept.total))
         return h.hexdigest()
 

@@ -11,14 +11,14 @@ class Attention:
 
     Attributes:
         heads: number of query heads.
-        groups: number of key/value heads (equal to `heads` without grouped-query attention).
+        key_value_groups: number of key/value heads (`heads` without grouped-query attention).
         head_dim: width of one head.
         hidden: width of the residual stream that q, k, v read and o writes.
         cross: keys and values come from another sequence (the encoder's output).
     """
 
     heads: int
-    groups: int
+    key_value_groups: int
     head_dim: int
     hidden: int
     cross: bool = False

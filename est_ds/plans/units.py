@@ -67,7 +67,7 @@ class UnitDraw:
         units = self.rows * kept * self.block
         if not isinstance(self.part, Attention):
             return units, 0
-        return units, kept if self.with_groups else self.part.groups
+        return units, kept if self.with_groups else self.part.key_value_groups
 
     def kept(self, address: draw.Address, kind: int, layer: int) -> Kept:
         """The draw at an address, for one layer.
@@ -92,7 +92,7 @@ class UnitDraw:
         groups = units if self.with_groups else None
         if self.block > 1:
             units = (units[:, None] * self.block + np.arange(self.block)).reshape(-1)
-        return Kept(units, total, groups=groups)
+        return Kept(units, total, key_value_groups=groups)
 
 
 def unit_draw(
@@ -105,13 +105,17 @@ def unit_draw(
     """
     if not isinstance(part, Attention):
         return UnitDraw(part, 1, part.columns, columns, counts)
-    per_group = part.heads // part.groups
+    per_group = part.heads // part.key_value_groups
     if head_rule == "groups" or per_group == 1:
-        return UnitDraw(part, 1, part.groups, heads, counts, block=per_group, with_groups=True)
-    return UnitDraw(part, part.groups, per_group, heads, counts)
+        return UnitDraw(
+            part, 1, part.key_value_groups, heads, counts, block=per_group, with_groups=True
+        )
+    return UnitDraw(part, part.key_value_groups, per_group, heads, counts)
 
 
 def skipped_part(part: Part) -> Kept:
     """The part that contributes nothing in a layer of which another part is kept."""
     nothing = np.arange(0)
-    return Kept(nothing, part.units, groups=nothing if isinstance(part, Attention) else None)
+    return Kept(
+        nothing, part.units, key_value_groups=nothing if isinstance(part, Attention) else None
+    )

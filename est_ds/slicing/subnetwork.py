@@ -197,16 +197,16 @@ def _mask_slot(slot: Slot, kept: Kept, layer_scale: float) -> None:
 
 def _set_groups(slot: Slot, kept: Kept, part: Attention, units: Tensor) -> None:
     """What an attention's key/value heads are, and whatever follows the counts."""
-    groups = indices(kept.groups, units.device)
-    num_groups = part.groups if groups is None else len(groups)
+    groups = indices(kept.key_value_groups, units.device)
+    num_groups = part.key_value_groups if groups is None else len(groups)
     assert len(units) % num_groups == 0, (
         f"{len(units)} kept heads share {num_groups} key/value heads unevenly; without "
-        f"grouped-query attention a head is dropped with its key and value (Kept.groups)"
+        f"grouped-query attention a head is dropped with its key and value (Kept.key_value_groups)"
     )
     if groups is not None:
         for module, size in slot.group_rows:
             module.est_slice = Slice(groups, size)
     for module, size in slot.qkv_rows:
-        module.est_slice = Slice(fused(units, groups, part.heads, part.groups), size)
+        module.est_slice = Slice(fused(units, groups, part.heads, part.key_value_groups), size)
     for follower in slot.followers:
         follower.set(len(units), num_groups)

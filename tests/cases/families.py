@@ -281,12 +281,12 @@ def draw_plan(
             return Kept(None if columns is None else some(part.columns, columns), part.columns)
         if heads is None:
             return Kept(None, part.heads)
-        per_group = part.heads // part.groups
+        per_group = part.heads // part.key_value_groups
         if rule == "groups" or per_group == 1:
-            groups = some(part.groups, heads)
+            groups = some(part.key_value_groups, heads)
             units = (groups[:, None] * per_group + np.arange(per_group)).reshape(-1)
             return Kept(units, part.heads, groups)
-        units = [some(per_group, heads) + g * per_group for g in range(part.groups)]
+        units = [some(per_group, heads) + g * per_group for g in range(part.key_value_groups)]
         return Kept(np.concatenate(units), part.heads)
 
     def keep_or_skip(i: int, p: int, part: Any) -> Kept:

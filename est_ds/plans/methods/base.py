@@ -26,12 +26,12 @@ class Load:
     Attributes:
         probability: chance that the layer is kept, or each of its parts if they are skipped apart.
         units: kept heads or columns of every part, on average.
-        groups: kept key/value heads of every part (0 for an MLP), on average.
+        key_value_groups: kept key/value heads of every part (0 for an MLP), on average.
     """
 
     probability: float
     units: tuple[float, ...]
-    groups: tuple[float, ...]
+    key_value_groups: tuple[float, ...]
 
 
 SAVES_NOTHING = "everything is computed, and what is not kept multiplied by zero: it saves nothing"
@@ -164,7 +164,11 @@ class Method(ABC):
 def full_loads(shape: ModelShape) -> tuple[Load, ...]:
     """The loads of the dense model."""
     return tuple(
-        Load(1.0, tuple(p.units for p in layer), tuple(getattr(p, "groups", 0) for p in layer))
+        Load(
+            1.0,
+            tuple(p.units for p in layer),
+            tuple(getattr(p, "key_value_groups", 0) for p in layer),
+        )
         for layer in shape.layers
     )
 
@@ -174,11 +178,11 @@ def plan_loads(plan: Plan, shape: ModelShape) -> tuple[Load, ...]:
     loads = []
     for dense, layer in zip(full_loads(shape), plan.layers):
         if layer is None:
-            loads.append(Load(0.0, dense.units, dense.groups))
+            loads.append(Load(0.0, dense.units, dense.key_value_groups))
             continue
         groups = tuple(
-            g if kept.groups is None else len(kept.groups)
-            for kept, g in zip(layer.parts, dense.groups)
+            g if kept.key_value_groups is None else len(kept.key_value_groups)
+            for kept, g in zip(layer.parts, dense.key_value_groups)
         )
         loads.append(Load(1.0, tuple(kept.count for kept in layer.parts), groups))
     return tuple(loads)

@@ -96,6 +96,6 @@ class KeepRates(Method):
     def _loads(self, chances: np.ndarray) -> tuple[Load, ...]:
         # Costs are linear in the chance, also where attention and MLP are skipped apart.
         return tuple(
-            Load(chance, load.units, load.groups)
+            Load(chance, load.units, load.key_value_groups)
             for chance, load in zip(chances.tolist(), full_loads(self.shape))
         )

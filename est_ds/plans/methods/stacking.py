@@ -226,7 +226,7 @@ class Stacking(Method):
     def loads(self, step: int) -> tuple[Load, ...]:
         places = self.places[self.phase_at(step)]
         return tuple(
-            Load(float(i in places), load.units, load.groups)
+            Load(float(i in places), load.units, load.key_value_groups)
             for i, load in enumerate(full_loads(self.shape))
         )
 

@@ -87,13 +87,14 @@ def _check_divides(shape: Any, config: Any) -> None:
             f"model: {shape.num_layers} layers of width {shape.hidden}; a model needs at least 1."
         )
     attention = shape.layers[0][0]
-    if min(attention.heads, attention.groups, attention.head_dim, shape.vocabulary) < 1:
+    if min(attention.heads, attention.key_value_groups, attention.head_dim, shape.vocabulary) < 1:
         raise UserError(
-            f"model: {attention.heads} heads of width {attention.head_dim}, {attention.groups} "
-            f"key/value heads and a vocabulary of {shape.vocabulary}; use at least 1 of each."
+            f"model: {attention.heads} heads of width {attention.head_dim}, "
+            f"{attention.key_value_groups} key/value heads and a vocabulary of {shape.vocabulary}; "
+            f"use at least 1 of each."
         )
-    if attention.heads % attention.groups:
+    if attention.heads % attention.key_value_groups:
         raise UserError(
-            f"model.num_key_value_heads={attention.groups} does not divide "
+            f"model.num_key_value_heads={attention.key_value_groups} does not divide "
             f"model.num_attention_heads={attention.heads}; use a divisor."
         )

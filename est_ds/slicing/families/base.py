@@ -156,13 +156,13 @@ class Size:
     Attributes:
         layers: kept layers, by their index in the plan.
         heads: query heads of every attention.
-        groups: key/value heads of every attention.
+        key_value_groups: key/value heads of every attention.
         columns: columns of every MLP.
     """
 
     layers: tuple[int, ...]
     heads: int
-    groups: int
+    key_value_groups: int
     columns: int
 
 

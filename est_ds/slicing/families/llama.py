@@ -83,7 +83,7 @@ class Llama(Family):
         fields = {
             "num_hidden_layers": len(size.layers),
             "num_attention_heads": size.heads,
-            "num_key_value_heads": size.groups,
+            "num_key_value_heads": size.key_value_groups,
             "head_dim": self.shape(config).layers[0][0].head_dim,
             "intermediate_size": size.columns,
         }

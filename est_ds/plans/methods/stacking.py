@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from est_ds.errors import UserError
 from est_ds.plans import balance
@@ -29,11 +29,10 @@ class StackingPhase(PhaseSettings):
     """One phase: where it ends, and the depth that it trains.
 
     Attributes:
-        until: a step, or a fraction of the run; left out where the method has `alpha`.
+        until: a step, or a fraction of the run; `alpha` of the method gives it to every phase.
         layers: their number (whole), or a fraction of the model's (with a point).
     """
 
-    until: int | float | None = None
     layers: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -58,7 +57,7 @@ class StackingSettings(MethodSettings):
     name: Literal["stacking"]
     mode: Mode = "gradual"
     moments: Literal["copy", "fresh"] = "copy"
-    alpha: Annotated[float, Field(ge=0.0)] | None = None
+    alpha: Annotated[float, Field(ge=0.0, le=10.0)] | None = None
     phases: Annotated[list[StackingPhase], Field(min_length=2)]
     balance_groups: Groups | None = None
 
@@ -72,6 +71,23 @@ class StackingSettings(MethodSettings):
                 "was). A run that began with `fresh` cannot go on: begin anew, in another run_dir"
             )
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_ends_phases(cls, section: dict[str, Any]) -> dict[str, Any]:
+        alpha, phases = section.get("alpha"), section.get("phases")
+        able = type(alpha) in (int, float) and 0 <= alpha <= 10 and isinstance(phases, list)
+        if not able or not all(isinstance(phase, dict) for phase in phases):
+            return section  # without alpha, or with something wrong, which the fields will say
+        for i, phase in enumerate(phases):
+            if "until" in phase:
+                raise ValueError(
+                    f"phases[{i}].until={phase['until']} cannot take effect beside alpha={alpha}, "
+                    f"which says where phases end; remove one of them"
+                )
+        ends = list(accumulate((i + 1) ** alpha for i in range(len(phases))))
+        ended = [{**phase, "until": end / ends[-1]} for phase, end in zip(phases, ends)]
+        return {**section, "phases": ended}
 
 
 def sources(mode: Mode, before: int, after: int) -> list[int | None]:
@@ -130,30 +146,6 @@ def _depth(layers: int | float, num_layers: int) -> int:
     return round(layers * num_layers) if isinstance(layers, float) else layers
 
 
-def _ends(settings: StackingSettings) -> list[int | float]:
-    """Where the phases end: as they say, or by `alpha`.
-
-    Raises:
-        UserError: they say nothing, or both do.
-    """
-    given = [phase.until for phase in settings.phases]
-    if settings.alpha is None:
-        if None in given:
-            raise UserError(
-                f"method.phases.{given.index(None)}.until is missing; add it to every phase, or "
-                f"set method.alpha and to none."
-            )
-        return given
-    for i, until in enumerate(given):
-        if until is not None:
-            raise UserError(
-                f"method.phases[{i}].until={until} cannot take effect beside method.alpha="
-                f"{settings.alpha}, which says where phases end; remove one of them."
-            )
-    shares = list(accumulate((i + 1) ** settings.alpha for i in range(len(given))))
-    return [share / shares[-1] for share in shares]
-
-
 class Stacking(Method):
     Settings = StackingSettings
     draws = False
@@ -161,9 +153,8 @@ class Stacking(Method):
     def __init__(self, settings: StackingSettings, *, seed, steps, shape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
         self.depths = [_depth(p.layers, shape.num_layers) for p in settings.phases]
-        ended = zip(settings.phases, _ends(settings))
-        phases = [phase.model_copy(update={"until": until}) for phase, until in ended]
-        self.phases = method_phases(phases, [f"depth_{d}" for d in self.depths], steps)
+        names = [f"depth_{d}" for d in self.depths]
+        self.phases = method_phases(settings.phases, names, steps)
         self._check(settings)
         lengths = (shape.num_layers,)
         if settings.balance_groups is not None:

@@ -200,19 +200,23 @@ def weight_traffic_bytes(shape: ModelShape, loads: Sequence[Load], *, value_byte
 def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
     """Expected share of the layers' weights whose gradients a step of a phase reduces.
 
-    It reduces a layer whole if any of its plans keeps a part of it; the plans of a step's
-    micro-batches are drawn apart, so that n of them leave a layer out with the n-th power of one's
-    chance.
+    The micro-batches' plans are drawn apart, so that n of them leave a layer out with the n-th
+    power of one's chance, and together they reduce a layer whole of which one keeps a part. Chances
+    that change from step to step are those of at most 64 steps.
 
     Args:
         micro_batches: that have plans of their own; 1 where they share one.
     """
-    loads = method.computed(method.mean_loads(phase))
-    sent = total = 0.0
-    for _, part, chance, units, groups in _parts(method.shape, loads):
-        whole = sum(weights for _, weights in _matrices(part, units, groups))
-        sent += whole * (1.0 - (1.0 - chance) ** micro_batches)
-        total += whole
+    within, sent, total = method.phases[phase], 0.0, 0.0
+    parts_apart = micro_batches > 1 and getattr(method.settings, "skip", "layer") == "sublayer"
+    every = -(-(within.until_step - within.from_step) // 64)
+    for step in range(within.from_step, within.until_step, every):
+        loads = method.computed(method.loads(step))
+        for i, part, chance, units, groups in _parts(method.shape, loads):
+            draws = micro_batches * (len(method.shape.layers[i]) if parts_apart else 1)
+            whole = sum(weights for _, weights in _matrices(part, units, groups))
+            sent += whole * (1.0 - (1.0 - chance) ** draws)
+            total += whole
     return sent / total
 
 

@@ -117,7 +117,7 @@ def make_design(config: RunConfig) -> Design:
         encoder_decoder=shape.encoder_layers > 0,
     )
     if method.by_micro_batch:
-        _check_micro_batches(config)
+        _check_micro_batches(config, hf)
     design = Design(config, hf, family, method, objective)
     design.cuts
     if shape.encoder_layers and design.decoder_start is None:
@@ -150,11 +150,11 @@ def corpus_weights(config: RunConfig) -> tuple[PhaseWeights, ...]:
     return shares
 
 
-def _check_micro_batches(config: RunConfig) -> None:
-    """Checks that `method.draw: micro_batch` can take effect.
+def _check_micro_batches(config: RunConfig, hf: Any) -> None:
+    """Checks that `method.draw: micro_batch` can take effect, and works.
 
     Raises:
-        UserError: it cannot.
+        UserError: it does not.
     """
     batch = config.batch
     batch.accumulation(1)  # raises
@@ -163,9 +163,16 @@ def _check_micro_batches(config: RunConfig) -> None:
             f"method.draw=micro_batch cannot take effect: batch.micro={batch.micro} is the whole "
             f"batch.global={batch.global_}; lower batch.micro, or remove it."
         )
-    if config.deepspeed.get("zero_optimization", {}).get("overlap_comm") and (
-        config.parallel.zero < 3
-    ):
+    zero = config.parallel.zero
+    if hf.is_encoder_decoder and zero == 3:
+        # Its layers hand on the position bias as well, and ZeRO 3 gathers a layer when the first
+        # gradient of what it returned comes: in another order where another layer is skipped.
+        raise UserError(
+            f"parallel.zero=3 does not work with method.draw=micro_batch and model_type "
+            f"{hf.model_type!r}: replicas would gather layers in different orders; use "
+            f"parallel.zero=2, or method.draw=step."
+        )
+    if config.deepspeed.get("zero_optimization", {}).get("overlap_comm") and zero < 3:
         raise UserError(
             "deepspeed.zero_optimization.overlap_comm=True does not work with "
             "method.draw=micro_batch below ZeRO 3: replicas reduce gradients in one order only "

@@ -119,19 +119,23 @@ def saved(method: Method, *, sequence: int, target_sequence: int | None = None) 
 def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
     """Expected share of the layers' weights whose gradients a step of a phase reduces.
 
-    It reduces a layer whole if any of its plans keeps a part of it; the plans of a step's
-    micro-batches are drawn apart, so that n of them leave a layer out with the n-th power of one's
-    chance.
+    The micro-batches' plans are drawn apart, so that n of them leave a layer out with the n-th
+    power of one's chance, and together they reduce a layer whole of which one keeps a part. Chances
+    that change from step to step are those of at most 64 steps.
 
     Args:
         micro_batches: that have plans of their own; 1 where they share one.
     """
-    loads = method.computed(method.mean_loads(phase))
-    sent = total = 0.0
-    for _, part, chance, _, _ in _parts(method.shape, loads):
-        whole = _weights(part)
-        sent += whole * (1.0 - (1.0 - chance) ** micro_batches)
-        total += whole
+    within, sent, total = method.phases[phase], 0.0, 0.0
+    parts_apart = micro_batches > 1 and getattr(method.settings, "skip", "layer") == "sublayer"
+    every = -(-(within.until_step - within.from_step) // 64)
+    for step in range(within.from_step, within.until_step, every):
+        loads = method.computed(method.loads(step))
+        for i, part, chance, _, _ in _parts(method.shape, loads):
+            draws = micro_batches * (len(method.shape.layers[i]) if parts_apart else 1)
+            whole = _weights(part)
+            sent += whole * (1.0 - (1.0 - chance) ** draws)
+            total += whole
     return sent / total
 
 

@@ -95,7 +95,7 @@ def make_estimate(config: RunConfig) -> Estimate:
 
 
 def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
-    """MeanKept layers, and heads and columns of a kept layer, each layer weighted by its chance.
+    """Kept layers, and heads and columns of a kept layer, each layer weighted by its chance.
 
     Where attention and MLP are skipped apart, a layer counts by the chance of each.
     """

@@ -51,7 +51,7 @@ def plan_figure(estimate: Estimate) -> Figure:
     config, method = design.config, design.method
     figure = Figure(figsize=(7.6, 6.4), layout="constrained")
     kept, flops = figure.subplots(2, 1)
-    style.dress(kept, f"MeanKept on average: {config.method['name']}", "fraction of the full model")
+    style.dress(kept, f"Kept on average: {config.method['name']}", "fraction of the full model")
     style.dress(flops, "Model FLOPs of the run", "cumulative FLOPs")
     for axes in (kept, flops):
         style.shade_phases(axes, method.phases, config.steps)

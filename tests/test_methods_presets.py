@@ -9,76 +9,40 @@ import numpy as np
 import pytest
 import yaml
 
-from cases.plans import GPT2, TINYLLAMA
+from cases.methods import SAVED_BY_PRESET
+from cases.plans import encoder
 from est_ds.config.run_file import load_run
 from est_ds.cost import flops
 from est_ds.errors import UserError
 from est_ds.plans.methods import METHODS, build_method
 from est_ds.plans.methods.base import Method
-from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.plans.shape import ModelShape
 from est_ds.run.directory import write_config
 
 PRESETS = Path(__file__).parents[1] / "configs" / "method"
 
 
-def encoder(layers: int, hidden: int) -> ModelShape:
-    heads = hidden // 64
-    parts = (Attention(heads, heads, 64, hidden), Mlp(4 * hidden, hidden, 2))
-    return ModelShape("bert", (parts,) * layers, hidden, 30522, 512)
-
-
-BERT, UL2 = encoder(12, 768), encoder(24, 2048)
-
-# Name of the file: shape, steps, fraction of block FLOPs saved.
-SAVED = {
-    "full": (GPT2, 1000, 0.0),
-    "est_gpt2": (GPT2, 150_000, 0.2667),
-    "est_tinyllama": (TINYLLAMA, 24_000, 0.2500),
-    "raptr_bert": (BERT, 100_000, 1 - 1 / 1.3333),
-    "raptr_ul2": (UL2, 400_000, 1 - 1 / 1.2),
-    "layer_drop": (GPT2, 100_000, 0.2),
-    # The mean of exp(-100 t / T) over the run is 1/100 and half a step; of i / L over layers 13/24.
-    "pld": (BERT, 200_000, 13 / 24 * (1 - 0.5 - 0.5 * 0.01)),
-    "decay_drop_0b9": (GPT2, 100_000, 0.05),
-    "decay_drop_1b8": (UL2, 100_000, 0.15),
-    "decay_drop_3b9": (UL2, 100_000, 0.2),
-    # Half is left out up to step 70k: of the layers; of attention, a third of them; of the MLP.
-    "est_layers": (GPT2, 150_000, 7 / 15 / 2),
-    "est_heads": (GPT2, 150_000, 7 / 15 / 2 / 3),
-    "est_columns": (GPT2, 150_000, 7 / 15 / 2 * 2 / 3),
-    "raptr_ul2_warm": (UL2, 400_000, 0.925 / 6),
-    "constant_est_gpt2": (GPT2, 150_000, 0.2667),
-    "constant_est_tinyllama": (TINYLLAMA, 24_000, 0.2507),
-    "constant_raptr_bert": (BERT, 100_000, 0.25),
-    "constant_raptr_ul2": (UL2, 400_000, 1 / 6),
-    "static": (GPT2, 150_000, 0.2667),
-    "stacking": (GPT2, 100_000, 0.375),
-    "stacking_raptr": (BERT, 90_000, 0.25),
-    "midas": (UL2, 400_000, (1 * 3 + 2 * 2 + 3 * 1) / 40),
-    "g_stack": (UL2, 100_000, 0.1 * 3 / 4),
-    "zero_one": (GPT2, 100_000, 0.8 * 11 / 12),
-}
-
-
 def preset(name: str, steps: int | None = None, shape: ModelShape | None = None, **changes):
     section = {**yaml.safe_load((PRESETS / f"{name}.yaml").read_text()), **changes}
-    default_shape, default_steps, _ = SAVED[name]
+    default_shape, default_steps, _ = SAVED_BY_PRESET[name]
     return build_method(section, seed=0, steps=steps or default_steps, shape=shape or default_shape)
 
 
 def test_every_preset_is_in_the_table_and_every_method_has_one():
-    assert {path.stem for path in PRESETS.iterdir()} == set(SAVED)
+    assert {path.stem for path in PRESETS.iterdir()} == set(SAVED_BY_PRESET)
     named = {yaml.safe_load(path.read_text())["name"] for path in PRESETS.iterdir()}
     assert named == set(METHODS)
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", SAVED_BY_PRESET)
 def test_preset_saves_what_its_file_says(name):
     method = preset(name)
-    assert flops.saved(method, sequence=512).blocks == pytest.approx(SAVED[name][2], abs=5e-5)
+    assert flops.saved(method, sequence=512).blocks == pytest.approx(
+        SAVED_BY_PRESET[name][2], abs=5e-5
+    )
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", SAVED_BY_PRESET)
 def test_preset_is_a_valid_short_run(name):
     method = preset(name, steps=24)
     assert [method.plan(step).step for step in range(24)] == list(range(24))

@@ -1,6 +1,8 @@
-"""A table of settings that every test over methods goes through."""
+"""Tables that every test over methods, or over presets, goes through."""
 
 from __future__ import annotations
+
+from cases.plans import BERT, GPT2, TINYLLAMA, UL2
 
 HALF = dict(layers=0.5, heads=0.5, columns=0.5)
 TWO = [dict(until=0.5, **HALF), dict(until=1.0)]
@@ -51,6 +53,36 @@ SECTIONS = {
         name="stacking", mode="midas", alpha=1.0,
         phases=[dict(layers=0.25), dict(layers=0.5), dict(layers=1.0)],
     ),
+}
+
+# Of every preset, by the name of its file: shape, steps, fraction of block FLOPs saved.
+SAVED_BY_PRESET = {
+    "full": (GPT2, 1000, 0.0),
+    "est_gpt2": (GPT2, 150_000, 0.2667),
+    "est_tinyllama": (TINYLLAMA, 24_000, 0.2500),
+    "raptr_bert": (BERT, 100_000, 1 - 1 / 1.3333),
+    "raptr_ul2": (UL2, 400_000, 1 - 1 / 1.2),
+    "layer_drop": (GPT2, 100_000, 0.2),
+    # The mean of exp(-100 t / T) over the run is 1/100 and half a step; of i / L over layers 13/24.
+    "pld": (BERT, 200_000, 13 / 24 * (1 - 0.5 - 0.5 * 0.01)),
+    "decay_drop_0b9": (GPT2, 100_000, 0.05),
+    "decay_drop_1b8": (UL2, 100_000, 0.15),
+    "decay_drop_3b9": (UL2, 100_000, 0.2),
+    # Half is left out up to step 70k: of the layers; of attention, a third of them; of the MLP.
+    "est_layers": (GPT2, 150_000, 7 / 15 / 2),
+    "est_heads": (GPT2, 150_000, 7 / 15 / 2 / 3),
+    "est_columns": (GPT2, 150_000, 7 / 15 / 2 * 2 / 3),
+    "raptr_ul2_warm": (UL2, 400_000, 0.925 / 6),
+    "constant_est_gpt2": (GPT2, 150_000, 0.2667),
+    "constant_est_tinyllama": (TINYLLAMA, 24_000, 0.2507),
+    "constant_raptr_bert": (BERT, 100_000, 0.25),
+    "constant_raptr_ul2": (UL2, 400_000, 1 / 6),
+    "static": (GPT2, 150_000, 0.2667),
+    "stacking": (GPT2, 100_000, 0.375),
+    "stacking_raptr": (BERT, 90_000, 0.25),
+    "midas": (UL2, 400_000, (1 * 3 + 2 * 2 + 3 * 1) / 40),
+    "g_stack": (UL2, 100_000, 0.1 * 3 / 4),
+    "zero_one": (GPT2, 100_000, 0.8 * 11 / 12),
 }
 
 

@@ -26,6 +26,15 @@ TINYLLAMA = ModelShape(
 GPT2 = ModelShape("gpt2", ((Attention(12, 12, 64, 768), Mlp(3072, 768, 2)),) * 12, 768, 50257, 1024)
 
 
+def encoder(layers: int, hidden: int) -> ModelShape:
+    heads = hidden // 64
+    parts = (Attention(heads, heads, 64, hidden), Mlp(4 * hidden, hidden, 2))
+    return ModelShape("bert", (parts,) * layers, hidden, 30522, 512)
+
+
+BERT, UL2 = encoder(12, 768), encoder(24, 2048)
+
+
 def est(shape: ModelShape, *, seed: int = 7, steps: int = 100, phases=None, **settings):
     if phases is None:
         phases = [dict(until=1.0, layers=0.5, heads=0.5, columns=0.5)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -10,6 +10,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     ValidationError,
 )
+from pydantic_core import ErrorDetails
 
 from est_ds.errors import UserError, did_you_mean
 
@@ -67,7 +68,7 @@ def checked(kind: type[M], section: dict[str, Any], where: str = "") -> M:
         raise UserError(_describe(kind, e.errors()[0], where)) from None
 
 
-def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
+def _describe(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
     location = [str(part) for part in error["loc"] if not str(part).startswith(UNION_TAGS)]
     field = ".".join(([where] if where else []) + location)
     if error["type"] == "extra_forbidden":
@@ -77,8 +78,8 @@ def _describe(kind: type[BaseModel], error: dict[str, Any], where: str) -> str:
     if error["type"] == "missing":
         return f"{field} is missing; add it to the run file."
     if error["type"] == "union_tag_not_found":
-        models = _models_in(kind.model_fields[error["loc"][-1]].annotation)
-        names = ", ".join(model.model_fields["name"].annotation.__args__[0] for model in models)
+        models = _models_in(kind.model_fields[location[-1]].annotation)
+        names = ", ".join(get_args(model.model_fields["name"].annotation)[0] for model in models)
         keys = ", ".join(map(repr, error["input"])) or "none"
         return f"{field}.name is missing (its keys: {keys}); give `name: X`, X one of {names}."
     message = error["msg"].removeprefix("Value error, ")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from est_ds.plans.methods.base import Load, Method, full_loads
 from est_ds.plans.shape import Attention, ModelShape, Part
@@ -82,14 +83,14 @@ def flops_by_layer(
     return layers, FORWARD_AND_BACKWARD * head
 
 
-def step_flops(shape: ModelShape, loads: Sequence[Load], **size: float | None) -> Flops:
+def step_flops(shape: ModelShape, loads: Sequence[Load], **size: Any) -> Flops:
     """Returns the FLOPs of a step; `size` is that of `Size`."""
     layers, head = flops_by_layer(shape, loads, Size(**size))
     blocks = sum(layer.blocks for layer in layers)
     return Flops(blocks, sum(layer.model for layer in layers) + head)
 
 
-def dense_flops(shape: ModelShape, **size: float | None) -> Flops:
+def dense_flops(shape: ModelShape, **size: Any) -> Flops:
     """Returns the FLOPs of a step of the full model; `size` is that of `Size`."""
     return step_flops(shape, full_loads(shape), **size)
 

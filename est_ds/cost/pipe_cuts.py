@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import accumulate
 from operator import le
+from typing import Any
 
 from est_ds.config.sections import Parallel
 from est_ds.cost.flops import Size, flops_by_layer
@@ -12,7 +13,7 @@ from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 
 
-def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[int]:
+def pipe_cuts(method: Method, parallel: Parallel, **size: Any) -> list[int]:
     """Ends of the layer ranges of the pipe stages.
 
     As `parallel.pipe_layers` says; otherwise such that the FLOPs of every phase's busiest stage,
@@ -46,7 +47,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: float | None) -> list[
     return _cheapest(_schedule_costs(method, **size), pipe)
 
 
-def stage_costs(method: Method, phase: int, cuts: list[int], **size: float | None) -> list[float]:
+def stage_costs(method: Method, phase: int, cuts: list[int], **size: Any) -> list[float]:
     """Mean model FLOPs of every pipe stage in the steps of a phase."""
     loads = method.computed(method.mean_loads(phase))
     layers, head = flops_by_layer(method.shape, loads, Size(**size))
@@ -84,7 +85,7 @@ def _checked(
     return cuts
 
 
-def _schedule_costs(method: Method, **size: float | None) -> list[list[float]]:
+def _schedule_costs(method: Method, **size: Any) -> list[list[float]]:
     """Model FLOPs of every phase, of every layer; the head's with the last layer's."""
     costs = []
     for i, phase in enumerate(method.phases):

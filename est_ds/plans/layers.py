@@ -33,7 +33,7 @@ class LayerDraw:
     ) -> None:
         self.num_layers = num_layers
         self.balanced = balance_groups is not None
-        self.lengths = (num_layers,)
+        self.lengths: tuple[int, ...] = (num_layers,)
         if balance_groups is not None:
             self.lengths = balance.band_lengths(balance_groups, num_layers)
         self.always = frozenset(always_keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,7 +86,7 @@ class Plan:
         return h.hexdigest()
 
 
-class StepPlans(Sequence[Plan]):
+class StepPlans:
     """The plans of one optimizer step: one for all its micro-batches, or one for each.
 
     Each is drawn when it is first asked for.
@@ -105,9 +105,13 @@ class StepPlans(Sequence[Plan]):
         return len(self._drawn)
 
     def __getitem__(self, micro_batch: int) -> Plan:
-        if self._drawn[micro_batch] is None:
-            self._drawn[micro_batch] = self._draw(micro_batch)
-        return self._drawn[micro_batch]
+        plan = self._drawn[micro_batch]
+        if plan is None:
+            plan = self._drawn[micro_batch] = self._draw(micro_batch)
+        return plan
+
+    def __iter__(self) -> Iterator[Plan]:
+        return (self[i] for i in range(len(self)))
 
     @cached_property
     def digest(self) -> str:

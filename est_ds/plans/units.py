@@ -61,7 +61,7 @@ class UnitDraw:
         """Mean kept units and key/value groups (0 for an MLP); exact where counts are."""
         p, n = self.fraction, self.size
         if self.counts == "exact":
-            kept = exact_count(p, n)
+            kept: float = exact_count(p, n)
         else:
             kept = n * p + (1 - p) ** n  # an empty draw keeps one
         units = self.rows * kept * self.block

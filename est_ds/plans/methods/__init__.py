@@ -37,7 +37,7 @@ def build_method(section: dict[str, Any], *, seed: int, steps: int, shape: Model
     """
     name = section.get("name")
     if name not in METHODS:
-        hint = did_you_mean(name, METHODS)
+        hint = did_you_mean(str(name), METHODS)
         raise UserError(f"method.name={name!r}: {hint}use one of {', '.join(METHODS)}.")
     method = METHODS[name]
     settings = checked(method.Settings, section, "method")

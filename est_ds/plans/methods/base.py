@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -84,6 +84,7 @@ class Method(ABC):
     """
 
     Settings: ClassVar[type[MethodSettings]]
+    settings: Any  # of type `Settings`
     phases: tuple[Phase, ...]
     draws: ClassVar[bool] = True
     band_lengths: tuple[int, ...] | None = None
@@ -94,8 +95,8 @@ class Method(ABC):
         self.settings, self.seed, self.steps, self.shape = settings, seed, steps, shape
         if self.by_micro_batch and not self.draws:
             raise UserError(
-                f"method.draw=micro_batch cannot take effect with method.name={settings.name!r}, "
-                f"which draws no plan anew at every step; remove it."
+                f"method.draw=micro_batch cannot take effect with method.name="
+                f"{self.settings.name!r}, which draws no plan anew at every step; remove it."
             )
 
     @property

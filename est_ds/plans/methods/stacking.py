@@ -75,7 +75,8 @@ class StackingSettings(MethodSettings):
     @model_validator(mode="before")
     @classmethod
     def _alpha_ends_phases(cls, section: dict[str, Any]) -> dict[str, Any]:
-        alpha, phases = section.get("alpha"), section.get("phases")
+        alpha: Any = section.get("alpha")
+        phases: Any = section.get("phases")
         able = type(alpha) in (int, float) and 0 <= alpha <= 10 and isinstance(phases, list)
         if not able or not all(isinstance(phase, dict) for phase in phases):
             return section  # without alpha, or with something wrong, which the fields will say
@@ -128,7 +129,7 @@ def g_stack_tokens(parameters: float, flops: float) -> float:
     return 10 ** (0.88 * math.log10(parameters) + 163.27 / math.log10(flops) - 5.74)
 
 
-def _with_middle_block_twice(before: int, added: int) -> list[int]:
+def _with_middle_block_twice(before: int, added: int) -> list[int | None]:
     """MIDAS: of the n blocks of `added` layers that the stack consists of, block ceil(n / 2)
     (counted from 1) stands twice."""
     if before % added:
@@ -156,7 +157,7 @@ class Stacking(Method):
         names = [f"depth_{d}" for d in self.depths]
         self.phases = method_phases(settings.phases, names, steps)
         self._check(settings)
-        lengths = (shape.num_layers,)
+        lengths: tuple[int, ...] = (shape.num_layers,)
         if settings.balance_groups is not None:
             lengths = balance.band_lengths(settings.balance_groups, shape.num_layers)
             self.band_lengths = lengths

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from est_ds.errors import UserError
-from est_ds.plans import draw
+from est_ds.plans.draw import UNITS, Address
 from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
 from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale
 from est_ds.plans.phases import Phase, method_phases
@@ -149,17 +149,17 @@ class _PhaseDraw:
                 f"it cannot take effect; use 1.0{most}."
             )
 
-    def draw(self, step: int, phase: int, address: draw.Address) -> Plan:
+    def draw(self, step: int, phase: int, address: Address) -> Plan:
         """The plan of `step`, drawn at an address."""
         kinds = draw_kinds(self.settings.skip, self.shape)
         kept = [self._draw_layers(address, kind) for kind in kinds]
 
         def draw_part(i: int, p: int) -> Kept:
-            return self.units[i][p].kept(address, draw.UNITS + p, i)
+            return self.units[i][p].kept(address, UNITS + p, i)
 
         return Plan(step, phase, assemble(self.shape, kept, self.factors, draw_part))
 
-    def _draw_layers(self, address: draw.Address, kind: int) -> set[int]:
+    def _draw_layers(self, address: Address, kind: int) -> set[int]:
         if self.settings.counts == "exact":
             return set(self.layer_draw.exact(address, kind, self.count))
         return set(self.layer_draw.bernoulli(address, kind, self.keep))
@@ -199,7 +199,7 @@ class PhasedSubsets(Method):
 
     def plan(self, step: int, micro_batch: int = 0) -> Plan:
         phase = self.phase_at(step)
-        address = draw.Address(self.seed, self._address(step), micro_batch)
+        address = Address(self.seed, self._address(step), micro_batch)
         return self._draws[phase].draw(step, phase, address)
 
     def loads(self, step: int) -> tuple[Load, ...]:
@@ -225,7 +225,11 @@ class PhasedSubsets(Method):
             ("draw", settings.draw, everything, "every phase keeps everything"),
         ):
             if idle and value and value != default[field].default:
-                shown = f"scale.layers={value.layers}" if field == "scale" else f"{field}={value}"
+                shown = (
+                    f"scale.layers={settings.scale.layers}"
+                    if field == "scale"
+                    else f"{field}={value}"
+                )
                 raise UserError(
                     f"method.{shown} cannot take effect: {why}; remove it, or lower a phase's "
                     f"{'heads' if field == 'head_rule' else 'layers'}."

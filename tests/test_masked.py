@@ -14,10 +14,12 @@ import yaml
 from cases.families import CASES, shape_of, training_of
 from cases.methods import SECTIONS, fitting
 from cases.tiny import TINY_MODEL
-from conftest import est_ds, refused
+from conftest import refused
+from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops
 from est_ds.cost.pipe_cuts import stage_costs
 from est_ds.plans.methods import build_method
+from est_ds.report.plan_text import plan_report
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.families import family_of, hf_config
 from layouts import LAYOUTS, METHODS, MORE_LAYOUTS, name_of, train_in
@@ -111,14 +113,15 @@ def test_elements_left_out_rest_under_freeze_as_with_slicing(synthetic_run, tmp_
 
 
 def test_a_plan_of_masked_compute_says_that_it_saves_nothing(synthetic_run):
-    arguments = ("plan", synthetic_run, f"method={METHODS['est']}", "method.compute=masked")
-    document = json.loads(est_ds(*arguments, "--json").stdout)
+    overrides = [f"method={METHODS['est']}", "method.compute=masked"]
+    config = load_run(synthetic_run, overrides)
+    document = json.loads(plan_report(config, as_json=True))
     assert document["saved"] == {"blocks": 0.0, "model": 0.0}
     assert [phase["kept_layers"] for phase in document["phases"]] == [4, 8, 8]
     assert {phase[k] for phase in document["phases"] for k in ("blocks_ratio", "model_ratio")} == {
         1
     }
-    text = " ".join(est_ds(*arguments).stdout.split())
+    text = " ".join(plan_report(config, as_json=False).split())
     assert "0.00% blocks (1.000x)" in text and "it saves nothing" in text
 
 

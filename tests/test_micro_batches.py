@@ -14,7 +14,7 @@ from cases.families import CASES, installed, our_model, shape_of, training_of
 from cases.methods import SECTIONS
 from cases.plans import assert_uniform
 from cases.plans import shape_of as plain_shape
-from conftest import est_ds, refused
+from conftest import refused
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import gradient_share
 from est_ds.design import make_design
@@ -22,6 +22,7 @@ from est_ds.plans.methods import METHODS as KINDS
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.plan import Plan
+from est_ds.report.plan_text import plan_report
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.subnetwork import Turn
 from layouts import BF16_BOUND, LAYOUTS, MORE_LAYOUTS, name_of, train_in
@@ -178,12 +179,14 @@ def test_an_encoder_decoder_under_zero_3_is_refused(synthetic_run, capsys):
 
 
 def test_a_plan_says_which_gradients_a_step_reduces(synthetic_run):
-    arguments = ["plan", synthetic_run, "steps=8", f"method={METHODS['est']}"]
-    text = " ".join(est_ds(*arguments).stdout.split())
+    def said(*more: str) -> str:
+        overrides = ["steps=8", f"method={METHODS['est']}", *more]
+        return " ".join(plan_report(load_run(synthetic_run, overrides), as_json=False).split())
+
+    text = said()
     # 1 - (1/2)^4 of the layers, and 1/2.
     assert "4 plans a step" in text and "phase_1 0.94 (0.50), phase_2 1.00 (1.00)" in text
-    third = ["parallel={pipe: 1, zero: 3}"]
-    assert "phase_1 1.00 (0.50)" in " ".join(est_ds(*arguments, *third).stdout.split())
+    assert "phase_1 1.00 (0.50)" in said("parallel={zero: 3}")
 
 
 @pytest.mark.parametrize("name", ["est", "est_sublayer", "layer_drop_balanced", "decay_drop"])
@@ -294,10 +297,10 @@ def test_every_family_in_every_kind_of_layout(layout, compute, synthetic_run, tm
         method = METHODS["layer_drop"].replace("drop: 0.8", f"drop: 0.6, compute: {compute}")
         more = [*training_of(section), f"method={method}", "steps=5", "checkpoint={every: 5}"]
         more.append("evaluate={every: 5, sequences: 12}")
+        expected.append(reference_of(synthetic_run, tmp_path, more))
         if "ZeRO 3" in layout:  # else parameters as small as these are gathered once and for all
             more.append(f"deepspeed.zero_optimization={GATHER_ALL}")
         cases.append((layout, family, more))
-        expected.append(reference_of(synthetic_run, tmp_path, more))
     for run_dir, wanted in zip(train_in(tmp_path, synthetic_run, cases, 3600), expected):
         compare(run_dir, wanted)
 

@@ -88,9 +88,10 @@ class Init(Strict):
         Args:
             config: Hugging Face config of the full model.
         """
+        if self.residual is None:  # T5 has no width to name either
+            return None
         num_layers = config.num_hidden_layers
         return {
-            None: None,
             "none": config.initializer_range,
             "gpt2": config.initializer_range / math.sqrt(2 * num_layers),
             "tinyllama": 1 / math.sqrt(config.hidden_size) / num_layers,

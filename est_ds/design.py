@@ -165,8 +165,8 @@ def _check_dropout(config: RunConfig, hf: Any) -> None:
         if config.compile:
             raise UserError(
                 f"compile=True does not work with model.{field}={chance} (Hugging Face's default, "
-                f"if the run file does not set it): a compiled layer draws masks of its own, others "
-                f"in every layout; set compile=false, or model.{field}=0.0."
+                f"if the run file does not set it): a compiled layer draws masks of its own, other "
+                f"ones in every layout; set compile=false, or model.{field}=0.0."
             )
 
 

@@ -29,7 +29,7 @@ from est_ds.run.metrics import read_metrics
 from est_ds.slicing.dropout import address_dropout
 from est_ds.slicing.families import family_of
 from est_ds.slicing.subnetwork import Subnetwork
-from layouts import LAYOUTS, MORE_LAYOUTS, train_in
+from layouts import BF16_BOUND, LAYOUTS, MORE_LAYOUTS, train_in
 from reference import assert_close as assert_losses_close
 from reference import plain_adamw, seed_masks
 
@@ -193,17 +193,17 @@ def losses_of(run_dir) -> list[float]:
     return [e["loss"] for e in steps] + [e["eval_loss"] for e in evaluations]
 
 
-def check(run, folder, cases: list[tuple[str, str]]) -> list:
+def check(run, folder, cases: list[tuple[str, str]], *more: str) -> list:
     """Trains every (layout, family) and compares it with one process of plain torch."""
-    jobs = [(layout, family, overrides_of(family)) for layout, family in cases]
+    jobs = [(layout, family, [*overrides_of(family), *more]) for layout, family in cases]
     directories = train_in(folder, run, jobs, 3600)
-    expected = {}
+    expected, bound = {}, BF16_BOUND if "precision=bf16" in more else 1e-5
     for family in {family for _, family in cases}:
-        alone = [f"run_dir={folder}/none", "parallel={}", *overrides_of(family)]
+        alone = [f"run_dir={folder}/none", "parallel={}", *overrides_of(family), *more]
         found = plain_adamw(load_run(run, alone))
         expected[family] = [*found.losses, *found.held_out.values()]
     for (_, family), run_dir in zip(cases, directories):
-        assert_losses_close(losses_of(run_dir), expected[family])
+        assert_losses_close(losses_of(run_dir), expected[family], bound)
     return directories
 
 
@@ -227,6 +227,13 @@ def resume(run, folder, run_dir, layout: str, family: str) -> None:
 def test_every_family_in_every_layout(family, synthetic_run, tmp_path):
     directories = check(synthetic_run, tmp_path, [(layout, family) for layout in ALL])
     resume(synthetic_run, tmp_path, directories[1], "pipe 2 x data 2, ZeRO 1", family)
+
+
+@pytest.mark.slow
+def test_bf16_in_every_kind_of_layout(synthetic_run, tmp_path):
+    layouts = ["data 2, ZeRO 2", "data 2, ZeRO 3, checkpointing", "pipe 2, checkpointing"]
+    cases = [(layout, family) for layout in layouts for family in ("bert", "gpt2")]
+    check(synthetic_run, tmp_path, cases, "precision=bf16")
 
 
 # what is said, and refused

@@ -71,6 +71,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
         ("activations", f"at least {gibibytes(_activations(estimate, accumulation))}"),
+        *([("dropout", _dropout(estimate))] if estimate.design.dropout else []),
         *([("draw", _draw(estimate))] if estimate.design.method.by_micro_batch else []),
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
@@ -122,6 +123,14 @@ def _activations(estimate: Estimate, accumulation: int) -> float:
             input_bytes=inputs if config.activation_checkpointing else None,
         )
     )
+
+
+def _dropout(estimate: Estimate) -> str:
+    """What drops in training, said by the run file or not."""
+    design = estimate.design
+    chances = ", ".join(f"{field} {chance}" for field, chance in design.dropout.items())
+    unsaid = [field for field in design.dropout if field not in design.config.model]
+    return chances + (f" (Hugging Face's defaults: {', '.join(unsaid)})" if unsaid else "")
 
 
 def _draw(estimate: Estimate) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -111,7 +111,7 @@ def make_design(config: RunConfig) -> Design:
     _check_dropout(config, hf)
     _check_builds(hf, config)
     family = family_of(hf.model_type)
-    shape = family.shape(hf)
+    shape = replace(family.shape(hf), sequence=config.data.sequence)
     seed, steps = config.seed_of("method"), config.steps
     method = build_method(config.method, seed=seed, steps=steps, shape=shape)
     check_schedule(config.schedule, steps, method.phases)

@@ -15,6 +15,7 @@ from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
+from est_ds.plans.methods.token_drop import TokenDrop
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -62,6 +63,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         *_stacking(estimate),
+        *_positions(estimate),
         ("batch", config.batch.equation(replicas)),
         (
             "processes",
@@ -92,6 +94,22 @@ def _stacking(estimate: Estimate) -> list[tuple[str, str]]:
         for steps in (now, ruled)
     ]
     return [("stacked", f"after {found[0]}; by G_stack's rule after {found[1]}")]
+
+
+def _positions(estimate: Estimate) -> list[tuple[str, str]]:
+    """How many positions pass through the layers that `token_drop` has them skip."""
+    method = estimate.design.method
+    if not isinstance(method, TokenDrop):
+        return []
+    first, end = method.dropping[0], method.dropping[-1]
+    total, until = method.shape.sequence, method.phases[0].until_step
+    return [
+        (
+            "positions",
+            f"layers {first} to {end} keep {method.kept(0):,} of {total:,} at first, on average "
+            f"{method.mean_loads(0)[first].positions:.1%}, and all after {until:,} steps",
+        )
+    ]
 
 
 def _pipeline(estimate: Estimate, accumulation: int) -> str:

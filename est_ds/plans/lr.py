@@ -42,7 +42,7 @@ def check_schedule(schedule: AnySchedule, steps: int, phases: tuple[Phase, ...])
     if again < 2:
         raise UserError(
             f"schedule.rewarm.steps={schedule.rewarm.steps} cannot take effect: of a rise of "
-            f"{again} steps (of {steps}) the first has the whole rate; use at least 2, or remove it."
+            f"{again} steps (of {steps}) the first has the whole rate; use at least 2, or none."
         )
     for phase in phases[1:]:
         if (length := phase.until_step - phase.from_step) < again:

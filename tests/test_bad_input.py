@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -182,6 +183,14 @@ def test_plan_checks_what_of_the_data_is_here(tiny_run, corpus, tmp_path, capsys
         ("batch.global=100000", "batch.global=100000"),
     ):
         assert text in refused(capsys, "plan", tiny_run, name)
+    # The last document begins before the first one, which matters where documents are apart.
+    for ending in ("bin", "idx"):
+        shutil.copy(corpus / f"train.{ending}", tmp_path / f"odd.{ending}")
+    with open(tmp_path / "odd.idx", "r+b") as file:
+        file.seek(-16, os.SEEK_END)
+        file.write(bytes(8))
+    odd = (tiny_run, f"data.train={tmp_path}/odd", "data.documents=separate")
+    assert "odd.idx: its entries do not follow" in refused(capsys, "plan", *odd)
     # The manifests alone, as on a machine that holds no data.
     for name in ("train", "valid"):
         shutil.copy(corpus / f"{name}.manifest.json", tmp_path)

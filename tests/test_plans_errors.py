@@ -137,6 +137,10 @@ def test_wrong_settings_are_refused_by_name(name):
         # At step t of 10 the last layer is kept with chance 1 - .99 (1 - t / 9): 1/100, .12, ...
         (dict(name="decay_drop", p_max=0.99), ["more than 20 in 1 of 10 steps", "100", "0.95"]),
         (
+            dict(name="decay_drop", p_max=0.999, scale=dict(layers="sqrt")),
+            ["by up to 31.6; use at most 0.9975, or method.scale={layers: none}"],
+        ),
+        (
             dict(name="stacking", phases=[dict(layers=1), dict(until=1.0, layers=4)]),
             ["method.phases.0.until is missing"],
         ),

@@ -78,6 +78,9 @@ def test_short_version_of_a_run_warms_again_in_proportion(tiny_run):
     rate = [make_design(short).learning_rate(s) for s in range(20)]
     assert short.schedule.rewarm.steps == 0.2
     assert rate[8] < rate[9] < rate[10] < rate[11] > rate[12]
+    brief = shortened(load_run(tiny_run, [*overrides, "schedule.rewarm.steps=8"]), 20)
+    make_design(brief)
+    assert brief.schedule.rewarm is None
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,8 @@ def test_short_version_of_a_run_warms_again_in_proportion(tiny_run):
         (["schedule.rewarm={steps: 2}", "method={name: full}"], ["schedule.rewarm", "no boundary"]),
         (["schedule.rewarm={steps: 7}"], ["rewarm.steps=7", "phase 'narrow'", "at most 6"]),
         (["schedule.rewarm={steps: 0}"], ["rewarm.steps=0"]),
+        (["schedule.rewarm={steps: 1}"], ["rewarm.steps=1", "at least 2"]),
+        (["schedule.rewarm={steps: 0.01}"], ["rewarm.steps=0.01", "a rise of 0 steps (of 20)"]),
         (["schedule.rewarm={steps: 2, at: 5}"], ["rewarm.at=5", "boundaries"]),
         (["schedule={name: inverse_sqrt, warmup: 0}"], ["warmup=0", "raise it"]),
         (["schedule={name: inverse_sqrt, final: 0.1}"], ["schedule.final", "Known here"]),

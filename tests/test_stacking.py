@@ -257,6 +257,14 @@ def test_sources_are_those_of_the_papers(mode, before, expected):
         ),
         ({"phases": [{"until": 5, "layers": 0}, {"until": 18, "layers": 4}]}, "mode random"),
         (
+            {"mode": "random", "phases": [{"until": 5, "layers": 0.1}, {"until": 18, "layers": 4}]},
+            r"phases\[0\].layers=0.1 keeps none of 4 layers .* at least 0.25",
+        ),
+        (
+            {"alpha": 10, "phases": [{"layers": 2}, {"layers": 4}, {"layers": 4}]},
+            "method.alpha=10 gives a phase no step of steps=18; lower",
+        ),
+        (
             {"mode": "midas", "phases": [{"until": 5, "layers": 1}, {"until": 18, "layers": 4}]},
             "1 layers are no blocks of 3; add a divisor of 1: use 2",
         ),

@@ -39,6 +39,11 @@ def check_schedule(schedule: AnySchedule, steps: int, phases: tuple[Phase, ...])
             "remove it, or choose a method with phases."
         )
     again = to_step(schedule.rewarm.steps, steps, "schedule.rewarm.steps")
+    if again < 2:
+        raise UserError(
+            f"schedule.rewarm.steps={schedule.rewarm.steps} cannot take effect: of a rise of "
+            f"{again} steps (of {steps}) the first has the whole rate; use at least 2, or none."
+        )
     for phase in phases[1:]:
         if (length := phase.until_step - phase.from_step) < again:
             raise UserError(
@@ -75,7 +80,7 @@ def learning_rate(
     i = phase_at(phases, step)
     rate *= phases[i].lr
     if schedule.rewarm is not None and i > 0:
-        again = max(1, to_step(schedule.rewarm.steps, steps, "schedule.rewarm.steps"))
+        again = to_step(schedule.rewarm.steps, steps, "schedule.rewarm.steps")
         rate *= min(1.0, (step - phases[i].from_step + 1) / again)
     return rate
 

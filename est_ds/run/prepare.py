@@ -59,13 +59,8 @@ def prepare(config: RunConfig, processes: int) -> Run:
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in (*train, *valid.values()):
-        corpus.check_vocabulary(design.method.shape.vocabulary)
-        given = getattr(design.objective, "vocabulary", None)
-        if given and not corpus.manifest:  # above it come the objective's own ids
-            corpus.check_vocabulary(given, "objective.vocabulary")
+        _check_corpus(design, corpus)
         corpus.check_tokenizer(data.tokenizer)
-        if data.documents == "separate" or data.shuffle == "documents":
-            corpus.check_boundaries()
     batches, windows = _data(design, train, valid)
     check_run_dir(config)
     parts = {f.name: getattr(design, f.name) for f in fields(design)}
@@ -92,12 +87,27 @@ def unchecked_data(design: Design) -> list[str]:
     if not has_tokenizer:
         absent.append(data.tokenizer)
     for corpus in filter(None, corpora.values()):
-        corpus.check_vocabulary(design.method.shape.vocabulary)
+        _check_corpus(design, corpus)
         if has_tokenizer:
             corpus.check_tokenizer(data.tokenizer)
     if None not in corpora.values():
         _data(design, train, valid)
     return absent
+
+
+def _check_corpus(design: Design, corpus: Corpus) -> None:
+    """Checks that a corpus' tokens and documents are what the run takes them for.
+
+    Raises:
+        UserError: they are not.
+    """
+    corpus.check_vocabulary(design.method.shape.vocabulary)
+    given = getattr(design.objective, "vocabulary", None)
+    if given and not corpus.manifest:  # above it come the objective's own ids
+        corpus.check_vocabulary(given, "objective.vocabulary")
+    data = design.config.data
+    if data.documents == "separate" or data.shuffle == "documents":
+        corpus.check_boundaries()
 
 
 def _data(
@@ -178,7 +188,7 @@ def held_out_windows(design: Design) -> dict[str, Windows]:
     data = design.config.data
     held_out = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in held_out.values():
-        corpus.check_vocabulary(design.method.shape.vocabulary)
+        _check_corpus(design, corpus)
         corpus.check_tokenizer(data.tokenizer)
     try:
         known = [Corpus.open(part.corpus) for part in data.parts]

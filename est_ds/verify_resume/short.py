@@ -60,6 +60,8 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
         phases = [*tree["method"].get("phases", []), *tree["data"]["phases"]]
         if rewarm := tree["schedule"]["rewarm"]:
             rewarm["steps"] = _fraction(rewarm["steps"], config.steps)
+            if round(rewarm["steps"] * steps) < 2:
+                tree["schedule"]["rewarm"] = None  # nothing is left of it
         for section in (tree["schedule"], tree["method"], *phases):
             for field in {"warmup", "decay", "until"} & section.keys():
                 section[field] = _fraction(section[field], config.steps)

@@ -52,11 +52,13 @@ class DecayDrop(KeepRates):
         if self._largest_factors(np.array([0]))[0] <= LARGEST_FACTOR:
             return  # the first step has the largest
         factors = self._largest_factors(np.arange(self.steps))
+        most, other = 1 - 1 / LARGEST_FACTOR, "method.scale={layers: sqrt} or none"
+        if self.settings.scale.layers == "sqrt":
+            most, other = 1 - 1 / LARGEST_FACTOR**2, "method.scale={layers: none}"
         raise UserError(
             f"method.p_max={self.settings.p_max}: a kept layer would be scaled by more than "
             f"{LARGEST_FACTOR:g} in {sum(f > LARGEST_FACTOR for f in factors)} of {self.steps} "
-            f"steps, by up to {factors[0]:.3g}; use at most {1 - 1 / LARGEST_FACTOR:g}, or "
-            f"method.scale={{layers: sqrt}} or none."
+            f"steps, by up to {factors[0]:.3g}; use at most {most:g}, or {other}."
         )
 
     def _largest_factors(self, steps: np.ndarray) -> list[float]:

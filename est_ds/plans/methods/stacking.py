@@ -30,7 +30,7 @@ class StackingPhase(PhaseSettings):
 
     Attributes:
         until: a step, or a fraction of the run; `alpha` of the method gives it to every phase.
-        layers: their number (whole), or a fraction of the model's (with a point).
+        layers: their number (whole), or a fraction of the model's (with a point), at least one.
     """
 
     layers: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, le=1.0)]
@@ -155,7 +155,15 @@ class Stacking(Method):
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
         self.depths = [_depth(p.layers, shape.num_layers) for p in settings.phases]
         names = [f"depth_{d}" for d in self.depths]
-        self.phases = method_phases(settings.phases, names, steps)
+        try:
+            self.phases = method_phases(settings.phases, names, steps)
+        except UserError:
+            if settings.alpha is None:
+                raise
+            raise UserError(
+                f"method.alpha={settings.alpha:g} gives a phase no step of steps={steps}; lower "
+                f"it, or raise steps."
+            ) from None
         self._check(settings)
         lengths: tuple[int, ...] = (shape.num_layers,)
         if settings.balance_groups is not None:
@@ -173,6 +181,13 @@ class Stacking(Method):
             raise UserError(
                 f"method.phases[{len(self.depths) - 1}].layers={settings.phases[-1].layers}: the "
                 f"last phase trains the whole model; use {self.shape.num_layers} or 1.0."
+            )
+        first = settings.phases[0].layers
+        if isinstance(first, float) and self.depths[0] == 0:
+            raise UserError(
+                f"method.phases[0].layers={first} keeps none of {self.shape.num_layers} layers "
+                f"(counts are rounded); use at least {1 / self.shape.num_layers:.3g}, or with mode "
+                f"random or identity 0."
             )
         if settings.mode in COPIES_NOTHING and settings.moments == "fresh":
             raise UserError(

@@ -35,7 +35,6 @@ PLANS = (
     dict(heads=3, columns=1, rule="groups"),
     dict(heads=1, columns=36, skipped=(0, 2)),
     dict(heads=2, columns=13, without=((0, 0), (1, 1), (3, 0))),
-    dict(positions=4),
     dict(heads=2, columns=13, skipped=(1,), positions=5),
 )
 

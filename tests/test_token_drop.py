@@ -22,6 +22,7 @@ from est_ds.cost.flops import step_flops
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 from est_ds.report.estimate import make_estimate
+from est_ds.report.plan_figure import plan_figure
 from est_ds.report.plan_text import plan_tables
 from est_ds.run.metrics import read_metrics
 from layouts import LAYOUTS, MORE_LAYOUTS, train_in
@@ -125,6 +126,11 @@ def test_plan_counts_positions_of_the_runs_own_sequences(synthetic_run):
     dropped = sum(64 - 16 - 4 * step for step in range(12)) / 12 / 64 * 6 / 8
     assert estimate.json["saved"]["blocks"] == pytest.approx(dropped, rel=1e-12)
     assert "layers 1 to 6 keep 16 of 64" in " ".join(plan_tables(estimate).split())
+    *_, line = plan_figure(estimate).axes[0].lines
+    assert line.get_label() == "positions"
+    # The last step's value stands to the run's end.
+    shares = [(2 + 6 * (16 + 4 * step) / 64) / 8 for step in (*range(12), 11)]
+    assert line.get_ydata() == pytest.approx(shares)
 
 
 def overrides_of(family: str, draw: str, documents: str) -> list[str]:

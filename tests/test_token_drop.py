@@ -169,6 +169,5 @@ def test_every_layout_trains_what_plain_adamw_trains(layout, synthetic_run, tmp_
         for family in FAMILIES
         for draw in ("step", "micro_batch")
         for documents in ("joined", "separate")
-        if not (family == "bert" and documents == "separate")
     ]
     check(synthetic_run, tmp_path, layout, cases)

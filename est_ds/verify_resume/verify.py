@@ -181,8 +181,8 @@ def verify_resume(
 def _checked(folder: Path, config: RunConfig, then: RunConfig, wanted: Wanted) -> ResumeCheck:
     if differing := differences(config, then):
         raise UserError(
-            f"--then makes it another run ({differing[0]}); it may change parallel.*, batch.micro, "
-            f"activation_checkpointing, compile and deepspeed.*."
+            f"--then makes it another run ({differing[0]}); it may change parallel.*, batch.micro "
+            f"(unless plans or masks go by it), activation_checkpointing, compile and deepspeed.*."
         )
     short = shortened(config, wanted.steps)
     cut = wanted.cut or default_cut(make_design(short).method.phases, short.steps)

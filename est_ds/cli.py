@@ -86,9 +86,12 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
     plan.add_argument(
-        "--processes", type=_positive, metavar="N", help="as of train (default: what RUN says)"
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="count this many processes (default: what RUN says)",
     )
-    plan.add_argument("--json", action="store_true", help="JSON alone on standard output")
+    plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
     plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
     _add_verify_resume(
@@ -106,7 +109,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--processes",
         type=_positive,
         metavar="N",
-        help="processes to start on this machine (default: every GPU; on CPU what RUN says)",
+        help="start this many on this machine (default: one a GPU; on a CPU what RUN says)",
     )
     train.add_argument(
         "--restarts",
@@ -130,48 +133,55 @@ def _add_verify_resume(check: argparse.ArgumentParser) -> None:
         "Exit code 0: PASS, 1: a difference."
     )
     check.add_argument(
-        "--steps", type=_positive, metavar="K", help="steps of the short run (default: 12 or more)"
+        "--steps", type=_positive, metavar="K", help="train this many steps (default: 12 or more)"
     )
     check.add_argument(
         "--at", type=_positive, metavar="S", help="resume after step S (default: near the middle)"
     )
-    check.add_argument("--processes", type=_positive, metavar="N", help="as of train")
+    check.add_argument(
+        "--processes", type=_positive, metavar="N", help="start this many (default: as train)"
+    )
     check.add_argument(
         "--then",
         default="",
         metavar="OVERRIDES",
-        help="the layout that resumes, as 'parallel.pipe=1 parallel.zero=3' (default: the same)",
+        help="resume in another layout: 'parallel.pipe=1 parallel.zero=3' (default: the same)",
     )
     check.add_argument(
-        "--then-processes", type=_positive, metavar="N", help="its processes (default: --processes)"
+        "--then-processes",
+        type=_positive,
+        metavar="N",
+        help="resume with this many (default: --processes)",
     )
-    check.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs there")
+    check.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs in this folder")
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
     export.add_argument(
-        "--checkpoint", default="latest", help="latest (default), best, or a number of steps"
+        "--checkpoint", default="latest", help="export latest (default), best, or a number of steps"
     )
     export.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="default: RUN_DIR/export, of a smaller model RUN_DIR/export_subnetwork",
+        help="write here (default: RUN_DIR/export; a smaller model: RUN_DIR/export_subnetwork)",
     )
     for name, what in (("layers", "0-5,8"), ("heads", "0,1,4"), ("columns", "0-1023")):
         export.add_argument(
             f"--{name}",
             metavar="INDICES",
-            help=f"a smaller model of these {name} only, as {what}, rescaled as in training",
+            help=f"export a smaller model of these {name}, such as {what}, rescaled as in training",
         )
     export.add_argument(
-        "--plan-step", type=_step, metavar="S", help="a smaller model: the plan of step S"
+        "--plan-step", type=_step, metavar="S", help="export the plan of step S as a smaller model"
     )
-    export.add_argument("--prompt", default="def ", help="start of the sample (default: 'def ')")
+    export.add_argument(
+        "--prompt", default="def ", help="begin the sample with this (default: 'def ')"
+    )
     export.add_argument(
         "--skip-loss",
         action="store_true",
-        help="do not compute the held-out loss again (long for a large model without a GPU)",
+        help="skip the check of the held-out loss (it is long for a large model without a GPU)",
     )
 
 
@@ -184,19 +194,23 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     )
     _many_nodes(doctor)
     doctor.add_argument(
-        "--light", action="store_true", help="without a product on every GPU, as beside a training"
+        "--light",
+        action="store_true",
+        help="skip the matrix product on every GPU: a training runs beside",
     )
 
 
 def _many_nodes(sub: argparse.ArgumentParser) -> None:
     """Options that say where the nodes are."""
-    group = sub.add_argument_group("many nodes", "reached by ssh, or each started by itself")
-    group.add_argument("--hostfile", metavar="F", help="reach its hosts by ssh: lines HOST slots=N")
+    group = sub.add_argument_group("many nodes", "ssh reaches them, or you start each by itself")
     group.add_argument(
-        "--nodes", type=_positive, metavar="N", help="this is one of N nodes; no ssh is used"
+        "--hostfile", metavar="F", help="reach these hosts by ssh; a line is HOST slots=N"
     )
-    group.add_argument("--node-rank", type=_natural, metavar="R", help="which one: 0 to N-1")
-    group.add_argument("--master", metavar="HOST[:PORT]", help=f"where node 0 is (port: {PORT})")
+    group.add_argument(
+        "--nodes", type=_positive, metavar="N", help="join N nodes without ssh, and be one of them"
+    )
+    group.add_argument("--node-rank", type=_natural, metavar="R", help="be this one, 0 to N-1")
+    group.add_argument("--master", metavar="HOST[:PORT]", help=f"find node 0 there (port: {PORT})")
 
 
 def _natural(text: str) -> int:

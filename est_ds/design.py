@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from est_ds.plans.plan import StepPlans
 from est_ds.slicing.build import empty_model, initialise
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
-from est_ds.slicing.families.fields import Init, refuse_dropout
+from est_ds.slicing.families.fields import Init, dropout_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Design:
             UserError: the method's bands of layers, or their number, do not allow it.
         """
         return pipe_cuts(self.method, self.config.parallel, **self.flops_size(1))
+
+    @cached_property
+    def dropout(self) -> dict[str, float]:
+        """The fields of the model that drop something in training, with their chances."""
+        return dropout_of(self.hf_config)
 
     def plans(self, step: int) -> StepPlans:
         """The plans of the micro-batches of a step."""
@@ -103,10 +108,10 @@ def make_design(config: RunConfig) -> Design:
     """
     check_deepspeed_section(config)
     hf = hf_config(config.model, config.data.sequence)
-    refuse_dropout(hf)
+    _check_dropout(config, hf)
     _check_builds(hf, config)
     family = family_of(hf.model_type)
-    shape = family.shape(hf)
+    shape = replace(family.shape(hf), sequence=config.data.sequence)
     seed, steps = config.seed_of("method"), config.steps
     method = build_method(config.method, seed=seed, steps=steps, shape=shape)
     check_schedule(config.schedule, steps, method.phases)
@@ -148,6 +153,21 @@ def corpus_weights(config: RunConfig) -> tuple[PhaseWeights, ...]:
     for share in shares:
         share.parts  # raises
     return shares
+
+
+def _check_dropout(config: RunConfig, hf: Any) -> None:
+    """Checks that what the model drops can be drawn by address.
+
+    Raises:
+        UserError: it cannot.
+    """
+    for field, chance in dropout_of(hf).items():
+        if config.compile:
+            raise UserError(
+                f"compile=True does not work with model.{field}={chance} (Hugging Face's default, "
+                f"if the run file does not set it): a compiled layer draws masks of its own, other "
+                f"ones in every layout; set compile=false, or model.{field}=0.0."
+            )
 
 
 def _check_micro_batches(config: RunConfig, hf: Any) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +66,9 @@ def plain_adamw(
     parameters = list(model.parameters())
     masters = [nn.Parameter(p.detach().to(wide)) for p in parameters]
     subnetwork = Subnetwork(run.family, run.method.shape, dict(enumerate(run.family.layers(model))))
+    if run.dropout:
+        own = config.seed_of("method")
+        seed_masks(model, own, lambda: (subnetwork.turn.step, subnetwork.turn.micro_batch))
     decay = config.optimizer.weight_decay
     optimizer = torch.optim.AdamW(
         [
@@ -106,8 +112,38 @@ def plain_adamw(
             count = config.evaluate.sequences
             [batch] = run.valid["valid"].held_out(count, Portion(0, 1, micro=count))
             with torch.no_grad():
-                found.held_out[step] = loss_of(run, model, *batch).item()
+                found.held_out[step] = loss_of(run, model.eval(), *batch).item()
+            model.train()
     return found
+
+
+def seed_masks(model: nn.Module, seed: int, turn: Callable[[], tuple[int, int]]) -> None:
+    """Has a plain library model draw its dropout by address: torch's own generator is seeded before
+    every module that draws from it.
+
+    Args:
+        turn: step and micro-batch of the forward that runs.
+    """
+    drawing = re.compile(r"\.(self_attn|attn|attention\.self|SelfAttention|EncDecAttention)$")
+    for path, module in model.named_modules():
+        if drawing.search(path) or isinstance(module, nn.Dropout):
+            # T5 drops a stack's embedding and its last norm by one module.
+            before = ("embed_tokens", "final_layer_norm")
+            stack = re.fullmatch(r"(encoder|decoder)\.dropout", path)
+            names = [f"{path} behind {stack[1]}.{b}" for b in before] if stack else [path]
+            module.register_forward_pre_hook(_seeding(seed, turn, cycle(names)))
+
+
+def _seeding(seed: int, turn: Callable[[], tuple[int, int]], names: Iterator[str]):
+    def hook(module: nn.Module, _) -> None:
+        name = next(names)
+        if module.training:
+            step, micro_batch = turn()
+            address = f"{seed}/{step}/{micro_batch}/{name}".encode()
+            first = hashlib.blake2b(address, digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(first, "little") // 2)
+
+    return hook
 
 
 @torch.no_grad()

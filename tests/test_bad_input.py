@@ -28,10 +28,14 @@ REFUSED = {
     "unknown method key": (["method.balance_group=2"], ["method.balance_group", "balance_groups"]),
     "unknown phase key": (["method.phases.0.layer=1.0"], ["layer", "layers"]),
     "unknown model key": (["model.hidden_sise=4"], ["model.hidden_sise", "hidden_size"]),
-    "dropout": (["model.attention_dropout=0.1"], ["model.attention_dropout=0.1", "0.0"]),
-    "dropout that is a whole number": (
+    "dropout of everything": (
         ["model.attention_dropout=1"],
-        ["model.attention_dropout=1", "0.0"],
+        ["model.attention_dropout=1.0", "less than 1"],
+    ),
+    "dropout below 0": (["model.attention_dropout=-0.1"], ["attention_dropout=-0.1", "0.0"]),
+    "dropout in compiled layers": (
+        ["model.attention_dropout=0.1", "compile=true"],
+        ["compile=True", "model.attention_dropout=0.1", "compile=false"],
     ),
     "padding token that is no token": (
         ["model.pad_token_id=512"],

@@ -18,6 +18,7 @@ from est_ds.engine.optimizer import adamw
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.build import build_model, embedding_names, empty_model
 from est_ds.slicing.families import hf_config
+from est_ds.slicing.families.fields import Init
 from layouts import train_in
 from reference import assert_close
 from workers import train_all
@@ -208,3 +209,7 @@ def test_weight_decay_is_of_the_parameters_that_it_says(tiny_run, tmp_path):
         for other, sign in (("all", -1 * (weight.ndim < 2)), ("no_embeddings", 1 * none)):
             apart = found[other][name] - found["matrices"][name]
             torch.testing.assert_close(apart, sign * decayed + zero, rtol=1e-4, atol=1e-7)
+
+
+def test_a_family_without_one_width_for_all_draws_by_its_own():
+    assert Init().residual_std(hf_config({"model_type": "t5"})) is None

@@ -38,6 +38,10 @@ def test_sliced_step_of_every_method_on_every_family_equals_the_masked_step(meth
             with pytest.raises(UserError, match="not all of one shape"):
                 build_method(built, seed=1, steps=STEPS, shape=shape)
             continue
+        if method == "token_drop" and family == "t5":
+            with pytest.raises(UserError, match="share a bias between all positions"):
+                build_method(built, seed=1, steps=STEPS, shape=shape)
+            continue
         drawn = build_method(built, seed=1, steps=STEPS, shape=shape)
         for step in (3, STEPS - 1):
             plan = drawn.plan(step)
@@ -46,6 +50,7 @@ def test_sliced_step_of_every_method_on_every_family_equals_the_masked_step(meth
             assert_close(sliced, masked_step(case, plan))
 
 
+UNMASKED = ("full", "token_drop")
 ALIKE = ("mistral", "qwen2", "qwen3")  # in code that masks they are llama
 
 
@@ -59,7 +64,7 @@ def test_masked_compute_of_every_method_equals_the_masked_step(family):
     model = our_model(case)
     subnetwork = installed(case, model, masked=True)
     for section in SECTIONS.values():
-        if section["name"] == "full" or (section["name"] == "stacking" and family == "t5"):
+        if section["name"] in UNMASKED or (section["name"] == "stacking" and family == "t5"):
             continue
         built = fitting(section, shape.num_layers) | {"compute": "masked"}
         plan = build_method(built, seed=1, steps=STEPS, shape=shape).plan(3)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -103,18 +104,14 @@ def run_jobs(jobs: list[dict]) -> None:
         if "poison" in job:
             build = partial(_poisoned, build_engine, job["poison"])
         if "sums_no_ties" in job:
-            from est_ds.engine.ties import Ties
-
-            Ties.take_over = lambda self, engine: None
+            instead("est_ds.engine.ties.Ties.take_over", lambda self, engine: None)
         if "late_markers" in job:  # a shared file system that shows other ranks' files late
-            from est_ds.checkpoints.writer import Saver
-
-            Saver.poll = lambda self: None
+            instead("est_ds.checkpoints.writer.Saver.poll", lambda self: None)
         if "slow_disk_s" in job:
             _slow_disk(job)
         if "free_bytes" in job:
             usage = shutil.disk_usage(".")._replace(free=job["free_bytes"])
-            shutil.disk_usage = lambda path, usage=usage: usage
+            instead("shutil.disk_usage", lambda path, usage=usage: usage)
         run = prepare(load_run(job["run"], job["overrides"]), world.size)
         if "odd_from" in job and world.rank == world.size - 1:
             _draw_otherwise(run.method, job["odd_from"])
@@ -122,6 +119,25 @@ def run_jobs(jobs: list[dict]) -> None:
         if "traffic" in job and world.is_first:
             Path(job["traffic"]).write_text(json.dumps(traffic))
     leave_processes()
+
+
+# The seams at which faults are put into a run, besides `join` and `build` of `training.loop.train`.
+SEAMS = (
+    "est_ds.checkpoints.writer.Saver.poll",
+    "est_ds.checkpoints.writer.save_file",
+    "est_ds.engine.ties.Ties.take_over",
+    "est_ds.training.loop.train_step",
+    "shutil.disk_usage",
+)
+
+
+def instead(seam: str, fault: Callable) -> Callable:
+    """Puts a fault in the place of a name of `SEAMS` in this process; returns what was there."""
+    assert seam in SEAMS, seam
+    owner, _, name = seam.rpartition(".")
+    original = pkgutil.resolve_name(seam)
+    setattr(pkgutil.resolve_name(owner), name, fault)
+    return original
 
 
 def _draw_otherwise(method, odd_from: int) -> None:
@@ -137,12 +153,8 @@ def _draw_otherwise(method, odd_from: int) -> None:
 
 def _slow_disk(job: dict) -> None:
     """Every file of weights takes seconds more; notes when each was written, and each step done."""
-    from est_ds.checkpoints import writer
-    from est_ds.training import loop as training
-
     run_dir = job["overrides"][0].removeprefix("run_dir=")
     marks: dict = {"steps": {}, "written": []}
-    save_file, train_step = writer.save_file, training.train_step
 
     def slow(*arguments):
         time.sleep(job["slow_disk_s"])
@@ -154,7 +166,8 @@ def _slow_disk(job: dict) -> None:
         marks["steps"].setdefault(str(step), time.monotonic())
         return train_step(job, step)
 
-    writer.save_file, training.train_step = slow, noting
+    save_file = instead("est_ds.checkpoints.writer.save_file", slow)
+    train_step = instead("est_ds.training.loop.train_step", noting)
 
 
 def _poisoned(build, poison: list, *arguments):

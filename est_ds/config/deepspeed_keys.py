@@ -71,6 +71,7 @@ REFUSED = {
 }
 
 REFUSED_WITH_PIPELINE = {
+    "zero_optimization.overlap_comm": "DeepSpeed turns it off in a pipeline",
     "wall_clock_breakdown": "DeepSpeed's timers fail in the pipeline engine",
     "flops_profiler": "DeepSpeed's profiler fails in the pipeline engine; see `est-ds plan`",
 }

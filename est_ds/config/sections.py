@@ -398,7 +398,7 @@ class Seeds(Strict):
     Attributes:
         model: the first weights.
         data: the order of the sequences, and what the objective draws of them.
-        method: the plans.
+        method: the plans, and the masks of dropout.
     """
 
     model: Seed | None = None

@@ -6,7 +6,8 @@ output head included. A product of [m, k] and [k, n] is 2 m k n; forward plus ba
 products for one, since the gradient of each operand is a product of the same size.
 
 An encoder-decoder reads two streams: its first layers the source, the rest and the head the
-target; the keys and values of a cross attention are of the source.
+target; the keys and values of a cross attention are of the source. Where a share f of the positions
+passes through a layer, its projections cost f of the whole, and its scores f squared.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ def flops_by_layer(
     projections, scores = [0.0] * shape.num_layers, [0.0] * shape.num_layers
     for i, part, chance, units, groups in _parts(shape, loads):
         stream = source if i < shape.encoder_layers else target
-        per_unit = 2.0 * chance * part.hidden
+        per_unit = 2.0 * chance * part.hidden * loads[i].positions
         if not isinstance(part, Attention):
             projections[i] += stream[0] * per_unit * part.matrices * units
             continue
         keys = source if part.cross else stream
         projections[i] += per_unit * part.head_dim * 2 * (stream[0] * units + keys[0] * groups)
         # Queries against keys, and weights against values, over the whole sequence.
-        scores[i] += stream[0] * chance * 4.0 * keys[1] * units * part.head_dim
+        dense = stream[0] * chance * 4.0 * keys[1] * units * part.head_dim
+        scores[i] += dense * loads[i].squared
     head = 2.0 * target[0] * (shape.hidden * shape.vocabulary + shape.head_inner)
     layers = [
         Flops(FORWARD_AND_BACKWARD * p, FORWARD_AND_BACKWARD * (p + s))

@@ -22,6 +22,7 @@ from est_ds.engine.settings import deepspeed_config
 from est_ds.engine.ties import Ties
 from est_ds.ranks.world import World
 from est_ds.slicing.build import count_parameters, empty_model
+from est_ds.slicing.dropout import address_dropout
 from est_ds.slicing.families.base import Piece
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -106,6 +107,8 @@ class PipelineEngine(base.Engine):
             self.subnetwork = Subnetwork(
                 family, design.method.shape, self.layers, masked=design.method.masked
             )
+            if design.dropout:
+                address_dropout(model, family, config.seed_of("method"), self.subnetwork)
         settings = deepspeed_config(
             config,
             data_parallel=self.num_replicas,

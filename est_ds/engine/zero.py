@@ -22,6 +22,7 @@ from est_ds.engine.patches import (
 from est_ds.engine.settings import deepspeed_config
 from est_ds.ranks.world import World
 from est_ds.slicing.build import count_parameters, empty_model
+from est_ds.slicing.dropout import address_dropout
 from est_ds.slicing.subnetwork import Subnetwork
 
 
@@ -50,6 +51,8 @@ class ZeroEngine(base.Engine):
         self.subnetwork = Subnetwork(
             family, design.method.shape, self.layers, masked=design.method.masked
         )
+        if design.dropout:
+            address_dropout(model, family, config.seed_of("method"), self.subnetwork)
         self._gathers_whole = design.method.by_micro_batch and config.parallel.zero == 3
         if self._gathers_whole:
             gather_whole(self.layers.values())

@@ -181,7 +181,8 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
         lines.append(check_loss(reloaded, design, source.index, source.windows))
     sample = None
     if reloaded.can_generate():
-        sample, line = continued(reloaded, tokenizer, wish.prompt, design.method.shape.sequence)
+        longest = design.family.shape(design.hf_config).sequence
+        sample, line = continued(reloaded, tokenizer, wish.prompt, longest)
         lines += line
     return Exported(partial, source.index.step, difference, tuple(lines), sample)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Kinds of draws: whole layers; part p of the layers (skipped apart); units of part p of a layer.
-LAYERS, SUBLAYERS, UNITS = 1, 2, 16
+# Kinds of draws: whole layers; part p of the layers (skipped apart); positions of the sequences;
+# units of part p of a layer.
+LAYERS, SUBLAYERS, POSITIONS, UNITS = 1, 2, 8, 16
 KEY_RANGE = 2.0**32
 
 

@@ -40,10 +40,16 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """A kept layer: what is kept of its parts, and the factor on their outputs."""
+    """A kept layer: what is kept of its parts, and the factor on their outputs.
+
+    Attributes:
+        positions: the positions of every sequence that pass through the layer, sorted int64 [k];
+            the others skip it. None: all do.
+    """
 
     parts: tuple[Kept, ...]
     scale: float = 1.0
+    positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +72,7 @@ class Plan:
 
     @property
     def is_full(self) -> bool:
-        return all(
-            layer is not None and layer.scale == 1.0 and all(k.units is None for k in layer.parts)
-            for layer in self.layers
-        )
+        return all(layer is not None and _is_whole(layer) for layer in self.layers)
 
     @cached_property
     def digest(self) -> str:
@@ -83,6 +86,8 @@ class Plan:
             for kept in layer.parts:
                 for indices in (kept.units, kept.key_value_groups):
                     h.update(b";all" if indices is None else _packed(indices, kept.total))
+            if layer.positions is not None:
+                h.update(b";at" + _packed(layer.positions, 2**32))
         return h.hexdigest()
 
 
@@ -120,6 +125,11 @@ class StepPlans:
             return self[0].digest
         digests = "|".join(plan.digest for plan in self)
         return hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
+
+
+def _is_whole(layer: LayerPlan) -> bool:
+    everything = layer.positions is None and all(kept.units is None for kept in layer.parts)
+    return everything and layer.scale == 1.0
 
 
 def _packed(indices: np.ndarray, total: int) -> bytes:

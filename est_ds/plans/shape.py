@@ -59,7 +59,8 @@ class ModelShape:
         layers: the parts of every layer, in the order of the plan's layers.
         hidden: width of the residual stream.
         vocabulary: rows of the output head.
-        sequence: the longest sequence the model takes, tokens; None if there is no bound.
+        sequence: the longest sequence the model takes, tokens, None if there is no bound; as a
+            method sees it, that of the run.
         encoder_layers: how many of the first layers read the source sequence of an
             encoder-decoder; the rest, and the head, read the target sequence. The keys and
             values of a `cross` attention are of the source.

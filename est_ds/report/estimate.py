@@ -23,11 +23,13 @@ class MeanKept:
         layers: kept layers of the model.
         heads: kept query heads of an attention, averaged over the attentions of kept layers.
         columns: kept columns of an MLP, averaged over the MLPs of kept layers.
+        positions: share of the positions that pass through a layer, averaged over all layers.
     """
 
     layers: float
     heads: float
     columns: float
+    positions: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
             totals[is_attention] += load.probability * units
             counts[is_attention] += load.probability
     heads, columns = (totals[k] / counts[k] if counts[k] else 0.0 for k in (True, False))
-    return MeanKept(layers, heads, columns)
+    positions = sum(load.positions for load in loads) / len(loads)
+    return MeanKept(layers, heads, columns, positions)
 
 
 def _stage_parameters(design: Design, model: Any) -> tuple[int, ...]:

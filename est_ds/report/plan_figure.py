@@ -75,12 +75,14 @@ def _draw_kept(axes: Axes, design: Design) -> None:
     # A step's value holds until the next step.
     edges = np.append(samples, design.config.steps)
     # Nested widths: lines that coincide stay visible.
-    lines = (("layers", SKY, 7.0), ("heads", ORANGE, 3.5), ("columns", BLACK, 1.2))
+    lines = [("layers", SKY, 7.0), ("heads", ORANGE, 3.5), ("columns", BLACK, 1.2)]
+    if any(k.positions < 1.0 for k in kept):
+        lines.append(("positions", RED, 2.0))
     for name, colour, width in lines:
         share = [getattr(k, name) / getattr(dense, name) for k in kept]
         axes.step(edges, [*share, share[-1]], where="post", color=colour, lw=width, label=name)
     axes.set_ylim(0, 1.05)
-    axes.legend(loc="lower right", ncols=3)
+    axes.legend(loc="lower right", ncols=len(lines))
 
 
 def _draw_flops(axes: Axes, estimate: Estimate) -> None:

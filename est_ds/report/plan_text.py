@@ -15,6 +15,7 @@ from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
+from est_ds.plans.methods.token_drop import TokenDrop
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -62,6 +63,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         *_stacking(estimate),
+        *_positions(estimate),
         ("batch", config.batch.equation(replicas)),
         (
             "processes",
@@ -71,6 +73,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
         ("activations", f"at least {gibibytes(_activations(estimate, accumulation))}"),
+        *([("dropout", _dropout(estimate))] if estimate.design.dropout else []),
         *([("draw", _draw(estimate))] if estimate.design.method.by_micro_batch else []),
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
@@ -91,6 +94,22 @@ def _stacking(estimate: Estimate) -> list[tuple[str, str]]:
         for steps in (now, ruled)
     ]
     return [("stacked", f"after {found[0]}; by G_stack's rule after {found[1]}")]
+
+
+def _positions(estimate: Estimate) -> list[tuple[str, str]]:
+    """How many positions pass through the layers that `token_drop` has them skip."""
+    method = estimate.design.method
+    if not isinstance(method, TokenDrop):
+        return []
+    first, end = method.dropping[0], method.dropping[-1]
+    total, until = method.shape.sequence, method.phases[0].until_step
+    return [
+        (
+            "positions",
+            f"layers {first} to {end} keep {method.kept(0):,} of {total:,} at first, on average "
+            f"{method.mean_loads(0)[first].positions:.1%}, and all after {until:,} steps",
+        )
+    ]
 
 
 def _pipeline(estimate: Estimate, accumulation: int) -> str:
@@ -122,6 +141,14 @@ def _activations(estimate: Estimate, accumulation: int) -> float:
             input_bytes=inputs if config.activation_checkpointing else None,
         )
     )
+
+
+def _dropout(estimate: Estimate) -> str:
+    """What drops in training, said by the run file or not."""
+    design = estimate.design
+    chances = ", ".join(f"{field} {chance}" for field, chance in design.dropout.items())
+    unsaid = [field for field in design.dropout if field not in design.config.model]
+    return chances + (f" (Hugging Face's defaults: {', '.join(unsaid)})" if unsaid else "")
 
 
 def _draw(estimate: Estimate) -> str:

@@ -13,6 +13,8 @@ from est_ds.config.sections import Data, RunConfig
 from est_ds.disk import hold, replace_text
 from est_ds.errors import UserError
 from est_ds.run.metrics import FILE, read_metrics
+from est_ds.slicing.families import hf_config
+from est_ds.slicing.families.fields import dropout_of
 
 LOCK = ".lock"
 UNBEGUN = (LOCK, ".config.yaml.partial")  # of a run killed before it had a config.yaml
@@ -164,8 +166,8 @@ def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
     former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
     found, free = [], set(FREE_TO_CHANGE)
-    if now.get("method.draw") == "micro_batch":
-        free.discard("batch.micro")  # each has a plan of its own
+    if now.get("method.draw") == "micro_batch" or dropout_of(hf_config(here.model)):
+        free.discard("batch.micro")  # each has a plan, or masks, of its own
     for key in sorted(former.keys() | now.keys()):
         if any(fnmatch(key, pattern) for pattern in free):
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,10 +149,35 @@ class Skippable:
 
 
 class SkippableLayer(Skippable):
-    """A layer that hands on its first argument."""
+    """A layer that hands on its first argument, of all positions or of some.
+
+    Attributes:
+        est_positions: the positions that pass through it, in order, int64 [k]; None: all do.
+    """
+
+    est_positions: Tensor | None = None
 
     def est_skip(self, hidden_states: Tensor, *args, **kwargs):
         return hidden_states
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        if (kept := self.est_positions) is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        along = {name: _at(kept, value) for name, value in kwargs.items()}
+        computed = super().forward(*(_at(kept, x) for x in (hidden_states, *args)), **along)
+        return hidden_states.index_copy(1, kept, computed)
+
+
+def _at(kept: Tensor, value: Any) -> Any:
+    """A layer's argument at kept positions: of states, positions and their embeddings
+    [B, T, ...] the rows, of a mask [B, 1, T, T] rows and columns."""
+    if isinstance(value, tuple):
+        return tuple(_at(kept, part) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 4:
+        return value.index_select(2, kept).index_select(3, kept)
+    return value.index_select(1, kept)
 
 
 class SkippableAttention(Skippable):
@@ -181,7 +207,7 @@ def restore_class(module: nn.Module) -> None:
 
 def forget(module: nn.Module) -> None:
     """Drops what a plan set."""
-    for name in ("est_slice", "est_mask", "est_skipped", "est_masked"):
+    for name in ("est_slice", "est_mask", "est_skipped", "est_masked", "est_positions"):
         module.__dict__.pop(name, None)
 
 

@@ -147,6 +147,9 @@ class Subnetwork:
         if plan is None:
             self._leave_out(layer)
             return
+        if plan.positions is not None:
+            device = self._slots[i][0].columns[0][0].weight.device
+            layer.est_positions = indices(plan.positions, device)
         parts = zip(self._slots[i], plan.parts, self.shape.layers[i], strict=True)
         for slot, kept, part in parts:
             if kept.count == 0:

@@ -1,7 +1,8 @@
 """An independent reference for subnetworks: the unmodified library model, masked by hooks.
 
 Every family is a row of `CASES`. The reference knows only where a family's output projections
-are: what they read is multiplied by 0 or n / k, and a skipped layer hands on what it was given.
+are: what they read is multiplied by 0 or n / k, and a skipped layer hands on what it was given. A
+layer through which some positions pass runs on these alone, under a mask made of their numbers.
 Nothing of `est_ds.slicing` takes part. Weights are redrawn large, so that every head, column and
 bias matters to the comparison.
 
@@ -11,7 +12,8 @@ Shapes: H heads, D head size; a projection reads [B, T, H * D] or [B, T, columns
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -127,7 +129,9 @@ def config_of(case: Case) -> Any:
 
 
 def shape_of(case: Case) -> ModelShape:
-    return family_of(case.section["model_type"]).shape(config_of(case))
+    """The shape, as methods see it in a run on sequences as long as those of `inputs_of`."""
+    whole = family_of(case.section["model_type"]).shape(config_of(case))
+    return replace(whole, sequence=inputs_of(case)["input_ids"].shape[1])
 
 
 def training_of(section: dict[str, Any]) -> list[str]:
@@ -186,22 +190,40 @@ def installed(case: Case, model: nn.Module, masked: bool = False) -> Subnetwork:
     return Subnetwork(family, shape_of(case), dict(enumerate(family.layers(model))), masked)
 
 
-def inputs_of(case: Case) -> dict[str, Tensor]:
-    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6]."""
+def inputs_of(case: Case, separate: bool = False) -> dict[str, Tensor]:
+    """Token ids [2, 9], and for an encoder-decoder the decoder's [2, 6].
+
+    Args:
+        separate: with positions in documents of 9, and of 4 and 5 ids.
+    """
     generator = torch.Generator().manual_seed(3)
     vocabulary = case.section["vocab_size"]
     ids = {"input_ids": torch.randint(2, vocabulary, (2, 9), generator=generator)}
     if case.auto_class == "AutoModelForSeq2SeqLM":
         ids["decoder_input_ids"] = torch.randint(2, vocabulary, (2, 6), generator=generator)
+    if separate:
+        ids["position_ids"] = torch.tensor([[*range(9)], [*range(4), *range(5)]])
+    if separate and case.auto_class == "AutoModelForMaskedLM":
+        ids["attention_mask"] = _seen(case, ids["position_ids"])
     return ids
 
 
-def run_step(model: nn.Module, case: Case) -> Step:
+def _seen(case: Case, positions_BT: Tensor) -> Tensor:
+    """Which positions [B, T] see which, bool [B, 1, T, T], by their places in their documents."""
+    document = (positions_BT == 0).cumsum(-1)
+    seen = document[:, :, None] == document[:, None, :]
+    if case.auto_class != "AutoModelForMaskedLM":
+        back = positions_BT[:, :, None] - positions_BT[:, None, :]
+        seen = seen & (back >= 0) & (back < case.section.get("sliding_window", 99))
+    return seen[:, None]
+
+
+def run_step(model: nn.Module, case: Case, separate: bool = False) -> Step:
     """Forward and backward of a cross-entropy against fixed labels."""
     model.zero_grad(set_to_none=True)
     model.train()
     cache = {} if case.auto_class == "AutoModelForMaskedLM" else {"use_cache": False}
-    logits = model(**inputs_of(case), **cache).logits
+    logits = model(**inputs_of(case, separate), **cache).logits
     labels = torch.arange(logits[..., 0].numel()) * 7 % logits.shape[-1]
     loss = cross_entropy(logits.flatten(0, 1), labels)
     loss.backward()
@@ -212,7 +234,7 @@ def run_step(model: nn.Module, case: Case) -> Step:
     return Step(logits.detach(), loss.detach(), grads)
 
 
-def masked_step(case: Case, plan: Plan) -> Step:
+def masked_step(case: Case, plan: Plan, separate: bool = False) -> Step:
     """The plan's step by masks in plain torch, on the unmodified library model."""
     model = library_model(case)
     layers = [
@@ -224,6 +246,10 @@ def masked_step(case: Case, plan: Plan) -> Step:
         if layer_plan is None:
             layer.register_forward_hook(_hand_on)
             continue
+        if layer_plan.positions is not None:
+            places = inputs_of(case, True)["position_ids"] if separate else torch.arange(9)[None]
+            seen = _seen(case, places)
+            layer.forward = _at_positions(layer.forward, layer_plan.positions.tolist(), seen)
         for path, kept, part in zip(projections, layer_plan.parts, parts):
             module = layer.get_submodule(path)
             if kept.count == 0:
@@ -235,7 +261,23 @@ def masked_step(case: Case, plan: Plan) -> Step:
             size = part.head_dim if isinstance(part, Attention) else 1
             module.register_forward_pre_hook(_masks(kept, size))
             module.register_forward_hook(lambda _m, _x, out, scale=layer_plan.scale: out * scale)
-    return run_step(model, case)
+    return run_step(model, case, separate)
+
+
+def _at_positions(forward: Callable[..., Tensor], at: list[int], seen: Tensor):
+    """A layer's forward of the states at positions alone, and all states with these replaced."""
+
+    def run(states: Tensor, *_others: Any, **named: Any) -> Tensor:
+        angles = {
+            name: tuple(part[:, at] for part in named[name])
+            for name in ("position_embeddings",)
+            if name in named
+        }
+        after = states.clone()
+        after[:, at] = forward(states[:, at], attention_mask=seen[:, :, at][..., at], **angles)
+        return after
+
+    return run
 
 
 def _masks(kept: Kept, size: int):
@@ -259,6 +301,7 @@ def draw_plan(
     without: tuple[tuple[int, int], ...] = (),
     heads: int | None = None,
     columns: int | None = None,
+    positions: int | None = None,
     rule: str = "within_groups",
     scale: float = 1.0,
     seed: int = 0,
@@ -270,6 +313,7 @@ def draw_plan(
         heads: kept heads of every key/value group (`within_groups`), or kept groups (`groups`,
             and always without grouped-query attention).
         columns: kept columns.
+        positions: positions that pass through a layer, every layer's own.
     """
     rng = np.random.default_rng(seed)
 
@@ -296,7 +340,11 @@ def draw_plan(
     layers = [
         None
         if i in skipped
-        else LayerPlan(tuple(keep_or_skip(i, p, x) for p, x in enumerate(parts)), scale)
+        else LayerPlan(
+            tuple(keep_or_skip(i, p, x) for p, x in enumerate(parts)),
+            scale,
+            None if positions is None else some(shape.sequence, positions),
+        )
         for i, parts in enumerate(shape.layers)
     ]
     return Plan(0, 0, tuple(layers))

@@ -53,6 +53,8 @@ SECTIONS = {
         name="stacking", mode="midas", alpha=1.0,
         phases=[dict(layers=0.25), dict(layers=0.5), dict(layers=1.0)],
     ),
+    "token_drop": dict(name="token_drop", start=0.25, until=0.7),
+    "token_drop_layers": dict(name="token_drop", start=0.5, until=1.0, layers=[0, 2]),
 }
 
 # Of every preset, by the name of its file: shape, steps, fraction of block FLOPs saved.
@@ -83,6 +85,8 @@ SAVED_BY_PRESET = {
     "midas": (UL2, 400_000, (1 * 3 + 2 * 2 + 3 * 1) / 40),
     "g_stack": (UL2, 100_000, 0.1 * 3 / 4),
     "zero_one": (GPT2, 100_000, 0.8 * 11 / 12),
+    # 64 of 1,024 positions at first, and then 64 + (0, 1, .. 959), each equally long.
+    "token_drop": (GPT2, 100_000, 0.775 * (1 - (64 + 959 / 2) / 1024) * 10 / 12),
 }
 
 

@@ -15,6 +15,7 @@ from est_ds.plans.methods.pld import Pld
 from est_ds.plans.methods.raptr import Raptr
 from est_ds.plans.methods.stacking import Stacking
 from est_ds.plans.methods.static import Static
+from est_ds.plans.methods.token_drop import TokenDrop
 from est_ds.plans.shape import ModelShape
 
 METHODS: dict[str, type[Method]] = {
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "decay_drop": DecayDrop,
     "static": Static,
     "stacking": Stacking,
+    "token_drop": TokenDrop,
 }
 
 

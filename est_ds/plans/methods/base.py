@@ -27,11 +27,15 @@ class Load:
         probability: chance that the layer is kept, or each of its parts if they are skipped apart.
         units: kept heads or columns of every part, on average.
         key_value_groups: kept key/value heads of every part (0 for an MLP), on average.
+        positions: share of a sequence's positions that pass through the layer, on average.
+        squared: the same of its square, by which attention's scores go.
     """
 
     probability: float
     units: tuple[float, ...]
     key_value_groups: tuple[float, ...]
+    positions: float = 1.0
+    squared: float = 1.0
 
 
 SAVES_NOTHING = "everything is computed, and what is not kept multiplied by zero: it saves nothing"
@@ -185,5 +189,10 @@ def plan_loads(plan: Plan, shape: ModelShape) -> tuple[Load, ...]:
             g if kept.key_value_groups is None else len(kept.key_value_groups)
             for kept, g in zip(layer.parts, dense.key_value_groups)
         )
-        loads.append(Load(1.0, tuple(kept.count for kept in layer.parts), groups))
+        share = 1.0
+        if layer.positions is not None:
+            assert shape.sequence is not None  # of the run
+            share = len(layer.positions) / shape.sequence
+        counts = tuple(kept.count for kept in layer.parts)
+        loads.append(Load(1.0, counts, groups, share, share**2))
     return tuple(loads)

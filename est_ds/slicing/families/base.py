@@ -177,6 +177,8 @@ class Family(ABC):
         skippable: what is put before a layer's class; says what a skipped layer returns.
         head_size_from: the fields of the config that a head's width derives from, where no field
             of its own holds it: a model with fewer heads would have wider ones.
+        reused_dropout: paths of dropout modules that are used in several places, and of the
+            modules whose results they drop there.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -185,6 +187,7 @@ class Family(ABC):
     extra_keys: ClassVar[frozenset[str]] = frozenset()
     skippable: ClassVar[type[Skippable]] = SkippableLayer
     head_size_from: ClassVar[str | None] = None
+    reused_dropout: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @abstractmethod
     def shape(self, config: Any) -> ModelShape:
@@ -215,6 +218,10 @@ class Family(ABC):
     @abstractmethod
     def slots(self, layer: nn.Module) -> tuple[Slot, ...]:
         """The leaves of a layer's parts, in the order of the shape's parts."""
+
+    @abstractmethod
+    def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
+        """The modules of a layer that drop attention probabilities."""
 
     def idle_parameters(self, layer: nn.Module) -> list[nn.Parameter]:
         """The parameters of a layer that are not used where it is skipped."""

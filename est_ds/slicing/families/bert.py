@@ -91,6 +91,9 @@ class Bert(Family):
             ),
         )
 
+    def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
+        return (layer.attention.self,)
+
     def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         named = super().named_inputs(inputs)
         if len(inputs) > 1:  # unlike causal models, the library makes no mask from positions

@@ -88,9 +88,10 @@ class Init(Strict):
         Args:
             config: Hugging Face config of the full model.
         """
+        if self.residual is None:  # T5 has no width to name either
+            return None
         num_layers = config.num_hidden_layers
         return {
-            None: None,
             "none": config.initializer_range,
             "gpt2": config.initializer_range / math.sqrt(2 * num_layers),
             "tinyllama": 1 / math.sqrt(config.hidden_size) / num_layers,
@@ -243,17 +244,20 @@ def refuse_overruled(section: dict[str, Any], config: Any) -> None:
             )
 
 
-def refuse_dropout(config: Any) -> None:
-    """Refuses dropout in a Hugging Face config, wherever training would use it.
+def dropout_of(config: Any) -> dict[str, float]:
+    """The fields of a Hugging Face config that drop something in training, with their chances.
 
     Raises:
-        UserError: a chance of dropout is not 0.
+        UserError: a chance is none, or 1.
     """
+    found = {}
     for field, value in config.to_dict().items():
-        used = "drop" in field and not field.startswith(("summary", "classifier"))
-        if used and value:
+        if "drop" not in field or field.startswith(("summary", "classifier")) or not value:
+            continue
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise UserError(
-                f"model.{field}={value} (Hugging Face's default, if the run file does not set it): "
-                f"dropout draws from a global generator, so that a resumed run or another layout "
-                f"would train something else; set model.{field}=0.0."
+                f"model.{field}={value!r}: input should be a chance of dropout, at least 0.0 and "
+                f"less than 1."
             )
+        found[field] = value
+    return found

@@ -67,6 +67,9 @@ class Gpt2(Family):
             ),
         )
 
+    def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
+        return (layer.attn,)
+
     def pieces(self, config: Any) -> list[Piece]:
         layers = [
             Piece((f"transformer.h.{i}",), _layer, layer=i) for i in range(config.num_hidden_layers)

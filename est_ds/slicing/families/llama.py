@@ -66,6 +66,9 @@ class Llama(Family):
             ),
         )
 
+    def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
+        return (layer.self_attn,)
+
     def pieces(self, config: Any) -> list[Piece]:
         layers = [
             Piece((f"model.layers.{i}", "model.rotary_emb"), _layer, layer=i)

@@ -96,6 +96,10 @@ class T5(Family):
     separable = False
     extra_keys = frozenset({"decoder_start_token_id"})
     skippable = SkippableBlock
+    reused_dropout = {
+        f"{stack}.dropout": (f"{stack}.embed_tokens", f"{stack}.final_layer_norm")
+        for stack in ("encoder", "decoder")
+    }
 
     def shape(self, config: Any) -> ModelShape:
         heads, hidden = config.num_heads, config.d_model
@@ -148,6 +152,10 @@ class T5(Family):
                 skippable=((last, SkippableLayer),),
             ),
         )
+
+    def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
+        own, *cross, _ = layer.layer
+        return (own.SelfAttention, *(c.EncDecAttention for c in cross))
 
     def idle_parameters(self, layer: nn.Module) -> list[nn.Parameter]:
         """All but the position bias, which the first layer of a stack holds for the others."""

@@ -1,0 +1,1 @@
+"""Does a schedule pay? Studies of arms against a baseline."""

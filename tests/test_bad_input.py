@@ -24,6 +24,7 @@ from packings import pack
 REFUSED = {
     "unknown key": (["batch.macro=4"], ["'batch.macro'", "'micro'"]),
     "unknown section": (["optimiser.lr=1"], ["'optimiser'", "'optimizer'"]),
+    "number for a section": (["seeds=3"], ["seeds=3: write a section, {KEY: VALUE, ...}."]),
     "unknown method": (["method.name=etc"], ["method.name='etc'", "est"]),
     "unknown method key": (["method.balance_group=2"], ["method.balance_group", "balance_groups"]),
     "unknown phase key": (["method.phases.0.layer=1.0"], ["layer", "layers"]),

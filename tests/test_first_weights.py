@@ -133,6 +133,7 @@ def test_every_layout_begins_with_the_same_weights(synthetic_run, tmp_path):
         ("model.init={}", ["model.init sets nothing"]),
         ("model.init=0.02", ["model.init=0.02", "{std: NUMBER"]),
         ("model.init={std: 0}", ["model.init.std=0"]),
+        ("model.init={std: 2}", ["model.init.std=2", "less than or equal to 1"]),
         ("model.init={residual: deepnet}", ["model.init.residual='deepnet'", "tinyllama"]),
         ("model.init={stdev: 1.0}", ["unknown key 'model.init.stdev'"]),
         ("optimizer={lr: 1.0, weight_decay: 0, decay: all}", ["decay=all has no effect"]),

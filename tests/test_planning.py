@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from cases.tiny import make_config
+from conftest import ROOT
+from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.plans.methods.stacking import g_stack_tokens
 from est_ds.report.estimate import make_estimate
@@ -79,10 +81,18 @@ def test_a_plan_says_when_g_stack_would_stack():
     method = {"name": "stacking", "mode": "double", "phases": phases}
     estimate = make_estimate(make_config(method=method))
     dense = 20 * estimate.dense_step_flops
-    step = g_stack_tokens(estimate.json["parameters"], dense) / (8 * 64)
+    assert g_stack_tokens(estimate.json["parameters"], dense) > 20 * 8 * 64
     said = " ".join(plan_report(make_config(method=method), as_json=False).split())
     assert "after 2.05 k tokens (step 4, 0.200 of the run); by G_stack's rule after" in said
-    assert f"(step {step:,.0f}, {step / 20:.3f} of the run)" in said
+    assert "T tokens (never in this run:" in said
+    large = load_run(
+        ROOT / "configs/run/raptr_ul2.yaml", [f"method={ROOT}/configs/method/g_stack.yaml"]
+    )
+    said = " ".join(plan_report(large, as_json=False).split())
+    dense = large.steps * make_estimate(large).dense_step_flops
+    tokens = g_stack_tokens(make_estimate(large).json["parameters"], dense)
+    step = tokens / large.tokens_per_step
+    assert f"(step {step:,.0f}, {step / large.steps:.3f} of the run)" in said
     gradual = {**method, "mode": "gradual", "phases": [{"until": 4, "layers": 2}, phases[1]]}
     assert "G_stack" not in plan_report(make_config(method=gradual), as_json=False)
 

@@ -83,6 +83,8 @@ def _describe(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
         keys = ", ".join(map(repr, error["input"])) or "none"
         return f"{field}.name is missing (its keys: {keys}); give `name: X`, X one of {names}."
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("model_type", "dict_type"):
+        message = "write a section, {KEY: VALUE, ...}"
     if isinstance(error["input"], (dict, list)):
         return f"{field}: {message}."
     hint = HINTS.get(error["type"], "")

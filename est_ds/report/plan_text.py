@@ -89,8 +89,12 @@ def _stacking(estimate: Estimate) -> list[tuple[str, str]]:
     ruled = g_stack_tokens(estimate.json["parameters"], dense) / config.tokens_per_step
     now = method.phases[0].until_step
     found = [
-        f"{amount(steps * config.tokens_per_step)} tokens (step {round(steps):,}, "
-        f"{steps / config.steps:.3f} of the run)"
+        f"{amount(steps * config.tokens_per_step)} tokens ("
+        + (
+            f"step {round(steps):,}, {steps / config.steps:.3f} of the run)"
+            if steps < config.steps
+            else "never in this run: the rule is of models and runs far larger)"
+        )
         for steps in (now, ruled)
     ]
     return [("stacked", f"after {found[0]}; by G_stack's rule after {found[1]}")]

@@ -79,7 +79,7 @@ class Init(Strict):
             (jzhang38/TinyLlama, lit_gpt/model.py). Not set: as Hugging Face has it.
     """
 
-    std: Annotated[float, Field(gt=0.0)] | None = None
+    std: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     residual: Literal["none", "gpt2", "tinyllama"] | None = None
 
     def residual_std(self, config: Any) -> float | None:

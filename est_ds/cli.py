@@ -173,7 +173,10 @@ def _add_export(export: argparse.ArgumentParser) -> None:
             help=f"export a smaller model of these {name}, such as {what}, rescaled as in training",
         )
     export.add_argument(
-        "--plan-step", type=_step, metavar="S", help="export the plan of step S as a smaller model"
+        "--plan-step",
+        type=_natural,
+        metavar="S",
+        help="export the plan of step S as a smaller model",
     )
     export.add_argument(
         "--prompt", default="def ", help="begin the sample with this (default: 'def ')"
@@ -222,12 +225,6 @@ def _natural(text: str) -> int:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _step(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a step (a whole number from 0)")
     return int(text)
 
 

@@ -10,4 +10,5 @@ import est_ds
 for family in ("bert", "gpt2", "llama", "t5"):
     import_module(f"transformers.models.{family}.modeling_{family}")
 for module in pkgutil.walk_packages(est_ds.__path__, "est_ds."):
-    import_module(module.name)
+    if not module.name.startswith("est_ds.studies"):  # its libraries start threads
+        import_module(module.name)

@@ -111,6 +111,23 @@ def refused(capsys, *arguments) -> str:
     return output.err
 
 
+def begun_run(run, run_dir: Path, overrides) -> tuple[str, ...]:
+    """Makes the directory of a run that has begun, without training; returns how to resume it."""
+    from est_ds.config.run_file import load_run
+
+    (run_dir / "checkpoints").mkdir(parents=True)
+    config = load_run(run, [f"run_dir={run_dir}", *overrides])
+    (run_dir / "config.yaml").write_text(config.to_yaml())
+    (run_dir / "checkpoints" / "latest").write_text("")
+    return (f"run_dir={run_dir}", *overrides, "parallel.processes=2")
+
+
+def train_command(run, run_dir: Path, *more: str) -> list[str]:
+    """The command line of `est-ds train`, for a process of its own."""
+    command = [sys.executable, "-m", "est_ds.cli", "train", str(run), f"run_dir={run_dir}"]
+    return [*command, *more]
+
+
 def tensorboard_points(run_dir: Path) -> dict[str, list[int]]:
     """Of every figure the steps at which TensorBoard shows a point."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

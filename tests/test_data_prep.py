@@ -215,19 +215,9 @@ def test_hugging_face_encodes_as_sentencepiece_does(prepared):
 def test_a_unigram_packs_as_hugging_face_encodes_and_as_likely_as_sentencepiece(prepared, tmp_path):
     from transformers import AutoTokenizer
 
-    run(
-        "tokenizer",
-        "--input",
-        prepared / "text.train.jsonl",
-        "--out",
-        tmp_path / "tok",
-        "--vocab",
-        "600",
-        "--model-type",
-        "unigram",
-        "--sentences",
-        "300",
-    )
+    source, out = prepared / "text.train.jsonl", tmp_path / "tok"
+    again = ("tokenizer", "--input", source, "--out", out, "--vocab", "600")
+    run(*again, "--model-type", "unigram", "--sentences", "300")
     (tmp_path / "odd.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in (UNUSUAL, "<0x0A> is no byte"))
     )
@@ -245,15 +235,7 @@ def test_a_unigram_packs_as_hugging_face_encodes_and_as_likely_as_sentencepiece(
         assert model.decode(ids[1:-1]) == text
         best = sum(map(model.get_score, model.encode(text)))
         assert sum(map(model.get_score, ids[1:-1])) == pytest.approx(best, rel=1e-6)
-    error = refused(
-        "tokenizer",
-        "--input",
-        prepared / "text.train.jsonl",
-        "--out",
-        tmp_path / "tok",
-        "--vocab",
-        "600",
-    )
+    error = refused(*again)
     assert "holds a tokenizer of another kind (spiece.model)" in error
 
 

@@ -23,7 +23,7 @@ from cases.families import (
     shape_of,
     training_of,
 )
-from conftest import est_ds, refused
+from conftest import begun_run, est_ds, refused
 from est_ds.config.run_file import load_run
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.dropout import address_dropout
@@ -240,13 +240,8 @@ def test_bf16_in_every_kind_of_layout(synthetic_run, tmp_path):
 
 
 def test_the_size_of_a_micro_batch_cannot_change_on_resuming(synthetic_run, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    config = load_run(synthetic_run, [f"run_dir={run_dir}", *overrides_of("bert")])
-    (run_dir / "checkpoints").mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml())
-    (run_dir / "checkpoints" / "latest").write_text("")
-    again = (f"run_dir={run_dir}", *overrides_of("bert"), "parallel.processes=2")
-    error = refused(capsys, "train", synthetic_run, *again, "batch.micro=1")
+    begun = begun_run(synthetic_run, tmp_path / "run", overrides_of("bert"))
+    error = refused(capsys, "train", synthetic_run, *begun, "batch.micro=1")
     assert "batch.micro is 2 there and 1 here" in error
 
 

@@ -14,7 +14,7 @@ from cases.families import CASES, installed, our_model, shape_of, training_of
 from cases.methods import SECTIONS
 from cases.plans import assert_uniform
 from cases.plans import shape_of as plain_shape
-from conftest import refused
+from conftest import begun_run, refused
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import gradient_share
 from est_ds.design import make_design
@@ -254,13 +254,8 @@ def test_zero_2_and_3_and_a_pipeline_train_what_plain_adamw_trains(synthetic_run
 
 
 def test_the_size_of_a_micro_batch_cannot_change_on_resuming(synthetic_run, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    config = load_run(synthetic_run, [f"run_dir={run_dir}", *overrides_of("est")])
-    (run_dir / "checkpoints").mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml())
-    (run_dir / "checkpoints" / "latest").write_text("")
-    again = (f"run_dir={run_dir}", *overrides_of("est"), "parallel.processes=2")
-    error = refused(capsys, "train", synthetic_run, *again, "batch.micro=1")
+    begun = begun_run(synthetic_run, tmp_path / "run", overrides_of("est"))
+    error = refused(capsys, "train", synthetic_run, *begun, "batch.micro=1")
     assert "batch.micro is 2 there and 1 here" in error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from conftest import train
+from conftest import train, train_command
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.ranks.meeting import connect
 from est_ds.ranks.preempt import EXIT_CODE
@@ -176,15 +176,7 @@ def test_notice_saves_and_the_resumed_run_is_the_one_that_never_stopped(
     when, tiny_run, settings, uninterrupted, tmp_path
 ):
     run_dir = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "est_ds.cli",
-        "train",
-        str(tiny_run),
-        f"run_dir={run_dir}",
-        *settings,
-    ]
+    command = train_command(tiny_run, run_dir, *settings)
     log = (tmp_path / "log").open("w")
     with subprocess.Popen(command, stdout=log, stderr=log) as started:
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import est_ds, train
+from conftest import est_ds, train, train_command
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Batch
 from est_ds.launch import retries
@@ -35,16 +35,7 @@ TOO_SMALL_FILE_BYTES = 100_000
 
 
 def command(tiny_run, run_dir, *more):
-    return [
-        sys.executable,
-        "-m",
-        "est_ds.cli",
-        "train",
-        str(tiny_run),
-        f"run_dir={run_dir}",
-        *ALONE,
-        *more,
-    ]
+    return train_command(tiny_run, run_dir, *ALONE, *more)
 
 
 def limit_files():

@@ -13,18 +13,11 @@ from pydantic import (
     model_validator,
 )
 
+from est_ds.config.kinds import CorpusName, PathText, Position, Positive
+from est_ds.config.schedule import AnySchedule, Cosine
 from est_ds.config.strict import Strict
 from est_ds.config.yaml12 import dump
 from est_ds.errors import UserError
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-# Of a file or folder. `~` and `$VARIABLE` in it are replaced when a run file is read.
-PathText = Annotated[str, Field(min_length=1)]
-# Of a held-out corpus: part of the names of figures.
-CorpusName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-# A step (whole number) or a fraction of the run (a number with a point, at most 1.0).
-Position = Annotated[int, Field(ge=0)] | Share
 
 
 class Batch(Strict):
@@ -244,74 +237,6 @@ class Optimizer(Strict):
                 f"decay={self.decay} has no effect with weight_decay=0; remove it, or raise that"
             )
         return self
-
-
-class Rewarm(Strict):
-    """A linear rise of the rate from nearly 0 over `steps` (a number, or a fraction of the run)
-    after every boundary between two phases of the method."""
-
-    steps: Position
-    at: Literal["boundaries"] = "boundaries"
-
-    @field_validator("steps")
-    @classmethod
-    def _takes_effect(cls, value: int | float) -> int | float:
-        if not value:
-            raise ValueError("must be above 0; leave schedule.rewarm out for none")
-        return value
-
-
-class Schedule(Strict):
-    """What all schedules begin with: a linear warm-up."""
-
-    warmup: Position = 0.02
-    rewarm: Rewarm | None = None
-
-
-class Cosine(Schedule):
-    """Linear warm-up, then half a cosine down to `final` x lr."""
-
-    name: Literal["cosine"] = "cosine"
-    final: Share = 0.1
-
-
-class Linear(Schedule):
-    """Linear warm-up, then a straight line down to `final` x lr, as BERT's."""
-
-    name: Literal["linear"]
-    final: Share = 0.0
-
-
-class InverseSqrt(Schedule):
-    """Linear warm-up of W steps, then lr x sqrt(W / step), as the first Transformer's."""
-
-    name: Literal["inverse_sqrt"]
-
-    @field_validator("warmup")
-    @classmethod
-    def _has_a_warmup(cls, value: int | float) -> int | float:
-        if not value:
-            raise ValueError("the rate falls with the root of the warm-up's length; raise it")
-        return value
-
-
-class Wsd(Schedule):
-    """Linear warm-up, a stable stretch, then a decay of length `decay` to `final` x lr: `linear`,
-    or with 1 - the root of its share that is done (`sqrt`)."""
-
-    name: Literal["wsd"]
-    decay: Position = 0.2
-    shape: Literal["linear", "sqrt"] = "linear"
-    final: Share = 0.1
-
-    @model_validator(mode="after")
-    def _shape_takes_effect(self) -> Wsd:
-        if self.shape != "linear" and not self.decay:
-            raise ValueError(f"shape={self.shape} has no effect with decay=0; remove one of them")
-        return self
-
-
-AnySchedule = Annotated[Cosine | Linear | InverseSqrt | Wsd, Field(discriminator="name")]
 
 
 class Checkpoint(Strict):

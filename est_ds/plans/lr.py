@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from est_ds.config.sections import AnySchedule, Cosine, InverseSqrt, Wsd
+from est_ds.config.schedule import AnySchedule, Cosine, InverseSqrt, Wsd
 from est_ds.errors import UserError
 from est_ds.plans.phases import Phase, phase_at, to_step
 

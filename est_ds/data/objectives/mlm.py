@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from est_ds.config.sections import Positive, Share
+from est_ds.config.kinds import Positive, Share
 from est_ds.data.objectives.base import Draws, Example, Objective, Settings, Surroundings
 from est_ds.data.objectives.loss import IGNORED
 from est_ds.data.objectives.vocabulary import beyond_corpus, corpus_vocabulary

@@ -23,7 +23,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from est_ds.config.sections import Positive
+from est_ds.config.kinds import Positive
 from est_ds.config.strict import Strict
 from est_ds.data.objectives.base import Draws, Example, Objective, Settings, Surroundings
 from est_ds.data.objectives.loss import IGNORED

@@ -1,0 +1,78 @@
+"""The `schedule` section of a run file: how the learning rate goes over the steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from est_ds.config.kinds import Position, Share
+from est_ds.config.strict import Strict
+
+
+class Rewarm(Strict):
+    """A linear rise of the rate from nearly 0 over `steps` (a number, or a fraction of the run)
+    after every boundary between two phases of the method."""
+
+    steps: Position
+    at: Literal["boundaries"] = "boundaries"
+
+    @field_validator("steps")
+    @classmethod
+    def _takes_effect(cls, value: int | float) -> int | float:
+        if not value:
+            raise ValueError("must be above 0; leave schedule.rewarm out for none")
+        return value
+
+
+class Schedule(Strict):
+    """What all schedules begin with: a linear warm-up."""
+
+    warmup: Position = 0.02
+    rewarm: Rewarm | None = None
+
+
+class Cosine(Schedule):
+    """Linear warm-up, then half a cosine down to `final` x lr."""
+
+    name: Literal["cosine"] = "cosine"
+    final: Share = 0.1
+
+
+class Linear(Schedule):
+    """Linear warm-up, then a straight line down to `final` x lr, as BERT's."""
+
+    name: Literal["linear"]
+    final: Share = 0.0
+
+
+class InverseSqrt(Schedule):
+    """Linear warm-up of W steps, then lr x sqrt(W / step), as the first Transformer's."""
+
+    name: Literal["inverse_sqrt"]
+
+    @field_validator("warmup")
+    @classmethod
+    def _has_a_warmup(cls, value: int | float) -> int | float:
+        if not value:
+            raise ValueError("the rate falls with the root of the warm-up's length; raise it")
+        return value
+
+
+class Wsd(Schedule):
+    """Linear warm-up, a stable stretch, then a decay of length `decay` to `final` x lr: `linear`,
+    or with 1 - the root of its share that is done (`sqrt`)."""
+
+    name: Literal["wsd"]
+    decay: Position = 0.2
+    shape: Literal["linear", "sqrt"] = "linear"
+    final: Share = 0.1
+
+    @model_validator(mode="after")
+    def _shape_takes_effect(self) -> Wsd:
+        if self.shape != "linear" and not self.decay:
+            raise ValueError(f"shape={self.shape} has no effect with decay=0; remove one of them")
+        return self
+
+
+AnySchedule = Annotated[Cosine | Linear | InverseSqrt | Wsd, Field(discriminator="name")]

@@ -42,9 +42,9 @@ def print_tables(summary: Summary) -> None:
         print(rendered(title(summary), *parts))
 
 
-def rendered(title: str, *parts: Table | str) -> str:
+def rendered(title: str, *parts: Table | str, width: int = 80) -> str:
     """Title, tables and notes as plain text of at most 80 columns (a long title aside)."""
-    console = Console(file=io.StringIO(), width=80, **QUIET)
+    console = Console(file=io.StringIO(), width=width, **QUIET)
     with console.capture() as capture:
         _show(console, title, *parts)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -21,6 +21,9 @@ from est_ds.run.directory import fixed_fields
 from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.studies.study_file import DEFAULTS, Arm, StudyFile, Values, override_texts
 
+# The baseline's budgets are multiples of a 200th of its steps, so that arms of nearly equal cost
+# are compared with the same runs: at most a quarter of a percent off.
+GRAIN = 200
 # Of the highest rate of a run; a run that ends above it is not decayed.
 DECAYED = 0.25
 # What a held-out loss depends on, beside the fields that a run never changes.
@@ -217,7 +220,7 @@ def wanted_runs(runs: Runs, chooser: Chooser) -> Wanted:
     own = chosen[baseline.name]
     if own is not None:
         dense = runs.run(baseline.name, first, own)
-        curve = [max(1, round(part * dense.steps)) for part in file.study.dense_curve]
+        curve = [_grained(part * dense.steps, dense) for part in file.study.dense_curve]
         for arm in arms[1:]:
             if (values := chosen[arm.name]) is not None:
                 run = runs.run(arm.name, first, values)
@@ -245,7 +248,12 @@ def _matched(
     steps["flops"] = run.flops.model / (dense.flops.model / dense.steps)
     if run.arm in time_ratios:
         steps["seconds"] = run.steps * time_ratios[run.arm]
-    return {b: max(1, round(steps[b])) for b in file.study.budgets if b in steps}
+    return {b: _grained(steps[b], dense) for b in file.study.budgets if b in steps}
+
+
+def _grained(steps: float, dense: StudyRun) -> int:
+    grain = max(1, dense.steps // GRAIN)
+    return max(1, round(steps / grain) * grain)
 
 
 def check_study(runs: Runs) -> None:

@@ -69,11 +69,11 @@ def answers_text(runs: Runs, answers: Answers) -> str:
 
 
 def _arms_table(answers: Answers) -> Table:
-    table = _table("arm", "seeds", "held-out loss", "model\nFLOPs", "blocks\nFLOPs", "step\ntime")
-    for name in ("gain in\nFLOPs", "gain in\nseconds", "tuned"):
+    table = _table("arm", "seeds", "held-out\nloss", "model\nFLOPs", "blocks\nFLOPs", "step\ntime")
+    for name in ("gain in FLOPs", "gain in seconds", "tuned"):
         table.add_column(name, vertical="bottom", overflow="fold")
     for arm in answers.arms:
-        loss = interval_text(arm.loss, "") if arm.loss else "-"
+        loss = f"{arm.loss.mean:.4f}" if arm.loss else "-"
         ratios = (arm.flops_ratio, arm.blocks_ratio, arm.time_ratio)
         cells = (arm.name, str(len(arm.losses)), loss, *(_ratio(r) for r in ratios))
         gains = (gain_text(arm.gain), gain_text(arm.gain_seconds))
@@ -82,20 +82,30 @@ def _arms_table(answers: Answers) -> Table:
 
 
 def _budget_table(answers: Answers, budget: str) -> Table:
-    table = _table("arm", "baseline's\nsteps", "pairs", "difference", "p (Holm)", "could see")
+    table = _table(
+        "arm",
+        "baseline's\nsteps",
+        "pairs",
+        "difference",
+        "95 % interval",
+        "p\n(Holm)",
+        "could\nsee",
+    )
     table.add_column("verdict", vertical="bottom")
     for arm in answers.arms[1:]:
         compared = arm.budgets.get(budget)
         if compared is None:
-            table.add_row(arm.name, *("-" for _ in range(6)))
+            table.add_row(arm.name, *("-" for _ in range(7)))
             continue
         difference = compared.difference
         if difference is None:
-            cells = ("0", "-", "-", "-")
+            cells = ("0", "-", "-", "-", "-")
         else:
             seen = "-" if difference.detectable is None else f"{difference.detectable:.4f}"
             p = "-" if compared.corrected is None else f"{compared.corrected:.3f}"
-            cells = (str(difference.pairs), interval_text(difference.interval), p, seen)
+            ends = difference.interval
+            between = "-" if ends.low is None else f"{ends.low:+.4f} to {ends.high:+.4f}"
+            cells = (str(difference.pairs), f"{ends.mean:+.4f}", between, p, seen)
         table.add_row(arm.name, f"{compared.steps:,}", *cells, verdict_text(compared))
     return table
 
@@ -113,10 +123,10 @@ def _ratio(value: float | None) -> str:
 
 def _notes(answers: Answers) -> list[str]:
     return [
-        "Below 0 the arm is better. In brackets: 95 % intervals, by Student's t over the seeds.",
+        "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
         "Could see: the smallest true difference that as many seeds show with a chance of 80 %.",
-        f"The verdict of the study is that at equal {BUDGETS[answers.decides]}. A gain of 1.1: the "
-        f"baseline needs 1.1 times as much for that loss.",
+        "A gain of 1.1: the baseline needs 1.1 times as much for that loss.",
+        f"The verdict of the study is that at equal {BUDGETS[answers.decides]}.",
     ]
 
 

@@ -23,6 +23,7 @@ from est_ds.design import Design
 from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
+from est_ds.engine.loss import RowLoss
 from est_ds.engine.moved import Sample, Sampler
 from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
@@ -44,6 +45,7 @@ class Engine(ABC):
     Attributes:
         subnetwork: slicing on the layers that live in this process.
         layers: these layers, by their index in the plan.
+        loss: the objective's; a pipeline's last stages compute it, and every other process.
         fragments: weights and moments that live in this process, as no layout has cut them.
         replica: this process's data-parallel rank.
         num_replicas: data-parallel size.
@@ -51,6 +53,7 @@ class Engine(ABC):
 
     subnetwork: Subnetwork
     layers: dict[int, nn.Module]
+    loss: RowLoss
     fragments: Fragments
     design: Design
     replica: int

@@ -23,6 +23,7 @@ from est_ds.ranks.world import World
 from est_ds.run.directory import lock_run_dir, write_config
 from est_ds.run.prepare import Run
 from est_ds.training.agreement import check_agreement, check_hashes
+from est_ds.training.boundaries import is_boundary, side
 from est_ds.training.divergence import History
 from est_ds.training.evaluate import evaluate
 from est_ds.training.record import Recorder, Trained, measured_layers
@@ -115,12 +116,33 @@ def _begin(job: Job, start: int, resumed: Index | None) -> None:
         job.saver.save(0, run_state(job.run, 0, job.history), None)
 
 
+def _begin_phase(job: Job, step: int) -> None:
+    """Grows the model where a phase begins so; compares the sides of a boundary where asked to.
+
+    Raises:
+        Preempted: a notice came before they were compared.
+    """
+    run, engine, before = job.run, job.engine, None
+    compares = run.config.evaluate.boundaries and is_boundary(run, step)
+    growth = run.method.growth(step)
+    # A checkpoint before it has just been written, or loaded: neither crash nor notice loses any.
+    if compares:
+        job.watchdog.mark(step, "evaluating")
+        before = side(run, engine, step, "before")
+    if growth and (before or not compares):
+        engine.grow(growth)
+    if compares:
+        after = before and side(run, engine, step, "after", None if growth else before.full)
+        if not before or not after:
+            job.saver.finish()
+            raise Preempted(step)
+        job.recorder.at_boundary(step, before, after)
+
+
 def train_step(job: Job, step: int) -> bool:
     """Trains a step, or leaves it out as the policy says; False if the run must go back."""
     run, engine, history = job.run, job.engine, job.history
-    if growth := run.method.growth(step):
-        # A checkpoint before it has just been written, or loaded: a crash loses nothing.
-        engine.grow(growth)
+    _begin_phase(job, step)
     plans, trained = run.plans(step), None
     if history.begin(step):
         rate = run.learning_rate(step)
@@ -157,10 +179,10 @@ def after_step(job: Job, done: int) -> None:
     evaluation_due = is_last or done % config.evaluate.every == 0
     if evaluation_due and (is_last or not notice):
         job.watchdog.mark(done, "evaluating")
-        losses = evaluate(run, job.engine, done - 1, None if is_last else noticed)
-        notice = losses is None
-        if losses is not None:
-            eval_loss = job.recorder.evaluated(done - 1, losses)
+        found = evaluate(run, job.engine, done - 1, None if is_last else noticed)
+        notice = found is None
+        if found is not None:
+            eval_loss = job.recorder.evaluated(done - 1, found)
     job.saver.poll()
     is_end = done == run.method.phase_of(done - 1).until_step
     if done % config.checkpoint.every == 0 or is_end or notice:

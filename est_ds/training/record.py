@@ -22,6 +22,9 @@ from est_ds.plans.plan import StepPlans
 from est_ds.ranks.world import World, say
 from est_ds.run.metrics import MetricsFile, depth_text, nats, phase_note, read_phase
 from est_ds.run.prepare import Run
+from est_ds.run.windows import write_windows
+from est_ds.training.boundaries import Side
+from est_ds.training.evaluate import HeldOut
 from est_ds.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -143,9 +146,11 @@ class Recorder:
         self.note(f"step {step} is left out: {reason}")
         self._write({"step": step, "skipped": reason})
 
-    def evaluated(self, step: int, losses: dict[str, float]) -> float:
+    def evaluated(self, step: int, found: HeldOut) -> float:
         """Shows and logs held-out losses after a step; returns their mean."""
-        run, mean = self._run, sum(losses.values()) / len(losses)
+        run, losses, mean = self._run, found.losses, found.mean
+        if self._metrics and found.windows:
+            write_windows(run.directory, step + 1, found.windows)
         bits = {name: run.valid[name].bits_per_byte(loss) for name, loss in losses.items()}
         mean_bits = None if None in bits.values() else sum(bits.values()) / len(bits)
         by_name = {} if isinstance(run.config.data.valid, str) else losses
@@ -161,6 +166,14 @@ class Recorder:
         self.note(f"step {step + 1}: held-out loss of {model} {nats(mean, mean_bits)}{each}")
         self._engine.write_events(events, step + 1)
         return mean
+
+    def at_boundary(self, step: int, before: Side, after: Side) -> None:
+        """Shows and logs held-out losses on both sides of a boundary, before `step` is trained."""
+        shown = []
+        for part in (before, after):
+            self._write({"step": step, **part.entry})
+            shown.append(f"{part.full:.4f}, subnetworks of {part.phase} {part.subnetwork:.4f}")
+        self.note(f"held-out loss before step {step + 1}: full model {'; '.join(shown)}")
 
     def went_back(self, step: int) -> None:
         """Says that training goes on from an earlier step, and drops the lines from there on."""

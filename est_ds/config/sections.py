@@ -317,7 +317,15 @@ class Divergence(Strict):
 
 
 class Log(Strict):
+    """A line every `every` steps.
+
+    Attributes:
+        step_times: after the last checkpoint the phases' steps are timed in turns
+            (`training.turns`), for at most a few seconds or 3 % of the run.
+    """
+
     every: Positive = 1
+    step_times: bool = True
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

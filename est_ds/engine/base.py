@@ -129,6 +129,12 @@ class Engine(ABC):
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
 
+    def only_measure(self) -> None:
+        """Makes the engine take steps that change no weight and that no monitor shows; moments
+        change, so that it must not be saved any more."""
+        self.set_learning_rate(0.0)
+        self.deepspeed.monitor.enabled = False
+
     def set_steps_done(self, steps: int) -> None:
         """Sets DeepSpeed's counters, which it shows to its monitor."""
         self.deepspeed.global_steps = steps

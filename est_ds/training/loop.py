@@ -28,6 +28,7 @@ from est_ds.training.divergence import History
 from est_ds.training.evaluate import evaluate
 from est_ds.training.record import Recorder, Trained, measured_layers
 from est_ds.training.state import check_state, first_steps, run_state
+from est_ds.training.turns import measure_phases
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _train(
         saver.check_space()
         before.begin()
         _begin(job, start, resumed)
-        step = start
+        step, began = start, time.monotonic()
         while step < config.steps:
             watchdog.mark(step, "training")
             if train_step(job, step):
@@ -106,6 +107,8 @@ def _train(
                 after_step(job, step)
             else:
                 step = go_back(job, step)
+        if config.log.step_times and start < config.steps:
+            _measure(job, time.monotonic() - began)
 
 
 def _begin(job: Job, start: int, resumed: Index | None) -> None:
@@ -149,14 +152,15 @@ def train_step(job: Job, step: int) -> bool:
         engine.set_learning_rate(rate)
         layers = measured_layers(run, step)
         before = engine.layer_weights(layers) if layers else None
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         with engine.subnetwork.active(plans):
             loss = engine.train_batch(job.loader.micro_batches(step))
-        step_s = time.perf_counter() - began
+        step_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         if history.judge(step, loss, engine.grad_norm) == "roll back":
             return False
         moved = before.rms_to(engine.layer_weights(layers)) if before else None
-        trained = Trained(plans, loss, rate, engine.grad_norm, step_s, history.spike, moved)
+        norm = engine.grad_norm
+        trained = Trained(plans, loss, rate, norm, step_s, cpu_s, history.spike, moved)
     # Of this phase: not to be counted in the next.
     shares = engine.pipe_shares() if step + 1 == run.method.phase_of(step).until_step else None
     if reason := history.skipped.get(step):
@@ -195,6 +199,21 @@ def after_step(job: Job, done: int) -> None:
     if notice and not is_last:
         job.saver.finish()
         raise Preempted(done)
+
+
+def _measure(job: Job, trained_s: float) -> None:
+    """Times the phases in turns; the run is done and saved, and the engine is not needed any more.
+
+    Args:
+        trained_s: how long the steps of this start took.
+    """
+    job.saver.finish()
+    steps = job.run.config.steps
+    times = measure_phases(
+        job.run, job.engine, trained_s, lambda: job.watchdog.mark(steps, "measuring step times")
+    )
+    if times:
+        job.recorder.measured(times)
 
 
 def go_back(job: Job, step: int) -> int:

@@ -127,9 +127,13 @@ def lock_run_dir(config: RunConfig) -> TextIO:
         ) from None
 
 
-def write_config(config: RunConfig) -> None:
-    """Saves the resolved config in the run directory, whole or not at all."""
-    directory = Path(config.run_dir)
+def write_config(config: RunConfig, directory: Path | None = None) -> None:
+    """Saves the resolved config in the run directory, whole or not at all.
+
+    Args:
+        directory: where the run directory is until it gets its name; `run_dir` if None.
+    """
+    directory = directory or Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     # Absolute, so that the run can be resumed from any working directory.
     absolute = config.model_copy(update={"data": _with_absolute_paths(config.data)})
@@ -162,15 +166,20 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
+def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ, by their dotted names, each with both values (None: it is not there)."""
+    former, now = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (there, here))
+    keys = sorted(former.keys() | now.keys())
+    return {k: (former.get(k), now.get(k)) for k in keys if former.get(k) != now.get(k)}
+
+
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
-    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
-    found, free = [], set(FREE_TO_CHANGE)
-    if now.get("method.draw") == "micro_batch" or dropout_of(hf_config(here.model)):
+    free = set(FREE_TO_CHANGE)
+    if here.method.get("draw") == "micro_batch" or dropout_of(hf_config(here.model)):
         free.discard("batch.micro")  # each has a plan, or masks, of its own
-    for key in sorted(former.keys() | now.keys()):
-        if any(fnmatch(key, pattern) for pattern in free):
-            continue
-        if former.get(key) != now.get(key):
-            found.append(f"{key} is {former.get(key)!r} there and {now.get(key)!r} here")
-    return found
+    return [
+        f"{key} is {former!r} there and {now!r} here"
+        for key, (former, now) in changed_fields(there, here).items()
+        if not any(fnmatch(key, pattern) for pattern in free)
+    ]

@@ -66,6 +66,7 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
             for field in {"warmup", "decay", "until"} & section.keys():
                 section[field] = _fraction(section[field], config.steps)
     tree["steps"] = steps
+    tree["start"] = None  # the short run is no branch
     tree["evaluate"]["every"] = steps
     tree["log"]["every"] = 1
     tree["resume"] = "auto"

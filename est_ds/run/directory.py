@@ -86,7 +86,8 @@ def _check_same_run(config: RunConfig) -> None:
         raise UserError(
             f"run_dir={config.run_dir!r} holds a run of another config: {shown}. These fields of a "
             f"run never change, so that it is neither extended nor altered: train another one in "
-            f"another run_dir (run_dir=NEW), or resume this one as it is: est-ds train "
+            f"another run_dir (run_dir=NEW), begin one with a checkpoint of it (est-ds branch "
+            f"{config.run_dir} --at STEP --run-dir NEW), or resume this one as it is: est-ds train "
             f"{config.run_dir}"
         )
     checkpoints = directory / "checkpoints"

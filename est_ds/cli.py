@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
     plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
+    _add_branch(verb("branch", _branch, "begin a new run with a checkpoint of another one"))
     _add_verify_resume(
         verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
     )
@@ -125,6 +126,18 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
     # Names the processes of one start; launch/ finds them by it.
     train.add_argument("--start", help=argparse.SUPPRESS)
+
+
+def _add_branch(branch: argparse.ArgumentParser) -> None:
+    branch.description = (
+        "Makes the directory of a new run that begins with a checkpoint of RUN: another schedule, "
+        "more steps, another method or other data from there. Trains nothing: est-ds train NEW "
+        "does."
+    )
+    branch.add_argument(
+        "--at", required=True, metavar="STEP", help="a step with a checkpoint, latest or best"
+    )
+    branch.add_argument("--run-dir", required=True, metavar="NEW", help="make this directory")
 
 
 def _add_verify_resume(check: argparse.ArgumentParser) -> None:
@@ -311,6 +324,12 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     # Without the options that say where: DeepSpeed's launcher would take some as its own.
     arguments = ["train", parsed.run, *parsed.overrides]
     sys.exit(train_again_until_done(arguments, where, config, parsed.restarts))
+
+
+def _branch(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.training.branch import branch
+
+    print(branch(parsed.run, parsed.at, parsed.run_dir, parsed.overrides))
 
 
 def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ from pydantic import (
 
 from est_ds.config.kinds import CorpusName, PathText, Position, Positive
 from est_ds.config.schedule import AnySchedule, Cosine
+from est_ds.config.start import Start
 from est_ds.config.strict import Strict
 from est_ds.config.yaml12 import dump
 from est_ds.errors import UserError
@@ -372,6 +373,31 @@ class RunConfig(Strict):
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of every layer
     deepspeed: dict[str, Any] = {}
+    start: Start | None = None
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> RunConfig:
+        if self.start is None:
+            return self
+        if self.start.step >= self.steps:
+            raise ValueError(f"start.step={self.start.step} is not before steps={self.steps}")
+        reading, parts = self.start.reading, self.data.parts
+        if reading is not None and len(reading.samples) != len(parts):
+            raise ValueError(
+                f"start.reading.samples has {len(reading.samples)} numbers for the {len(parts)} "
+                f"corpora of data.train"
+            )
+        return self
+
+    @property
+    def first_step(self) -> int:
+        """The first step that the run trains."""
+        return self.start.step if self.start else 0
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens read by the end of so many steps, those before the run's first one included."""
+        before = self.start.tokens if self.start else 0
+        return before + (steps - self.first_step) * self.tokens_per_step
 
     @property
     def tokens_per_step(self) -> int:

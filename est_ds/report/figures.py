@@ -42,7 +42,7 @@ def loss_figure(run: RunFiles, summary: Summary) -> Figure:
         axes.axhline(summary.valid_entropy, color=BLACK, ls=(0, (5, 3)), lw=1, label=label)
     if losses.max() > 10 * losses.min() > 0:
         axes.set_yscale("log")
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    style.shade_phases(axes, run.phases, summary.num_steps)
     axes.legend(loc="upper right")
     return figure
 
@@ -71,7 +71,7 @@ def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
     medians = [
         f"median {seconds(p.timing.median_s)}" if p.timing else "not timed" for p in summary.phases
     ]
-    style.shade_phases(axes, run.method.phases, summary.num_steps, medians)
+    style.shade_phases(axes, run.phases, summary.num_steps, medians)
     return figure
 
 
@@ -81,18 +81,19 @@ def flops_figure(run: RunFiles, summary: Summary) -> Figure:
     figure, axes = style.new_figure("FLOPs", "cumulative FLOPs")
     ends = _done(run.steps)
     # A line stands for the steps since the line before it.
-    since = np.diff(ends, prepend=0)
+    x = np.append(run.config.first_step, ends)
+    since = np.diff(x)
     active = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_active"))])
     dense = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_dense"))])
     shown = _thinned(len(active))
     unit, text = style.power_of_thousand(dense[-1])
-    x, active, dense = np.append(0, ends)[shown], active[shown] / unit, dense[shown] / unit
+    x, active, dense = x[shown], active[shown] / unit, dense[shown] / unit
     axes.set_ylabel(f"cumulative FLOPs, {text}")
     axes.plot(x, dense, color=GREY, ls="--", label="dense")
     axes.plot(x, active, color=RED, label=summary.method)
     axes.fill_between(x, active, dense, color=RED, alpha=0.08, lw=0)
     axes.set_ylim(bottom=0)
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    style.shade_phases(axes, run.phases, summary.num_steps)
     axes.legend(loc="upper left", title=f"{summary.saved_model:.1%} saved", alignment="left")
     return figure
 
@@ -107,7 +108,7 @@ def learning_rate_figure(run: RunFiles, summary: Summary) -> Figure:
     axes.set_ylabel(f"learning rate, {text}")
     axes.plot(_done(run.steps)[shown], rates[shown] / unit, color=GREEN)
     axes.set_ylim(bottom=0)
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    style.shade_phases(axes, run.phases, summary.num_steps)
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ class RunFiles:
     @property
     def tokens_per_step(self) -> int:
         return self.config.tokens_per_step
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of which the run trains steps, from its own first one on."""
+        first = self.config.first_step
+        left = (phase for phase in self.method.phases if phase.until_step > first)
+        return tuple(replace(phase, from_step=max(phase.from_step, first)) for phase in left)
 
     @property
     def steps_done(self) -> int:
@@ -104,7 +111,8 @@ def read_run(run_dir: str | os.PathLike) -> RunFiles:
             f"config.yaml; the two are of different runs: restore the one that belongs here."
         )
     for i, phase in enumerate(method.phases[: method.phase_at(steps[-1]["step"]) + 1]):
-        if not files.lines_of(i) and not files.left_out(phase):
+        is_before = phase.until_step <= config.first_step  # of a branch: the parent trained it
+        if not is_before and not files.lines_of(i) and not files.left_out(phase):
             raise UserError(
                 f"{directory / FILE} has no line of phase {phase.name!r} (steps {phase.from_step} "
                 f"to {phase.until_step - 1}) though it has later ones; restore the whole file, or "

@@ -12,7 +12,13 @@ from est_ds.data.manifest import Manifest, read_manifest
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.times import Between, Timed, Timing, middle, timed
 from est_ds.run.metrics import Steps, steps_of
+<<<<<<< HEAD
 from est_ds.run.step_times import StepTimes, Turns
+=======
+from est_ds.run.parent import Parent, read_parent
+
+Between = tuple[float, float]
+>>>>>>> branch
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Summary:
     """A run so far.
 
     Attributes:
-        tokens: trained by all replicas together.
+        tokens: trained by all replicas together, of a branch also those before it.
         eval_loss: held-out loss at `eval_step`, nats per token; None before
             the first evaluation. Of several held-out corpora it is the mean.
         eval_losses: by the name of the corpus, where held-out corpora have names.
@@ -93,6 +99,7 @@ class Summary:
         efficiency: `saved_time / saved_model`; None if nothing was to be saved.
         skipped: steps that were left out, their loss or gradient being no number or a spike.
         spikes: steps whose loss was a spike, and that were trained.
+        parent: of a branch; its steps are not in the phases, and its tokens are in `tokens`.
     """
 
     run_dir: str
@@ -124,6 +131,7 @@ class Summary:
     efficiency: float | None
     skipped: tuple[int, ...]
     spikes: tuple[int, ...]
+    parent: Parent | None
 
     @property
     def time_s(self) -> float | None:
@@ -180,7 +188,7 @@ def summary_of(run: RunFiles) -> Summary:
         method=run.config.method["name"],
         num_steps=run.steps_done,
         total_steps=run.config.steps,
-        tokens=(run.steps_done - len(skipped)) * run.tokens_per_step,
+        tokens=run.config.tokens_after(run.steps_done - len(skipped)),
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
@@ -208,6 +216,7 @@ def summary_of(run: RunFiles) -> Summary:
         efficiency=saving.time / saved_model if saves else None,
         skipped=skipped,
         spikes=tuple(e["step"] for e in run.events if "spike" in e),
+        parent=read_parent(run.directory),
     )
 
 
@@ -224,7 +233,7 @@ def _phase(run: RunFiles, i: int, times: Timed, full: Timing | None, keeps: bool
         time_ratio, between = middle(run.step_times.ratios(in_turns))
     return PhaseSummary(
         name=phase.name,
-        from_step=phase.from_step,
+        from_step=max(phase.from_step, run.config.first_step),
         until_step=min(run.steps_done, phase.until_step),
         timing=own,
         tokens_per_s=run.tokens_per_step / own.median_s if own else None,

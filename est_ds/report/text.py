@@ -89,7 +89,9 @@ def title(summary: Summary) -> str:
 
 def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     """What the run did, as (name, text)."""
+    parent = summary.parent
     rows = [
+        *([("branch of", f"{parent.run_dir} at step {parent.step:,}")] if parent else []),
         ("tokens trained", f"{summary.tokens:,}"),
         ("held-out loss", _loss(summary)),
         ("unigram entropy", _entropy(summary)),
@@ -273,7 +275,7 @@ def _time(summary: Summary) -> str:
     low, high = summary.saved_between
     if not summary.saving_tells:
         return f"not known: between {low:.1%} and {high:.1%}, as far as the step times spread"
-    full_s = summary.num_steps * summary.full_step_s
+    full_s = sum(p.num_steps for p in summary.phases) * summary.full_step_s
     return (
         f"{summary.saved_time:.1%} measured: {seconds(summary.time_s)}, and "
         f"{seconds(full_s)} at full-model steps; 95 % interval {low:.1%} to {high:.1%}"

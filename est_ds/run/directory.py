@@ -86,7 +86,8 @@ def _check_same_run(config: RunConfig) -> None:
         raise UserError(
             f"run_dir={config.run_dir!r} holds a run of another config: {shown}. These fields of a "
             f"run never change, so that it is neither extended nor altered: train another one in "
-            f"another run_dir (run_dir=NEW), or resume this one as it is: est-ds train "
+            f"another run_dir (run_dir=NEW), begin one with a checkpoint of it (est-ds branch "
+            f"{config.run_dir} --at STEP --run-dir NEW), or resume this one as it is: est-ds train "
             f"{config.run_dir}"
         )
     checkpoints = directory / "checkpoints"
@@ -127,9 +128,13 @@ def lock_run_dir(config: RunConfig) -> TextIO:
         ) from None
 
 
-def write_config(config: RunConfig) -> None:
-    """Saves the resolved config in the run directory, whole or not at all."""
-    directory = Path(config.run_dir)
+def write_config(config: RunConfig, directory: Path | None = None) -> None:
+    """Saves the resolved config in the run directory, whole or not at all.
+
+    Args:
+        directory: where the run directory is until it gets its name; `run_dir` if None.
+    """
+    directory = directory or Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     # Absolute, so that the run can be resumed from any working directory.
     absolute = config.model_copy(update={"data": _with_absolute_paths(config.data)})
@@ -162,6 +167,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
+<<<<<<< HEAD
 def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     """The fields that a run never changes, dotted, with their values.
 
@@ -173,13 +179,30 @@ def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     if flat.get("method.draw") == "micro_batch" or dropout_of(hf_config(config.model)):
         free.discard("batch.micro")  # each has a plan, or masks, of its own
     return {k: v for k, v in flat.items() if not any(fnmatch(k, pattern) for pattern in free)}
+=======
+def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ, by their dotted names, each with both values (None: it is not there)."""
+    former, now = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (there, here))
+    keys = sorted(former.keys() | now.keys())
+    return {k: (former.get(k), now.get(k)) for k in keys if former.get(k) != now.get(k)}
+>>>>>>> branch
 
 
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
+<<<<<<< HEAD
     former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
     return [
         f"{key} is {former.get(key)!r} there and {now.get(key)!r} here"
         for key in sorted(fixed_fields(there).keys() | fixed_fields(here).keys())
         if former.get(key) != now.get(key)
+=======
+    free = set(FREE_TO_CHANGE)
+    if here.method.get("draw") == "micro_batch" or dropout_of(hf_config(here.model)):
+        free.discard("batch.micro")  # each has a plan, or masks, of its own
+    return [
+        f"{key} is {former!r} there and {now!r} here"
+        for key, (former, now) in changed_fields(there, here).items()
+        if not any(fnmatch(key, pattern) for pattern in free)
+>>>>>>> branch
     ]

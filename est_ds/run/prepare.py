@@ -127,6 +127,7 @@ def _data(
         seed=config.seed_of("data"),
         weights=corpus_weights(config),
         shuffled=data.shuffle == "documents",
+        reading=config.start.reading if config.start else None,
     )
     batches = Batches(train, sampling, ordering)
     choice = config.evaluate.choice

@@ -83,8 +83,7 @@ def _train(
     store = Store(run.directory / "checkpoints")
     resumed = choose_checkpoint(store, config.resume)
     start = resumed.step if resumed else 0
-    if resumed:
-        check_state(run, resumed.state)
+    check_state(run, resumed)
     if world.is_first:
         write_config(config)
     engine = build(run, world, run.directory / "tensorboard")

@@ -212,7 +212,7 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
         "lr": step.rate,
         "grad_norm": step.grad_norm,
         "clipped": 0.0 < clip < step.grad_norm,
-        "tokens": (number + 1) * run.tokens_per_step,
+        "tokens": run.config.tokens_after(number + 1),
         "step_s": step.step_s,
         "step_cpu_s": step.step_cpu_s,
         "tokens_per_s": run.tokens_per_step / step.step_s,

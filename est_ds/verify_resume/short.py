@@ -66,6 +66,7 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
             for field in {"warmup", "decay", "until"} & section.keys():
                 section[field] = _fraction(section[field], config.steps)
     tree["steps"] = steps
+    tree["start"] = None  # the short run is no branch
     tree["evaluate"] |= {"every": steps, "windows": False, "boundaries": False}
     tree["log"] = {"every": 1, "step_times": False}
     tree["resume"] = "auto"

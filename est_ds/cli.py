@@ -215,6 +215,11 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what would be trained, and train nothing"
     )
     study.add_argument(
+        "--time-only",
+        action="store_true",
+        help="measure the step times of all arms in turns with the baseline's, and train nothing",
+    )
+    study.add_argument(
         "--jobs",
         type=_positive,
         metavar="N",
@@ -377,7 +382,14 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.studies.compare import Wish, compare
 
-    wish = Wish(parsed.jobs, parsed.only, parsed.add_seeds, parsed.json, parsed.dry_run)
+    wish = Wish(
+        jobs=parsed.jobs,
+        only=parsed.only,
+        add_seeds=parsed.add_seeds,
+        json=parsed.json,
+        dry_run=parsed.dry_run,
+        time_only=parsed.time_only,
+    )
     sys.exit(compare(parsed.study, wish))
 
 

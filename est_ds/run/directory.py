@@ -162,15 +162,24 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
+def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
+    """The fields that a run never changes, dotted, with their values.
+
+    Args:
+        defaults: false leaves out those that have their default.
+    """
+    flat = _flat(config.model_dump(by_alias=True, exclude_defaults=not defaults))
+    free = set(FREE_TO_CHANGE)
+    if flat.get("method.draw") == "micro_batch" or dropout_of(hf_config(config.model)):
+        free.discard("batch.micro")  # each has a plan, or masks, of its own
+    return {k: v for k, v in flat.items() if not any(fnmatch(k, pattern) for pattern in free)}
+
+
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
     former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
-    found, free = [], set(FREE_TO_CHANGE)
-    if now.get("method.draw") == "micro_batch" or dropout_of(hf_config(here.model)):
-        free.discard("batch.micro")  # each has a plan, or masks, of its own
-    for key in sorted(former.keys() | now.keys()):
-        if any(fnmatch(key, pattern) for pattern in free):
-            continue
-        if former.get(key) != now.get(key):
-            found.append(f"{key} is {former.get(key)!r} there and {now.get(key)!r} here")
-    return found
+    return [
+        f"{key} is {former.get(key)!r} there and {now.get(key)!r} here"
+        for key in sorted(fixed_fields(there).keys() | fixed_fields(here).keys())
+        if former.get(key) != now.get(key)
+    ]

@@ -109,7 +109,7 @@ class Mamba(Family):
         expand, rest = divmod(size.columns * width, hidden)
         if rest:
             raise UserError(
-                f"model_type {config.model_type!r}: {size.columns} columns (heads of width {width}) "
+                f"model_type {config.model_type!r}: {size.columns} columns (heads, {width} wide) "
                 f"are no multiple of hidden_size={hidden}, which Hugging Face wants (expand); keep "
                 f"a multiple of {hidden // math.gcd(hidden, width)}, or use --layers alone."
             )

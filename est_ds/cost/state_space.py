@@ -46,3 +46,37 @@ def scanned(part: StateSpace, columns: float, sequence: int) -> float:
     of_states = 2 * part.chunk * channels * part.state
     handed_on = (chunks + 1) ** 2 * channels * part.state
     return 2.0 * (chunks * (within + of_states) + handed_on) / sequence
+
+
+def kept_values(part: StateSpace) -> float:
+    """Returns the values of a token that a whole mixer keeps for its backward outside the scan.
+
+    They are what the projection in gives, the convolution and its activation, step sizes, and of
+    every channel what comes out of the scan, its gate and their product.
+    """
+    channels = part.columns * part.width
+    convolved = channels
+    steps = part.columns
+    if part.step_rank is None:
+        convolved += 2 * part.groups * part.state
+        projected_in = channels + convolved + part.columns
+    else:
+        projected_in = 2 * channels
+        steps += part.step_rank + 2 * part.state
+    return projected_in + 2 * convolved + steps + 3 * channels
+
+
+def kept_of_scan(part: StateSpace, sequence: int) -> float:
+    """Returns the values of a token, in float32, that the scan of a whole mixer keeps.
+
+    Mamba: the decay, what is added and the state itself, channels x state each. Mamba2, of every
+    head: B and C twice and B decayed, the scores of a chunk, its decays and their product, the
+    decays of a position, and five times the values; of every chunk its state twice.
+    """
+    channels = part.columns * part.width
+    if part.chunk is None:
+        return 3 * channels * part.state
+    chunks = -(-sequence // part.chunk)
+    of_heads = part.columns * (5 * part.state + 3 * part.chunk + 2)
+    of_states = (2 * chunks + 1) * channels * part.state
+    return (chunks * part.chunk * (of_heads + 5 * channels) + of_states) / sequence

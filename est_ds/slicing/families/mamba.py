@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from est_ds.errors import UserError
 from est_ds.plans.shape import ModelShape, StateSpace
 from est_ds.slicing.families.base import Family, Follower, Piece, Size, Slot, tied_to
-from est_ds.slicing.leaf import Run, SkippableMlp
+from est_ds.slicing.leaf import Run, SkippableLayer, SkippableMlp
 
 WORDS = "backbone.embeddings.weight"
 # Of which there must be at least one.
@@ -47,10 +46,19 @@ COUNTS = (
 )
 
 
+class SkippableBlock(SkippableLayer):
+    """A block makes the residual stream float32, if the config says so, also where it is skipped:
+    a pipe stage sends states of one type."""
+
+    def est_skip(self, hidden_states: Tensor, *args, **kwargs):
+        return hidden_states.float() if self.residual_in_fp32 else hidden_states
+
+
 class Mamba(Family):
     model_types = ("mamba", "mamba2")
     attention = "eager"  # there is none; the library refuses other words
     separable = False
+    skippable = SkippableBlock
 
     def shape(self, config: Any) -> ModelShape:
         _check(config)
@@ -92,11 +100,7 @@ class Mamba(Family):
         ]
         source = WORDS if config.tie_word_embeddings else None
         return [
-            Piece(
-                ("backbone.embeddings",),
-                partial(_embed, config.residual_in_fp32),
-                tied=tied_to(source, WORDS),
-            ),
+            Piece(("backbone.embeddings",), _embed, tied=tied_to(source, WORDS)),
             *layers,
             Piece(("backbone.norm_f", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
@@ -180,10 +184,8 @@ def _slot_of_heads(mixer: nn.Module) -> Slot:
     )
 
 
-def _embed(in_fp32: bool, embedding: nn.Module, ids_BT: Tensor) -> Tensor:
-    states_BTH = embedding(ids_BT)
-    # As the first layer makes them; a pipe stage sends one type, also where it skips that layer.
-    return states_BTH.float() if in_fp32 else states_BTH
+def _embed(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
+    return embedding(ids_BT)
 
 
 def _layer(layer: nn.Module, states_BTH: Tensor) -> Tensor:

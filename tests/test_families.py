@@ -248,6 +248,14 @@ def test_what_a_family_does_not_support_is_refused(case, change, message):
         hf_config({**CASES[case].section, **change})
 
 
+def test_mamba_is_refused_beside_kernels_that_pass_by_what_is_sliced(tmp_path, monkeypatch):
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="model.model_type='mamba2'.*mamba_ssm is installed"):
+        hf_config(CASES["mamba2"].section)
+
+
 def test_t5_with_a_head_of_its_own_begins_at_the_loss_of_a_uniform_guess():
     """It was trained tied, and began at more than 30 nats."""
     config = hf_config({**CASES["t5_gated"].section, "vocab_size": 997, "d_model": 128})

@@ -105,7 +105,7 @@ def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):
         loss, norm, first = differences(folder / name_of(model, "bf16"), expected)
         assert loss <= BOUNDS["bf16"][0] and norm <= BOUNDS["bf16"][1], (model, loss, norm)
         # Not zero: one process adds up a tied weight's gradients in bf16.
-        assert first <= 1e-4, (model, first)
+        assert first <= 3e-4, (model, first)
 
 
 def test_the_norm_counts_every_gradient_once(two_stages, synthetic_run):

@@ -147,7 +147,7 @@ def test_a_plan_of_mamba_has_inner_channels_as_columns_and_no_heads():
 
 
 def test_mamba_cannot_keep_documents_apart():
-    config = make_config(model=CASES["mamba"].section)
+    config = make_config(model=CASES["mamba"].section, method={"name": "full"})
     data = config.data.model_copy(update={"documents": "separate"})
     with pytest.raises(UserError, match="data.documents='separate' does not work with.*'mamba'"):
         make_design(config.model_copy(update={"data": data}))

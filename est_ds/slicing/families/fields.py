@@ -6,7 +6,6 @@ into the export, or refused here: what would change training unsaid, or stand th
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from typing import Annotated, Any, Literal
@@ -20,8 +19,8 @@ from est_ds.errors import UserError
 DECIDED = {
     "dtype": "precision says it",
     "torch_dtype": "precision says it",
-    "attn_implementation": "it is sdpa",
-    "_attn_implementation": "it is sdpa",
+    "attn_implementation": "it is sdpa, where there is attention",
+    "_attn_implementation": "it is sdpa, where there is attention",
 }
 # Fields with one value that training can honour. Those of older configs, which the library no
 # longer knows, are left out of the config then.
@@ -145,7 +144,7 @@ def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, 
     Raises:
         UserError: it holds what training cannot honour, or contradicts itself.
     """
-    section = copy.deepcopy(section)  # the library writes into mappings that it is given
+    section = _plain_floats(section)  # copied: the library writes into mappings that it is given
     for key, value in section.items():
         if key in DECIDED:
             raise UserError(f"model.{key} is set by est_ds ({DECIDED[key]}); remove it.")
@@ -165,6 +164,18 @@ def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, 
         _todays_rope(section)
     older = [key for key in ONE_VALUE if key in section and key not in plain]
     return {key: value for key, value in section.items() if key not in older}
+
+
+def _plain_floats(value: Any) -> Any:
+    """A copy with the numbers that JSON has not, where the library wrote them into a config.json as
+    `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_plain_floats(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _plain_floats(part) for key, part in value.items()}
 
 
 def _check_ids(section: dict[str, Any], plain: dict[str, Any]) -> None:

@@ -340,19 +340,19 @@ REFUSED = {
         "need lists of one length",
     ),
     "other corpus": (
-        {"arms": {"dense": DENSE, "long": {"data.sequence": 32}}},
+        {"arms": {"dense": DENSE, "long": {**DENSE, "data.sequence": 32}}},
         "arm 'long': data=",
     ),
     "other batch": (
-        {"arms": {"dense": DENSE, "big": {"batch.global": 16}}},
+        {"arms": {"dense": DENSE, "big": {**DENSE, "batch.global": 16}}},
         "arm 'big': batch.global=16 differs from the baseline's 8",
     ),
     "other precision": (
-        {"arms": {"dense": DENSE, "short": {"precision": "bf16"}}},
+        {"arms": {"dense": DENSE, "short": {**DENSE, "precision": "bf16"}}},
         "arm 'short': precision='bf16' differs from the baseline's 'fp32'",
     ),
     "not decayed": (
-        {"arms": {"dense": DENSE, "flat": {"schedule": {"name": "wsd", "decay": 0}}}},
+        {"arms": {"dense": DENSE, "flat": {**DENSE, "schedule": {"name": "wsd", "decay": 0}}}},
         "arm 'flat': schedule=wsd ends at 100% of its highest rate",
     ),
     "method": (

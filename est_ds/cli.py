@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(verb("export", _export, "write a checkpoint as a Hugging Face folder"))
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     _add_doctor(doctor)
+    _add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
     verb("report", _report, "draw the page of a run directory: tables and plots", overrides=False)
     return parser
 
@@ -201,6 +202,34 @@ def _add_export(export: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_compare(study: argparse.ArgumentParser) -> None:
+    study.description = (
+        "Trains the runs of a study that are not done, and compares its arms with the baseline at "
+        "equal tokens, FLOPs and seconds. Started again, it goes on. Exit code 0: done, 1: a run "
+        "failed."
+    )
+    study.set_defaults(verb=_compare, parser=study)
+    study.add_argument("study", metavar="STUDY", help="a study file (YAML)")
+    study.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    study.add_argument(
+        "--dry-run", action="store_true", help="say what would be trained, and train nothing"
+    )
+    study.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="train this many runs beside each other (default: as cores or GPUs allow)",
+    )
+    study.add_argument("--only", metavar="ARM", help="train this arm and the baseline alone")
+    study.add_argument(
+        "--add-seeds",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="train N further seeds; they then belong to the study's results",
+    )
+
+
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.description = "Checks nodes side by side: versions, GPUs, corpus, disk, network."
     doctor.add_argument("run", metavar="RUN", nargs="?", help="a run file or a run directory")
@@ -267,6 +296,7 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.training.loop import train
 
     config = load_run(parsed.run, parsed.overrides)
+    end_with_starter()  # the launcher, or a study
     if launched():
         if parsed.restarts:
             raise UserError(
@@ -274,7 +304,6 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
                 f"it start them again, or start est-ds train outside of it."
             )
         world = World.from_environment()
-        end_with_starter()
         try:
             train(prepare(config, world.size), world)
         except preempt.Preempted as e:
@@ -343,6 +372,13 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
         print(line)
     if done.sample is not None:
         print(f"sample: {done.sample!r}")
+
+
+def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.studies.compare import Wish, compare
+
+    wish = Wish(parsed.jobs, parsed.only, parsed.add_seeds, parsed.json, parsed.dry_run)
+    sys.exit(compare(parsed.study, wish))
 
 
 def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:

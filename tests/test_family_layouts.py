@@ -35,8 +35,10 @@ LAYOUTS_OF = {
     "bf16": [name for name in (*LAYOUTS, *MORE_LAYOUTS) if "ZeRO 0" not in name][1:],
 }
 # Relative, of the losses, of the norms of the gradients, and of the first norm, where weights are
-# equal. In bf16 plain torch itself is that far from float64: 3e-4, 3e-2 and 3e-3 for T5.
+# equal. Of T5 in bf16 plain torch itself is 3e-4, 3e-2 and 3e-3 from float64: the norms of two ways
+# to add up, each as far from it, may be twice that from each other.
 BOUNDS = {"fp32": (1e-6, 1e-5, 1e-6), "bf16": (1e-3, 2e-2, 3e-3)}
+T5_NORM = {"fp32": 1e-5, "bf16": 6e-2}
 
 
 def overrides_of(model: str, precision: str) -> list[str]:
@@ -149,5 +151,7 @@ def test_every_layout_equals_plain_adamw(model, table):
     for layout, (loss, norm, first) in rows.items():
         figures = f"loss {loss:.1e} | norm {norm:.1e} | first {first:.1e}"
         print(f"{precision} | {model} | {layout} | {figures}")
-    far = {k: v for k, v in rows.items() if any(x > b for x, b in zip(v, BOUNDS[precision]))}
+    loss, norm, first = BOUNDS[precision]
+    bounds = (loss, T5_NORM[precision] if model.startswith("t5") else norm, first)
+    far = {k: v for k, v in rows.items() if any(x > b for x, b in zip(v, bounds))}
     assert not far

@@ -263,11 +263,17 @@ class Evaluate(Strict):
         choice: `even`: the windows lie evenly over the corpus; `first`: they are its first ones.
             A new run gets `even` (`run_file.load_run`); the files of a run that began before the
             field was there do not have it, and it goes on as it did.
+        windows: the loss of every window is saved too (`run.windows`).
+        boundaries: before the first step of every phase but the first, the loss of the full model
+            and of the subnetworks on both sides (`training.boundaries`). A method with one phase
+            has no boundary, and nothing is done.
     """
 
     every: Positive
     sequences: Positive
     choice: Literal["even", "first"] = "first"
+    windows: bool = False
+    boundaries: bool = False
 
 
 class Watchdog(Strict):
@@ -312,7 +318,15 @@ class Divergence(Strict):
 
 
 class Log(Strict):
+    """A line every `every` steps.
+
+    Attributes:
+        step_times: after the last checkpoint the phases' steps are timed in turns
+            (`training.turns`), for at most a few seconds or 3 % of the run.
+    """
+
     every: Positive = 1
+    step_times: bool = True
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

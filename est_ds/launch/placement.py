@@ -32,6 +32,7 @@ class Launch:
             all.
         by_ssh: whether the nodes are other hosts.
         name: of this one start; it stands on the command line of every process.
+        module: what every process runs.
     """
 
     slots: dict[str, int]
@@ -40,6 +41,7 @@ class Launch:
     node_rank: int | None = None
     by_ssh: bool = False
     name: str = field(default_factory=lambda: secrets.token_hex(4))
+    module: str = "est_ds.cli"
 
     @property
     def processes(self) -> int:
@@ -87,7 +89,7 @@ class Launch:
             *("--master_port", str(port)),
             *("--log_level", "critical"),
             "--no_local_rank",
-            *("--module", "est_ds.cli"),
+            *("--module", self.module),
             *arguments,
         ]
 

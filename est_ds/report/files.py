@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any
 
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import phase_ratios
+from est_ds.cost.flops import computes_everything
 from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import Phase
 from est_ds.run.metrics import FILE, read_events, read_metrics
+from est_ds.run.step_times import StepTimes, read_step_times
 
 FIELDS = (
     "step",
@@ -32,7 +32,8 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run directory read: its config, its method and the lines of its metrics, in order."""
+    """A run directory read: its config, its method and the lines of its metrics, in order; and what
+    was measured in turns at its end, if that was."""
 
     directory: Path
     config: RunConfig
@@ -40,6 +41,7 @@ class RunFiles:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    step_times: StepTimes | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -70,8 +72,7 @@ class RunFiles:
 
     def keeps_everything(self, phase: int) -> bool:
         """Whether every step of a phase computes the full model."""
-        ratios = phase_ratios(self.method, phase, sequence=self.config.data.sequence)
-        return math.isclose(ratios.blocks, 1.0, rel_tol=1e-12)
+        return computes_everything(self.method, phase, self.config.data.sequence)
 
 
 def read_run(run_dir: str | os.PathLike) -> RunFiles:
@@ -102,7 +103,8 @@ def read_run(run_dir: str | os.PathLike) -> RunFiles:
                 f"{', '.join(missing)}; every line needs {', '.join(FIELDS)}: restore the file, or "
                 f"train again in another run_dir."
             )
-    files = RunFiles(directory, config, method, steps, evaluations, read_events(directory))
+    events, times = read_events(directory), read_step_times(directory)
+    files = RunFiles(directory, config, method, steps, evaluations, events, times)
     if not 0 <= steps[-1]["step"] < config.steps:
         raise UserError(
             f"{directory / FILE}: step {steps[-1]['step']} is beyond steps={config.steps} of "

@@ -67,8 +67,8 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
                 section[field] = _fraction(section[field], config.steps)
     tree["steps"] = steps
     tree["start"] = None  # the short run is no branch
-    tree["evaluate"]["every"] = steps
-    tree["log"]["every"] = 1
+    tree["evaluate"] |= {"every": steps, "windows": False, "boundaries": False}
+    tree["log"] = {"every": 1, "step_times": False}
     tree["resume"] = "auto"
     tree["deepspeed"] = {k: v for k, v in tree["deepspeed"].items() if k not in MONITORS}
     return checked(RunConfig, tree)

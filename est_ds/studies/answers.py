@@ -1,0 +1,283 @@
+"""What the results of a study say of every arm."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from est_ds.studies.results import Results, RunResult
+from est_ds.studies.runs import Runs, StudyRun, Wanted
+from est_ds.studies.statistics import (
+    Curve,
+    Difference,
+    Gain,
+    Interval,
+    compute_gain,
+    fit_curve,
+    holm,
+    paired_difference,
+    seeds_for,
+    t_interval,
+    verdict,
+)
+from est_ds.studies.study_file import Values
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An arm and the baseline at one budget.
+
+    Attributes:
+        steps: of the baseline, which equal the arm's run.
+        difference: of their losses; None while they share no finished seed.
+        corrected: its p value, corrected for the number of arms (Holm).
+        verdict: None without interval.
+        more_seeds: of an undecided one: how many more would show the difference seen, if it is
+            the true one, with a chance of 80 %; None: over 1,000.
+        diverged: seeds of the arm that diverged where the baseline did not.
+    """
+
+    steps: int
+    difference: Difference | None
+    corrected: float | None = None
+    verdict: str | None = None
+    more_seeds: int | None = None
+    diverged: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ArmAnswer:
+    """What is known of an arm.
+
+    Attributes:
+        values: of the tuned fields, as JSON; None while its grid is not finished.
+        losses: held-out loss by seed at the end of the arm's run.
+        flops_ratio, blocks_ratio: FLOPs of its run over those of the baseline's.
+        time_ratio: step time over the baseline's, measured in turns; None if it was not.
+        budgets: by name; empty of the baseline.
+        gain: in FLOPs; None without a curve of the baseline.
+        gain_seconds: in seconds; None without step times.
+    """
+
+    name: str
+    values: Values | None
+    losses: dict[int, float]
+    loss: Interval | None
+    flops_ratio: float | None
+    blocks_ratio: float | None
+    time_ratio: float | None
+    budgets: dict[str, Compared]
+    gain: Gain | None = None
+    gain_seconds: Gain | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known of a study.
+
+    Attributes:
+        arms: the baseline first.
+        curves: of the baseline by seed, over FLOPs of `model`.
+        dense: finished runs of the baseline at its tuned values, all budgets and seeds.
+        decides: the budget that gives the verdict.
+        warnings: what a reader must know.
+    """
+
+    arms: tuple[ArmAnswer, ...]
+    curves: dict[int, Curve]
+    dense: tuple[RunResult, ...]
+    decides: str
+    warnings: tuple[str, ...]
+
+
+def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
+    """Compares what is finished; what is missing is None."""
+    file, baseline = runs.file, runs.file.baseline.name
+    found = _Found(runs, wanted, results)
+    dense = found.baseline_runs()
+    curves = _curves(dense) if file.study.dense_curve else {}
+    names = [baseline, *(name for name in file.arms if name != baseline)]
+    arms = [_arm(found, name, curves) for name in names]
+    for budget in file.study.budgets:
+        _correct(arms[1:], budget)
+    warnings = (*_warnings(runs, wanted, results), *_of_data(found, names))
+    return Answers(tuple(arms), curves, tuple(dense), file.study.budgets[-1], warnings)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Finished runs, looked up by what they are."""
+
+    runs: Runs
+    wanted: Wanted
+    results: Results
+
+    def run(self, arm: str, seed: int, steps: int | None = None) -> StudyRun | None:
+        values = self.wanted.chosen[arm]
+        if values is None:
+            return None
+        run = self.runs.run(arm, seed, values, steps)
+        usual = self.runs.run(arm, seed, values)
+        return usual if run.steps == usual.steps else run
+
+    def result(self, arm: str, seed: int, steps: int | None = None) -> RunResult | None:
+        run = self.run(arm, seed, steps)
+        return self.results.runs.get(run.key) if run else None
+
+    def of_seeds(self, arm: str, steps: int | None = None) -> dict[int, RunResult]:
+        found = {seed: self.result(arm, seed, steps) for seed in self.runs.file.seeds}
+        return {seed: result for seed, result in found.items() if result}
+
+    def baseline_runs(self) -> list[RunResult]:
+        name = self.runs.file.baseline.name
+        chosen = self.wanted.chosen[name]
+        keys = [r.key for r in self.wanted.runs if r.arm == name and r.values == chosen]
+        return [self.results.runs[key] for key in keys if key in self.results.runs]
+
+
+def _losses(results: Mapping[int, RunResult]) -> dict[int, float]:
+    return {seed: r.loss for seed, r in results.items() if r.loss is not None}
+
+
+def _curves(dense: list[RunResult]) -> dict[int, Curve]:
+    """The baseline's curve by seed, of seeds whose runs are there."""
+    curves = {}
+    for seed in sorted({r.seed for r in dense}):
+        of_seed = [r for r in dense if r.seed == seed and r.loss is not None]
+        try:
+            curves[seed] = fit_curve([r.flops for r in of_seed], [r.loss for r in of_seed])
+        except ValueError:
+            continue
+    return curves
+
+
+def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
+    runs, results = found.runs, found.of_seeds(name)
+    file, losses = runs.file, _losses(results)
+    first = next(iter(file.seeds))
+    run, base = found.run(name, first), found.run(file.baseline.name, first)
+    times = found.results.time_ratios.get(name)
+    ratios = (None, None)
+    if run and base:
+        ratios = (run.flops.model / base.flops.model, run.flops.blocks / base.flops.blocks)
+    budgets = {}
+    if name != file.baseline.name:
+        for budget, steps in found.wanted.matched[name].items():
+            budgets[budget] = _compared(results, found.of_seeds(file.baseline.name, steps), steps)
+    known = ArmAnswer(
+        name=name,
+        values=found.wanted.chosen[name],
+        losses=losses,
+        loss=t_interval(list(losses.values())) if losses else None,
+        flops_ratio=ratios[0],
+        blocks_ratio=ratios[1],
+        time_ratio=times,
+        budgets=budgets,
+    )
+    if name == file.baseline.name or not (curves.keys() & losses.keys()) or not run or not base:
+        return known
+    costs = {seed: run.flops.model for seed in losses}
+    gains = {"gain": compute_gain(curves, losses, costs)}
+    if times:
+        # In the curve's unit: what the baseline computes in as many seconds.
+        per_step = base.flops.model / base.steps
+        seconds = {seed: run.steps * times * per_step for seed in losses}
+        gains["gain_seconds"] = compute_gain(curves, losses, seconds)
+    return ArmAnswer(**{**known.__dict__, **gains})
+
+
+def _compared(
+    arm: Mapping[int, RunResult], baseline: Mapping[int, RunResult], steps: int
+) -> Compared:
+    here, there = _losses(arm), _losses(baseline)
+    diverged = tuple(seed for seed in arm if seed not in here and seed in there)
+    difference = paired_difference(here, there) if here.keys() & there.keys() else None
+    return Compared(steps, difference, diverged=diverged)
+
+
+def _correct(arms: list[ArmAnswer], budget: str) -> None:
+    """Adds corrected p values and verdicts."""
+    at = [arm.budgets[budget] if budget in arm.budgets else None for arm in arms]
+    corrected = holm([c.difference.p if c and c.difference else None for c in at])
+    for arm, compared, p in zip(arms, at, corrected):
+        if compared is None:
+            continue
+        arm.budgets[budget] = _judged(compared, p)
+
+
+def _judged(compared: Compared, p: float | None) -> Compared:
+    difference, said, more = compared.difference, None, None
+    if compared.diverged:
+        said = "costs"
+    elif difference and difference.spread is not None:
+        said = verdict(difference, p)
+        if said == "undecided":
+            seeds = seeds_for(difference.interval.mean, difference.spread)
+            more = None if seeds is None else max(1, seeds - difference.pairs)
+    return Compared(compared.steps, difference, p, said, more, compared.diverged)
+
+
+def _warnings(runs: Runs, wanted: Wanted, results: Results) -> list[str]:
+    file, found = runs.file, []
+    if not file.study.intervals:
+        found.append("one seed: no interval, no verdict; a pilot shows what to look at next")
+    if untuned := [arm.name for arm in file.arms.values() if not arm.grid[0]]:
+        found.append(
+            f"nothing was tuned (tune) for {', '.join(untuned)}; at the baseline's learning rate "
+            f"an arm may look worse than it is"
+        )
+    for arm in file.arms.values():
+        if arm.grid[0] and (chosen := wanted.chosen[arm.name]) is not None:
+            found += _edges(arm.name, arm.grid, chosen)
+    devices = sorted({r.device for r in results.runs.values() if r.device})
+    if len(devices) > 1:
+        found.append(f"runs on different hardware: {', '.join(devices)}")
+    if results.times and results.times.busy is not None and results.times.busy > 0.2:
+        found.append(
+            f"other programs kept {results.times.busy:.1f} processors busy while step times were "
+            f"measured; measure again on a quiet machine (--time-only)"
+        )
+    strangers = results.runs.keys() - wanted.by_key.keys()
+    if strangers:
+        found.append(
+            f"{len(strangers)} runs in {results.file} belong to no arm of this study file as it "
+            f"is now, and are left out"
+        )
+    return found
+
+
+def _edges(arm: str, grid: tuple[Values, ...], chosen: Values) -> list[str]:
+    """Tuned fields whose best value is the smallest or the largest that was tried."""
+    found = []
+    for i, (field, text) in enumerate(chosen):
+        tried = [json.loads(value) for value in dict.fromkeys(v[i][1] for v in grid)]
+        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in tried)
+        if numbers and len(tried) > 1 and json.loads(text) in (min(tried), max(tried)):
+            shown = ", ".join(f"{v:g}" for v in tried)
+            found.append(
+                f"arm {arm}: the best {field}={json.loads(text):g} is at the edge of its grid "
+                f"({shown}); add values beyond it"
+            )
+    return found
+
+
+def _of_data(found: _Found, names: list[str]) -> list[str]:
+    """Arms that have read other batches than the baseline though steps and seed are equal."""
+    wrong = []
+    baseline = found.of_seeds(names[0])
+    for name in names[1:]:
+        for seed, result in found.of_seeds(name).items():
+            other = baseline.get(seed)
+            if other and result.steps == other.steps and result.data != other.data:
+                wrong.append(
+                    f"arm {name}, seed {seed}: it has read other batches than the baseline; the "
+                    f"difference is not paired"
+                )
+    return wrong
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON has it."""
+    return value if value is not None and math.isfinite(value) else None

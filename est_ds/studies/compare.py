@@ -1,0 +1,236 @@
+"""`est-ds compare STUDY`: trains what is missing, and says which arms pay."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+
+from est_ds.config.run_file import load_run
+from est_ds.data.indexed import Corpus
+from est_ds.disk import hold
+from est_ds.errors import UserError, did_you_mean
+from est_ds.launch.signals import Signals
+from est_ds.studies.answers import Answers, answer
+from est_ds.studies.collect import clear, collect
+from est_ds.studies.queue import Places, Running, Watcher, processes_of, steps_done, train_all
+from est_ds.studies.results import Header, Results, read_results
+from est_ds.studies.runs import (
+    Chooser,
+    Runs,
+    StudyRun,
+    Wanted,
+    check_study,
+    fingerprints,
+    key_of,
+    wanted_runs,
+)
+from est_ds.studies.study_file import StudyFile, load_study
+from est_ds.studies.text import answers_json, answers_text, plan_text, verdicts
+from est_ds.training.progress import clock
+
+LOCK = ".lock"
+BEAT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for.
+
+    Attributes:
+        jobs: runs beside each other; None: as many as fit.
+        only: train the runs of this arm, and those of the baseline that it needs.
+        add_seeds: further seeds.
+        json: print JSON and nothing else.
+        dry_run: say what would be trained.
+    """
+
+    jobs: int | None = None
+    only: str | None = None
+    add_seeds: int = 0
+    json: bool = False
+    dry_run: bool = False
+
+
+def compare(path: str, wish: Wish) -> int:
+    """Trains the runs of a study that are not done, and answers.
+
+    Returns:
+        Exit code: 0 done, 1 a run failed, 75 or 128 + n after a signal.
+
+    Raises:
+        UserError: the study file, an arm, or the results do not fit.
+    """
+    study = _open(path, wish)
+    if wish.dry_run:
+        study.say_plan()
+        return 0
+    try:
+        lock = hold(study.file.folder / LOCK)
+    except BlockingIOError:
+        raise UserError(
+            f"study_dir={study.file.study.study_dir!r} is being trained by another process; wait "
+            f"for it, stop it, or choose another study_dir."
+        ) from None
+    except OSError as e:
+        raise UserError(
+            f"study_dir={study.file.study.study_dir!r} cannot be written ({e.strerror}); mend "
+            f"that, or choose another study_dir."
+        ) from None
+    with lock:
+        study.results = read_results(study.file.results, repair=True)
+        study.results.begin(study.header)
+        if study.todo():
+            study.say_plan()
+        code = study.train()
+    study.show()
+    return code
+
+
+def _open(path: str, wish: Wish) -> Session:
+    """Reads study and results, and checks them against each other; writes nothing."""
+    file = load_study(path)
+    results = read_results(file.results)
+    arms = file.arms.keys()
+    if wish.only is not None and wish.only not in arms:
+        raise UserError(
+            f"--only={wish.only!r} is no arm of {path}; {did_you_mean(wish.only, arms)}use one of "
+            f"{', '.join(arms)}."
+        )
+    file = file.with_seeds({r.seed for r in results.runs.values() if r.arm in arms})
+    if wish.add_seeds:
+        file = file.more_seeds(wish.add_seeds)
+    runs = Runs(file)
+    check_study(runs)
+    header = _header(runs)
+    if results.header:
+        results.begin(header)  # compares, and writes nothing
+    session = Session(file, wish, runs, results, header)
+    if header.corpora is None and session.todo():
+        for part in _first_config(runs).data.parts:
+            Corpus.open(part.corpus)  # says what is missing
+    return session
+
+
+def _first_config(runs: Runs):
+    baseline = runs.file.baseline
+    return runs.run(baseline.name, next(iter(runs.file.seeds)), baseline.grid[0]).config
+
+
+def _header(runs: Runs) -> Header:
+    """Which study it is: what its baseline trains, less seeds and tuned values."""
+    file = runs.file
+    bare = [*file.baseline.overrides, f"run_dir={file.folder / 'unbegun'}"]
+    config = load_run(file.base, bare)
+    return Header(study=key_of(config), corpora=fingerprints(_first_config(runs)))
+
+
+@dataclass
+class Session:
+    """One call of `est-ds compare`."""
+
+    file: StudyFile
+    wish: Wish
+    runs: Runs
+    results: Results
+    header: Header
+    failed: dict[str, tuple[StudyRun, str]] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    spent_flops: float = 0.0  # of the runs that ended since
+    _last_beat: float = field(default_factory=time.monotonic)
+
+    def wanted(self, guess: bool = False) -> Wanted:
+        """The runs of the study; with `guess` also those that wait for a grid."""
+        return wanted_runs(self.runs, self._chooser(guess))
+
+    def _chooser(self, guess: bool) -> Chooser:
+        return Chooser(self.results.losses, self.results.time_ratios, guess)
+
+    def todo(self, guess: bool = False) -> list[StudyRun]:
+        """The runs that are to be trained, the next one first."""
+        only = self.wish.only
+        if only is None:
+            wanted = self.wanted(guess)
+        else:
+            arms = {name: self.file.arms[name] for name in (self.file.baseline.name, only)}
+            part = Runs(replace(self.file, arms=arms))
+            wanted = wanted_runs(part, self._chooser(guess))
+        return [
+            run
+            for run in wanted.runs
+            if run.key not in self.results.runs and run.key not in self.failed
+        ]
+
+    @property
+    def places(self) -> Places:
+        return Places.on_this_machine(processes_of(self._some_run()), self.wish.jobs)
+
+    def _some_run(self) -> StudyRun:
+        baseline = self.file.baseline
+        return self.runs.run(baseline.name, next(iter(self.file.seeds)), baseline.grid[0])
+
+    def say(self, text: str) -> None:
+        """Prints what is no answer."""
+        print(text, file=sys.stderr if self.wish.json else sys.stdout, flush=True)
+
+    def say_plan(self) -> None:
+        """Prints what is to be trained."""
+        todo = self.todo(guess=True)
+        done = len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
+        places = len(self.places.environments)
+        self.say(plan_text(self.runs, todo, done, self.results, places))
+
+    def train(self) -> int:
+        """Trains what is not done; 0, or 1 if a run failed, or what a signal asks for."""
+        watcher = Watcher(self.todo, self._done, self._failed, self._beat)
+        with Signals() as signals:
+            code = train_all(self.places, watcher, signals)
+        if code:
+            self.say("stopped; start it again to go on")
+        return code or (1 if self.failed else 0)
+
+    def _done(self, run: StudyRun, whole: bool) -> None:
+        result = collect(run, self.runs.parameters(run), diverged=not whole)
+        self.results.add(result)
+        if not self.file.study.keep_checkpoints:
+            clear(run)
+        self.spent_flops += run.flops.model
+        said = "diverged" if result.loss is None else f"held-out loss {result.loss:.4f}"
+        self.say(f"{self._count()} {run.name}: {said}{self._left()}")
+
+    def _failed(self, run: StudyRun, why: str) -> None:
+        self.failed[run.key] = (run, why)
+        self.say(f"{self._count()} {run.name}: failed: {why}")
+
+    def _count(self) -> str:
+        todo = len(self.todo(guess=True))
+        done = len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
+        return f"[{done}/{done + todo + len(self.failed)}]"
+
+    def _left(self) -> str:
+        """The time left, by what this call has trained so far."""
+        left = sum(run.flops.model for run in self.todo(guess=True))
+        if not left:
+            return ""
+        spent_s = time.monotonic() - self.began
+        return f"; about {clock(spent_s * left / self.spent_flops)} left"
+
+    def _beat(self, running: list[Running]) -> None:
+        if time.monotonic() - self._last_beat < BEAT_S:
+            return
+        self._last_beat = time.monotonic()
+        under_way = [f"{r.run.name} step {steps_done(r.run):,} of {r.run.steps:,}" for r in running]
+        self.say(f"{self._count()} training {'; '.join(under_way)}")
+
+    def show(self) -> Answers:
+        """Prints what is known, whole or not."""
+        found = answer(self.runs, self.wanted(), self.results)
+        if self.wish.json:
+            print(answers_json(self.runs, found, self.results))
+        else:
+            print(answers_text(self.runs, found))
+            for name, said in verdicts(found):
+                print(f"{name}: {said}")
+        for run, why in self.failed.values():
+            self.say(f"failed: {run.name}: {why}")
+        return found

@@ -1,0 +1,230 @@
+"""`results.jsonl`: what a study found, one finished run a line; enough to redraw and to go on.
+
+Line one says which study it is. A line `run` holds a finished run, a line `times` what the steps of
+the arms took in turns; of two lines on one thing the later one counts. Held-out losses by window
+lie beside it, in the folder `results.windows` (the file's name without its ending).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from est_ds.disk import replace_text
+from est_ds.errors import UserError, naming
+
+FORMAT = 1
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Header(_Line):
+    """Which study the results are of.
+
+    Attributes:
+        study: name of what the baseline trains, whatever its seed and its tuned values.
+        corpora: fingerprints of the corpora by `train.0`, `valid.NAME`; None if none was there.
+    """
+
+    format: int = FORMAT
+    study: str
+    corpora: dict[str, str] | None
+
+
+class RunResult(_Line):
+    """A finished run.
+
+    Attributes:
+        run: its key (`runs.key_of`).
+        values: of the tuned fields, as JSON.
+        loss: held-out, of the full model at the end, nats a token; None: it diverged.
+        losses: by held-out corpus, where there are several.
+        curve: pairs of steps done and held-out loss.
+        first_loss: training loss of the first step.
+        data: digests of the batches of the first and the last step.
+        boundaries: held-out losses at both sides of the phase boundaries (`evaluate.boundaries`).
+        flops, blocks_flops: of the run, as its method expects them.
+        step_s: median over its logged steps; runs of one study share a machine, so that it is no
+            measurement (that is `Times`).
+    """
+
+    run: str
+    arm: str
+    seed: int
+    values: dict[str, str]
+    steps: int
+    tokens: int
+    parameters: int
+    flops: float
+    blocks_flops: float
+    loss: float | None
+    losses: dict[str, float] = {}
+    bits_per_byte: float | None = None
+    curve: list[tuple[int, float]] = []
+    first_loss: float | None = None
+    data: tuple[str, str] | None = None
+    boundaries: list[dict[str, Any]] = []
+    step_s: float | None = None
+    device: str = ""
+    versions: dict[str, str] = {}
+    finished: str = ""
+
+
+class ArmTimes(_Line):
+    """Step times of an arm in turns with the baseline's.
+
+    Attributes:
+        ratio: wall-clock time of an arm's mean step over that of the baseline.
+        cpu_ratio: the same of processor time; None on a GPU.
+        step_s: wall-clock time of the arm's mean step.
+        spread: half of the middle half of the rounds' ratios, over their median.
+    """
+
+    ratio: float
+    cpu_ratio: float | None
+    step_s: float
+    spread: float | None
+
+
+class Times(_Line):
+    """Step times of all arms, measured in turns on one machine.
+
+    Attributes:
+        busy: processors that other programs kept busy meanwhile, on average; None if unknown.
+    """
+
+    device: str
+    processes: int
+    arms: dict[str, ArmTimes]
+    busy: float | None
+    measured: str
+
+
+@dataclass
+class Results:
+    """The results of a study so far."""
+
+    file: Path
+    header: Header | None = None
+    runs: dict[str, RunResult] = field(default_factory=dict)
+    times: Times | None = None
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Held-out loss by key; infinite of a run that diverged."""
+        return {k: math.inf if r.loss is None else r.loss for k, r in self.runs.items()}
+
+    @property
+    def time_ratios(self) -> dict[str, float]:
+        return {arm: t.ratio for arm, t in self.times.arms.items()} if self.times else {}
+
+    def begin(self, header: Header) -> None:
+        """Writes line one of a new file, or compares it.
+
+        Raises:
+            UserError: the file is of another study, or other corpora.
+        """
+        if self.header is None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.file, _text("study", header))
+            self.header = header
+            return
+        if self.header.study != header.study:
+            raise UserError(
+                f"{self.file} holds the results of another study: its baseline was trained on "
+                f"another config (steps, model, data or batch); choose another study_dir (or "
+                f"results), or move the file away."
+            )
+        if header.corpora and self.header.corpora and header.corpora != self.header.corpora:
+            names = [n for n in header.corpora if header.corpora[n] != self.header.corpora.get(n)]
+            raise UserError(
+                f"{self.file} holds results on other corpora: data.{names[0] if names else ''} has "
+                f"other contents now; put the former corpora back, or choose another study_dir."
+            )
+
+    def add(self, result: RunResult) -> None:
+        """Appends a finished run; it is on disk when the call returns."""
+        self._append("run", result)
+        self.runs[result.run] = result
+
+    def add_times(self, times: Times) -> None:
+        """Appends step times; they are on disk when the call returns."""
+        self._append("times", times)
+        self.times = times
+
+    def windows(self, key: str) -> Path:
+        """Where the held-out losses by window of a run lie."""
+        return self.file.with_suffix(".windows") / f"{key}.npz"
+
+    def _append(self, kind: str, line: _Line) -> None:
+        with naming(self.file), self.file.open("a") as f:
+            f.write(_text(kind, line))
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def read_results(file: Path, repair: bool = False) -> Results:
+    """Reads the results of a study; none where there is no file.
+
+    Args:
+        repair: drops a last line that a killed process left half-written.
+
+    Raises:
+        UserError: a line is not of this format.
+    """
+    results = Results(file)
+    if not file.exists():
+        return results
+    text = file.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        _read_line(results, number, line)
+    if results.header is None:
+        if whole:
+            raise UserError(f"{file}: line 1 does not say which study it is; {_RESTORE}")
+        return results
+    if repair and whole != text:
+        replace_text(file, whole)
+    return results
+
+
+_RESTORE = "restore the file, or choose another study_dir (or results)."
+
+
+def _read_line(results: Results, number: int, line: str) -> None:
+    try:
+        tree = json.loads(line)
+        [(kind, value)] = tree.items()
+        if kind == "study" and number == 1:
+            if value.get("format") != FORMAT:
+                raise UserError(
+                    f"{results.file}: format {value.get('format')}, and this version reads "
+                    f"{FORMAT}; use the version of est_ds that wrote it."
+                )
+            results.header = Header.model_validate(value)
+        elif kind == "run":
+            result = RunResult.model_validate(value)
+            results.runs[result.run] = result
+        elif kind == "times":
+            results.times = Times.model_validate(value)
+        else:
+            raise ValueError(f"unknown kind {kind!r}")
+    except UserError:
+        raise
+    except (ValueError, AttributeError, ValidationError) as e:
+        why = " ".join(str(e).split())[:120]
+        raise UserError(
+            f"{results.file}: line {number} is no result of a study ({why}); {_RESTORE}"
+        ) from None
+
+
+def _text(kind: str, line: _Line) -> str:
+    return json.dumps({kind: line.model_dump(mode="json")}, allow_nan=False) + "\n"

@@ -1,0 +1,332 @@
+"""The runs of a study: which there are, what each costs, and what makes one the same as another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
+from est_ds.cost.flops import Flops, dense_flops, saved
+from est_ds.data.indexed import Corpus
+from est_ds.design import Design, make_design
+from est_ds.errors import UserError
+from est_ds.run.directory import fixed_fields
+from est_ds.slicing.build import count_parameters, empty_model
+from est_ds.studies.study_file import DEFAULTS, Arm, StudyFile, Values, override_texts
+
+# The baseline's budgets are multiples of a 200th of its steps, so that arms of nearly equal cost
+# are compared with the same runs: at most a quarter of a percent off.
+GRAIN = 200
+# Of the highest rate of a run; a run that ends above it is not decayed.
+DECAYED = 0.25
+# What a held-out loss depends on, beside the fields that a run never changes.
+OF_EVALUATION = ("sequences", "choice")
+# What must be equal for held-out losses to be comparable.
+SHARED = ("data", "objective", "precision", "evaluate.sequences", "evaluate.choice")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training of a study.
+
+    Attributes:
+        values: of the fields that are tuned.
+        flops: of the whole run, as its method expects them.
+        key: names what is trained; the same for the same run in any folder and on any machine.
+        name: its folder within the study's.
+    """
+
+    arm: str
+    seed: int
+    values: Values
+    config: RunConfig
+    flops: Flops
+    key: str
+    name: str
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.config.tokens_per_step
+
+
+class Runs:
+    """Makes the runs of a study."""
+
+    def __init__(self, file: StudyFile) -> None:
+        self.file = file
+        self.run = cache(self._run)
+        self._flops = cache(self._flops_of)
+        self._parameters = cache(self._parameters_of)
+
+    def _run(self, arm: str, seed: int, values: Values, steps: int | None = None) -> StudyRun:
+        """A run of an arm.
+
+        Args:
+            steps: None: what the study says.
+
+        Raises:
+            UserError: its fields do not fit; the message begins with the arm.
+        """
+        config = self._config(arm, values, steps, self.file.seeds[seed])
+        name = _name(arm, seed, values, steps)
+        config = config.model_copy(update={"run_dir": str(self.file.folder / name)})
+        flops = self._flops(arm, values, steps)
+        return StudyRun(arm, seed, values, config, flops, key_of(config), name)
+
+    def parameters(self, run: StudyRun) -> int:
+        """Parameters of a run's model."""
+        return self._parameters(run.arm, run.values)
+
+    def _parameters_of(self, arm: str, values: Values) -> int:
+        return count_parameters(empty_model(self.design(arm, values).hf_config))
+
+    def design(self, arm: str, values: Values, steps: int | None = None) -> Design:
+        """The design of an arm, for any seed.
+
+        Raises:
+            UserError: its fields do not fit.
+        """
+        try:
+            return make_design(self._config(arm, values, steps, ()))
+        except UserError as e:
+            raise UserError(f"arm {arm!r}: {e}") from None
+
+    def _flops_of(self, arm: str, values: Values, steps: int | None) -> Flops:
+        design = self.design(arm, values, steps)
+        lengths = {
+            "sequence": design.config.data.sequence,
+            "target_sequence": design.target_sequence,
+        }
+        part, steps = saved(design.method, **lengths), design.config.steps
+        size = design.flops_size(design.config.batch.global_)
+        dense = dense_flops(design.method.shape, **size)
+        return Flops(
+            steps * dense.blocks * (1 - part.blocks), steps * dense.model * (1 - part.model)
+        )
+
+    def _config(
+        self, arm: str, values: Values, steps: int | None, seed: tuple[str, ...]
+    ) -> RunConfig:
+        overrides = [
+            *DEFAULTS,
+            *self.file.arms[arm].overrides,
+            *override_texts(values),
+            *(() if steps is None else (f"steps={steps}",)),
+            *seed,
+            # Some folder: `evaluate.choice` of a run file depends on whether it has begun.
+            f"run_dir={self.file.folder / 'unbegun'}",
+        ]
+        try:
+            return load_run(self.file.base, overrides)
+        except UserError as e:
+            raise UserError(f"arm {arm!r}: {e}") from None
+
+
+def _name(arm: str, seed: int, values: Values, steps: int | None) -> str:
+    parts = [f"seed_{seed}", *(f"{field}_{_short(value)}" for field, value in values)]
+    if steps is not None:
+        parts.append(f"steps_{steps}")
+    return f"{arm}/{'_'.join(parts)}"
+
+
+def _short(value: str) -> str:
+    """A value in the name of a folder."""
+    if re.fullmatch(r"[\w.+-]{1,40}", value):
+        return value
+    return hashlib.sha256(value.encode()).hexdigest()[:8]
+
+
+def key_of(config: RunConfig) -> str:
+    """Names what a run trains and evaluates: 16 hex characters.
+
+    Folders, layout and logging are left out. So are the corpora's paths, since their contents are
+    those of the study (`results.Header`), and defaults, so that a later version, which has more
+    fields, knows the run again.
+    """
+    fields = fixed_fields(config, defaults=False)
+    evaluation = {name: getattr(config.evaluate, name) for name in OF_EVALUATION}
+    text = json.dumps([fields, evaluation], sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The runs that a study wants, as far as its results choose them.
+
+    Attributes:
+        runs: in the order in which they are to be trained, none twice.
+        chosen: the tuned values of every arm; None while its grid is not finished.
+        matched: steps of the baseline by arm and budget, where they are known.
+    """
+
+    runs: tuple[StudyRun, ...]
+    chosen: dict[str, Values | None]
+    matched: dict[str, dict[str, int]]
+
+    @cached_property
+    def by_key(self) -> dict[str, StudyRun]:
+        return {run.key: run for run in self.runs}
+
+
+class Chooser:
+    """What the runs depend on that only results can say.
+
+    Args:
+        losses: held-out loss by key of the runs that are done; infinite of those that diverged.
+        time_ratios: step time of an arm over the baseline's.
+        guess: takes the first values of a grid that is not finished, to count what will come.
+    """
+
+    def __init__(
+        self, losses: Mapping[str, float], time_ratios: Mapping[str, float], guess: bool = False
+    ) -> None:
+        self.losses, self.time_ratios, self.guess = losses, time_ratios, guess
+
+    def best(self, runs: Runs, arm: Arm) -> Values | None:
+        """The values of an arm's grid with the lowest loss on the first seed."""
+        if len(arm.grid) == 1:
+            return arm.grid[0]
+        first = next(iter(runs.file.seeds))
+        keys = {values: runs.run(arm.name, first, values).key for values in arm.grid}
+        if all(key in self.losses for key in keys.values()):
+            return min(arm.grid, key=lambda values: self.losses[keys[values]])
+        return arm.grid[0] if self.guess else None
+
+
+def wanted_runs(runs: Runs, chooser: Chooser) -> Wanted:
+    """Lists the runs of a study: seed by seed, the baseline before the others.
+
+    Raises:
+        UserError: the fields of one do not fit.
+    """
+    file, baseline = runs.file, runs.file.baseline
+    first = next(iter(file.seeds))
+    arms = [baseline, *(arm for arm in file.arms.values() if arm is not baseline)]
+    chosen = {arm.name: chooser.best(runs, arm) for arm in arms}
+    grid = [runs.run(arm.name, first, values) for arm in arms for values in arm.grid]
+    matched: dict[str, dict[str, int]] = {arm.name: {} for arm in arms}
+    curve: list[int] = []
+    own = chosen[baseline.name]
+    if own is not None:
+        dense = runs.run(baseline.name, first, own)
+        curve = [_grained(part * dense.steps, dense) for part in file.study.dense_curve]
+        for arm in arms[1:]:
+            if (values := chosen[arm.name]) is not None:
+                run = runs.run(arm.name, first, values)
+                matched[arm.name] = _matched(file, run, dense, chooser.time_ratios)
+    steps = sorted({n for by_budget in matched.values() for n in by_budget.values()} | {*curve})
+    listed = grid
+    for seed in file.seeds:
+        for arm in arms:
+            if (values := chosen[arm.name]) is not None:
+                listed.append(runs.run(arm.name, seed, values))
+        if own is not None:
+            usual = runs.run(baseline.name, seed, own).steps
+            listed += [runs.run(baseline.name, seed, own, n) for n in steps if n != usual]
+    found: dict[str, StudyRun] = {}
+    for run in listed:  # of two arms with the same config the first one trains it
+        found.setdefault(run.key, run)
+    return Wanted(tuple(found.values()), chosen, matched)
+
+
+def _matched(
+    file: StudyFile, run: StudyRun, dense: StudyRun, time_ratios: Mapping[str, float]
+) -> dict[str, int]:
+    """Steps of the baseline that equal an arm's run, by budget."""
+    steps = {"tokens": run.tokens / dense.config.tokens_per_step}
+    steps["flops"] = run.flops.model / (dense.flops.model / dense.steps)
+    if run.arm in time_ratios:
+        steps["seconds"] = run.steps * time_ratios[run.arm]
+    return {b: _grained(steps[b], dense) for b in file.study.budgets if b in steps}
+
+
+def _grained(steps: float, dense: StudyRun) -> int:
+    grain = max(1, dense.steps // GRAIN)
+    return max(1, round(steps / grain) * grain)
+
+
+def check_study(runs: Runs) -> None:
+    """Checks every arm, and that their losses can be compared.
+
+    Raises:
+        UserError: the fields of an arm do not fit, it reads or evaluates something other than the
+            baseline, or its learning rate is not decayed at the end.
+    """
+    file = runs.file
+    base = runs.design(file.baseline.name, file.baseline.grid[0])
+    for arm in file.arms.values():
+        for values in arm.grid:
+            design = runs.design(arm.name, values)
+            _check_alike(arm.name, design.config, base.config)
+            _check_decayed(arm.name, design)
+    wanted_runs(runs, Chooser({}, {}, guess=True))  # raises
+
+
+def _check_alike(arm: str, config: RunConfig, base: RunConfig) -> None:
+    for field in SHARED:
+        here, there = _at(config, field), _at(base, field)
+        if here != there:
+            raise UserError(
+                f"arm {arm!r}: {field}={_shown(here)} differs from the baseline's {_shown(there)}, "
+                f"so that their losses cannot be compared; set it for all arms (under `set`), or "
+                f"make another study."
+            )
+    if config.tokens_per_step != base.tokens_per_step:
+        raise UserError(
+            f"arm {arm!r}: batch.global={config.batch.global_} differs from the baseline's "
+            f"{base.batch.global_}, so that equal steps are not equal tokens; set it for all arms "
+            f"(under `set`), or make another study."
+        )
+
+
+def _at(config: RunConfig, field: str) -> Any:
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value.model_dump(exclude_defaults=True) if hasattr(value, "model_dump") else value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _check_decayed(arm: str, design: Design) -> None:
+    steps = design.config.steps
+    last = design.learning_rate(steps - 1)
+    highest = max(design.learning_rate(step) for step in range(0, steps, max(1, steps // 200)))
+    if steps > 1 and last > DECAYED * highest:
+        raise UserError(
+            f"arm {arm!r}: schedule={design.config.schedule.name} ends at {last / highest:.0%} of "
+            f"its highest rate; losses of runs that are not decayed cannot be compared (allowed: "
+            f"{DECAYED:.0%}). Use cosine, linear, or wsd with a decay, and a lower final."
+        )
+
+
+def fingerprints(config: RunConfig) -> dict[str, str] | None:
+    """What names the contents of the corpora; None where they are not on this machine.
+
+    Raises:
+        UserError: a corpus is there, and cannot be read.
+    """
+    data = config.data
+    prefixes = {f"train.{i}": part.corpus for i, part in enumerate(data.parts)}
+    prefixes |= {f"valid.{name}": prefix for name, prefix in data.held_out.items()}
+    found = {}
+    for name, prefix in prefixes.items():
+        corpus = Corpus.described(str(Path(prefix)))
+        if corpus is None:
+            return None
+        found[name] = corpus.fingerprint
+    return found

@@ -1,0 +1,214 @@
+"""A study in words, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from est_ds.report.text import PLAIN, rendered, seconds
+from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
+from est_ds.studies.results import Results
+from est_ds.studies.runs import Runs, StudyRun
+from est_ds.studies.statistics import Gain, Interval
+from est_ds.studies.study_file import Values
+
+BUDGETS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
+
+
+def values_text(values: Values | None) -> str:
+    """Tuned values in words."""
+    if values is None:
+        return "not known yet"
+    return ", ".join(f"{field}={value}" for field, value in values) or "not tuned"
+
+
+def interval_text(interval: Interval, sign: str = "+") -> str:
+    """A mean and its 95 % interval."""
+    text = f"{interval.mean:{sign}.4f}"
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+
+def gain_text(gain: Gain | None) -> str:
+    """A gain in compute and its 95 % interval, or what is known of it."""
+    if gain is None:
+        return "-"
+    if gain.interval is None:
+        return gain.bound
+    ends = gain.interval
+    if ends.low is None or ends.high is None:
+        return f"{ends.mean:.2f}"
+    return f"{ends.mean:.2f} [{ends.low:.2f}, {ends.high:.2f}]"
+
+
+def verdict_text(compared: Compared | None) -> str:
+    """A verdict in words."""
+    if compared is None or compared.verdict is None:
+        return "-"
+    if compared.diverged:
+        return f"costs ({len(compared.diverged)} diverged)"
+    if compared.verdict != "undecided":
+        return compared.verdict
+    more = "over 1,000" if compared.more_seeds is None else compared.more_seeds
+    return f"undecided ({more} more seeds)"
+
+
+def answers_text(runs: Runs, answers: Answers) -> str:
+    """Tables of a study of at most 100 columns, and what a reader must know."""
+    parts: list[Any] = [_arms_table(answers)]
+    for budget in runs.file.study.budgets:
+        parts += ["", f"At equal {BUDGETS[budget]} (loss less the baseline's, nats a token):"]
+        parts.append(_budget_table(answers, budget))
+    parts += ["", *_notes(answers), *(f"warning: {warning}" for warning in answers.warnings)]
+    return rendered(f"{runs.file.folder}: arms against {answers.arms[0].name}", *parts, width=100)
+
+
+def _arms_table(answers: Answers) -> Table:
+    table = _table("arm", "seeds", "held-out\nloss", "model\nFLOPs", "blocks\nFLOPs", "step\ntime")
+    for name in ("gain in FLOPs", "gain in seconds", "tuned"):
+        table.add_column(name, vertical="bottom", overflow="fold")
+    for arm in answers.arms:
+        loss = f"{arm.loss.mean:.4f}" if arm.loss else "-"
+        ratios = (arm.flops_ratio, arm.blocks_ratio, arm.time_ratio)
+        cells = (arm.name, str(len(arm.losses)), loss, *(_ratio(r) for r in ratios))
+        gains = (gain_text(arm.gain), gain_text(arm.gain_seconds))
+        table.add_row(*cells, *gains, values_text(arm.values))
+    return table
+
+
+def _budget_table(answers: Answers, budget: str) -> Table:
+    table = _table(
+        "arm",
+        "baseline's\nsteps",
+        "pairs",
+        "difference",
+        "95 % interval",
+        "p\n(Holm)",
+        "could\nsee",
+    )
+    table.add_column("verdict", vertical="bottom")
+    for arm in answers.arms[1:]:
+        compared = arm.budgets.get(budget)
+        if compared is None:
+            table.add_row(arm.name, *("-" for _ in range(7)))
+            continue
+        difference = compared.difference
+        if difference is None:
+            cells = ("0", "-", "-", "-", "-")
+        else:
+            seen = "-" if difference.detectable is None else f"{difference.detectable:.4f}"
+            p = "-" if compared.corrected is None else f"{compared.corrected:.3f}"
+            ends = difference.interval
+            between = "-" if ends.low is None else f"{ends.low:+.4f} to {ends.high:+.4f}"
+            cells = (str(difference.pairs), f"{ends.mean:+.4f}", between, p, seen)
+        table.add_row(arm.name, f"{compared.steps:,}", *cells, verdict_text(compared))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", vertical="bottom", overflow="fold")
+    return table
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _notes(answers: Answers) -> list[str]:
+    return [
+        "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
+        "Could see: the smallest true difference that as many seeds show with a chance of 80 %.",
+        "A gain of 1.1: the baseline needs 1.1 times as much for that loss.",
+        f"The verdict of the study is that at equal {BUDGETS[answers.decides]}.",
+    ]
+
+
+def verdicts(answers: Answers) -> list[tuple[str, str]]:
+    """Every arm with its verdict, at the budget that decides."""
+    return [(arm.name, verdict_text(arm.budgets.get(answers.decides))) for arm in answers.arms[1:]]
+
+
+def plan_text(
+    runs: Runs, todo: Iterable[StudyRun], done: int, results: Results, places: int
+) -> str:
+    """What is to be trained, before it starts."""
+    todo = list(todo)
+    flops = sum(run.flops.model for run in todo)
+    lines = [f"{runs.file.folder}: {done + len(todo)} runs, {done} of them done"]
+    for arm in runs.file.arms:
+        of_arm = [run for run in todo if run.arm == arm]
+        if of_arm:
+            steps = sorted({run.steps for run in of_arm})
+            shown = ", ".join(f"{n:,}" for n in steps)
+            lines.append(f"  {arm}: {len(of_arm)} runs to train, of {shown} steps")
+    lines.append(f"to train: {flops:.3g} FLOPs, {_hours(runs, todo, results, places)}")
+    lines.append(f"disk: about {_disk_bytes(runs, todo, places) / 1e9:.2g} GB while it runs")
+    return "\n".join(lines)
+
+
+def _hours(runs: Runs, todo: list[StudyRun], results: Results, places: int) -> str:
+    needed_s = expected_s(todo, results)
+    if needed_s is None:
+        return "hours not known before step times are measured (est-ds compare STUDY --time-only)"
+    beside = f", {places} runs beside each other" if places > 1 else ""
+    return f"about {seconds(needed_s / places)}{beside}"
+
+
+def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
+    """How long runs take one after the other, by the step times measured, with their starts."""
+    if results.times is None:
+        return None
+    times, total = results.times.arms, 0.0
+    for run in todo:
+        if run.arm not in times:
+            return None
+        total += run.steps * times[run.arm].step_s + START_S
+    return total
+
+
+START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
+
+
+def _disk_bytes(runs: Runs, todo: list[StudyRun], places: int) -> float:
+    """Two checkpoints of every run under way, with moments: 12 bytes a parameter; all if kept."""
+    sizes = sorted((24.0 * runs.parameters(run) for run in todo), reverse=True)
+    return sum(sizes if runs.file.study.keep_checkpoints else sizes[:places])
+
+
+def answers_json(runs: Runs, answers: Answers, results: Results) -> str:
+    """The document of `est-ds compare --json`."""
+    document = {
+        "study": str(runs.file.folder),
+        "baseline": answers.arms[0].name,
+        "decides": answers.decides,
+        "seeds": list(runs.file.seeds),
+        "runs": len(results.runs),
+        "arms": {arm.name: _arm_json(arm) for arm in answers.arms},
+        "curves": {seed: asdict(curve) for seed, curve in answers.curves.items()},
+        "warnings": list(answers.warnings),
+    }
+    return json.dumps(_plain(document), indent=1, allow_nan=False)
+
+
+def _arm_json(arm: ArmAnswer) -> dict[str, Any]:
+    found = asdict(arm)
+    found.pop("name")
+    values = found.pop("values")
+    found["tuned"] = None if values is None else {f: json.loads(v) for f, v in arm.values or ()}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no number that is none."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return finite(value) if isinstance(value, float) else value

@@ -12,13 +12,8 @@ from est_ds.data.manifest import Manifest, read_manifest
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.times import Between, Timed, Timing, middle, timed
 from est_ds.run.metrics import Steps, steps_of
-<<<<<<< HEAD
-from est_ds.run.step_times import StepTimes, Turns
-=======
 from est_ds.run.parent import Parent, read_parent
-
-Between = tuple[float, float]
->>>>>>> branch
+from est_ds.run.step_times import StepTimes, Turns
 
 
 @dataclass(frozen=True)

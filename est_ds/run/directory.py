@@ -167,7 +167,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
 
-<<<<<<< HEAD
 def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     """The fields that a run never changes, dotted, with their values.
 
@@ -175,34 +174,27 @@ def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
         defaults: false leaves out those that have their default.
     """
     flat = _flat(config.model_dump(by_alias=True, exclude_defaults=not defaults))
+    return {k: v for k, v in flat.items() if not _may_change(k, config)}
+
+
+def _may_change(field: str, config: RunConfig) -> bool:
     free = set(FREE_TO_CHANGE)
-    if flat.get("method.draw") == "micro_batch" or dropout_of(hf_config(config.model)):
+    if config.method.get("draw") == "micro_batch" or dropout_of(hf_config(config.model)):
         free.discard("batch.micro")  # each has a plan, or masks, of its own
-    return {k: v for k, v in flat.items() if not any(fnmatch(k, pattern) for pattern in free)}
-=======
+    return any(fnmatch(field, pattern) for pattern in free)
+
+
 def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that differ, by their dotted names, each with both values (None: it is not there)."""
-    former, now = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (there, here))
+    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
     keys = sorted(former.keys() | now.keys())
     return {k: (former.get(k), now.get(k)) for k in keys if former.get(k) != now.get(k)}
->>>>>>> branch
 
 
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
-<<<<<<< HEAD
-    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
-    return [
-        f"{key} is {former.get(key)!r} there and {now.get(key)!r} here"
-        for key in sorted(fixed_fields(there).keys() | fixed_fields(here).keys())
-        if former.get(key) != now.get(key)
-=======
-    free = set(FREE_TO_CHANGE)
-    if here.method.get("draw") == "micro_batch" or dropout_of(hf_config(here.model)):
-        free.discard("batch.micro")  # each has a plan, or masks, of its own
     return [
         f"{key} is {former!r} there and {now!r} here"
         for key, (former, now) in changed_fields(there, here).items()
-        if not any(fnmatch(key, pattern) for pattern in free)
->>>>>>> branch
+        if not _may_change(key, here)
     ]

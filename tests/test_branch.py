@@ -29,6 +29,7 @@ from est_ds.run.parent import read_parent
 from est_ds.run.prepare import Run, prepare
 from est_ds.training.branch import branch
 from est_ds.training.inherit import check_depth
+from est_ds.training.turns import Measured
 from forks import fork, wait
 from layouts import LAYOUTS, METHODS, train_in
 from reference import assert_close, plain_adamw
@@ -112,6 +113,13 @@ def test_report_and_plan_of_a_branch_are_of_its_own_steps(branches, capsys):
     cli.main(["plan", str(branches["longer"])])
     said = " ".join(capsys.readouterr().out.split())
     assert f"at step {AT}, {AT * 512:,} tokens behind it" in said
+
+
+def test_phases_that_the_parent_trained_are_not_timed(trunk, tmp_path):
+    phases = "{until: 2, layers: 1}, {until: 5, layers: 1}, {until: 8}"
+    run = branched(trunk, tmp_path / "b", [f"method={{name: est, phases: [{phases}]}}"])
+    turns = [turn.result([]) for turn in Measured("", run, engine=None, batches=[]).turns()]
+    assert [(turn.phase, turn.num_steps) for turn in turns] == [(1, 1), (2, 3)]
 
 
 def test_branch_of_a_branch_knows_both_parents(branches, tmp_path):

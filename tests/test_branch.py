@@ -19,16 +19,18 @@ from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
 from est_ds.data.order import positions
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 from est_ds.report.page import write_report
 from est_ds.report.summary import summarise
+from est_ds.run.directory import FREE_TO_CHANGE, changed_fields
 from est_ds.run.metrics import read_metrics
 from est_ds.run.parent import read_parent
 from est_ds.run.prepare import Run, prepare
 from est_ds.training.branch import branch
-from est_ds.training.inherit import check_depth
+from est_ds.training.inherit import MAY_CHANGE, STAYS, check_changes, check_depth
 from est_ds.training.turns import Measured
 from forks import fork, wait
 from layouts import LAYOUTS, METHODS, train_in
@@ -182,6 +184,21 @@ def test_branch_that_cannot_be_is_one_clear_error(case, trunk, tmp_path, capsys)
     for text in named:
         assert text in error
     assert not list(tmp_path.iterdir())
+
+
+def test_every_field_of_a_run_is_decided_on():
+    decided = {p.partition(".")[0].rstrip("*") for p in (*FREE_TO_CHANGE, *MAY_CHANGE, *STAYS)}
+    assert set(RunConfig.model_fields) - decided == {"start"}  # which overrides cannot set
+
+
+def test_dropout_may_change_and_counts_of_elements_may_not_be_lost(trunk, tmp_path):
+    new = ["model.attention_dropout=0.1", "optimizer.inactive=freeze"]
+    branch(str(trunk), "4", str(tmp_path / "b"), new)
+    there = load_run(tmp_path / "b")
+    assert there.model["attention_dropout"] == 0.1
+    here = load_run(tmp_path / "b", ["optimizer.inactive=zero_grad"])
+    with pytest.raises(UserError, match="optimizer.inactive is 'freeze' in the parent and 'zero_"):
+        check_changes(there, here, changed_fields(there, here), 4)
 
 
 def test_directory_that_is_used_is_refused_and_stays(trunk, tmp_path, capsys):

@@ -84,12 +84,12 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
+    plan = verb("plan", _plan, "show phases, FLOPs, sizes and memory of a run; start nothing")
     plan.add_argument(
         "--processes",
         type=_positive,
         metavar="N",
-        help="count this many processes (default: what RUN says)",
+        help="assume this many processes (default: what RUN says)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
     plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
@@ -111,7 +111,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--processes",
         type=_positive,
         metavar="N",
-        help="start this many on this machine (default: one a GPU; on a CPU what RUN says)",
+        help="start this many on this machine (default: one per GPU; without a GPU what RUN says)",
     )
     train.add_argument(
         "--restarts",
@@ -215,6 +215,11 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what would be trained, and train nothing"
     )
     study.add_argument(
+        "--time-only",
+        action="store_true",
+        help="measure the step times of all arms in turns with the baseline's, and train nothing",
+    )
+    study.add_argument(
         "--jobs",
         type=_positive,
         metavar="N",
@@ -241,13 +246,15 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument(
         "--light",
         action="store_true",
-        help="skip the matrix product on every GPU: a training runs beside",
+        help="leave out the matrix product on every GPU, which slows a running training down",
     )
 
 
 def _many_nodes(sub: argparse.ArgumentParser) -> None:
     """Options that say where the nodes are."""
-    group = sub.add_argument_group("many nodes", "ssh reaches them, or you start each by itself")
+    group = sub.add_argument_group(
+        "many nodes", "reach them by ssh (--hostfile), or call this on each of them (--nodes)"
+    )
     group.add_argument(
         "--hostfile", metavar="F", help="reach these hosts by ssh; a line is HOST slots=N"
     )
@@ -300,8 +307,9 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if launched():
         if parsed.restarts:
             raise UserError(
-                f"--restarts={parsed.restarts} inside a launcher, which starts the processes: let "
-                f"it start them again, or start est-ds train outside of it."
+                f"--restarts={parsed.restarts} inside a launcher (RANK is set) has no effect: the "
+                f"launcher starts the processes. Remove it and let the launcher start them again, "
+                f"or call est-ds train without a launcher."
             )
         world = World.from_environment()
         try:
@@ -377,7 +385,14 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.studies.compare import Wish, compare
 
-    wish = Wish(parsed.jobs, parsed.only, parsed.add_seeds, parsed.json, parsed.dry_run)
+    wish = Wish(
+        jobs=parsed.jobs,
+        only=parsed.only,
+        add_seeds=parsed.add_seeds,
+        json=parsed.json,
+        dry_run=parsed.dry_run,
+        time_only=parsed.time_only,
+    )
     sys.exit(compare(parsed.study, wish))
 
 

@@ -203,7 +203,7 @@ def _check_micro_batches(config: RunConfig, hf: Any) -> None:
 def _check_separable(config: RunConfig, family: Family, objective: Settings) -> None:
     unable = None
     if not family.separable:
-        unable = f"model.model_type={config.model['model_type']!r}, whose positions are relative"
+        unable = f"model.model_type={config.model['model_type']!r}, which knows no documents"
     elif not objective.separable:
         unable = f"objective.name={objective.name!r}, which takes its windows apart"
     if unable:

@@ -29,10 +29,28 @@ MODELS = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "tie_word_embeddings": True},
     "gpt2": GPT2,
     "bert": BERT,
+    "mamba": {
+        "model_type": "mamba",
+        "vocab_size": 560,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+    },
+    "mamba2": {
+        "model_type": "mamba2",
+        "vocab_size": 560,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 8,
+        "n_groups": 2,
+        "state_size": 8,
+        "chunk_size": 16,
+    },
     "t5": T5,
     "t5 v1.1": {**T5, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"},
 }
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mamba", "mamba2")
 CELLS = [
     *((model, "causal", "fp32") for model in DECODERS),
     *((model, "ul2", "fp32") for model in (*DECODERS, "t5", "t5 v1.1")),
@@ -48,7 +66,7 @@ FAST = [
     if cell[2] == "fp32"
     and (
         cell[0] in ("bert", "t5", "t5 v1.1")
-        or cell[:2] in (("gpt2", "causal"), ("qwen3", "causal"))
+        or cell[:2] in (("gpt2", "causal"), ("qwen3", "causal"), ("mamba2", "causal"))
     )
     and "apart" not in cell[1]
 ]

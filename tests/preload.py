@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import est_ds
 
-for family in ("bert", "gpt2", "llama", "t5"):
+for family in ("bert", "gpt2", "llama", "mamba", "mamba2", "t5"):
     import_module(f"transformers.models.{family}.modeling_{family}")
 for module in pkgutil.walk_packages(est_ds.__path__, "est_ds."):
     if not module.name.startswith("est_ds.studies"):  # its libraries start threads

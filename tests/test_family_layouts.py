@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cases.families import CASES, training_of
+from cases.families import CASES, WITHOUT_ATTENTION, training_of
 from est_ds.config.run_file import load_run
 from est_ds.run.metrics import read_metrics
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
@@ -23,7 +23,7 @@ MODELS = {
     f"{family}, {'tied' if tied else 'untied'}": {
         **CASES[family].section, "vocab_size": 96, "tie_word_embeddings": tied
     }
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5", *WITHOUT_ATTENTION)
     for tied in (True, False)
     if tied or family != "t5"  # the library ties T5 always
 }  # fmt: skip
@@ -42,7 +42,8 @@ T5_NORM = {"fp32": 1e-5, "bf16": 6e-2}
 
 
 def overrides_of(model: str, precision: str) -> list[str]:
-    phases = "{name: half, until: 2, layers: 0.5, heads: 0.5, columns: 0.5}, {until: 4}"
+    heads = "" if model.startswith(WITHOUT_ATTENTION) else "heads: 0.5, "
+    phases = f"{{name: half, until: 2, layers: 0.5, {heads}columns: 0.5}}, {{until: 4}}"
     return [
         f"steps={STEPS}",
         *training_of(MODELS[model]),
@@ -106,7 +107,7 @@ def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):
         loss, norm, first = differences(folder / name_of(model, "bf16"), expected)
         assert loss <= BOUNDS["bf16"][0] and norm <= BOUNDS["bf16"][1], (model, loss, norm)
         # Not zero: one process adds up a tied weight's gradients in bf16.
-        assert first <= 1e-4, (model, first)
+        assert first <= 3e-4, (model, first)
 
 
 def test_the_norm_counts_every_gradient_once(two_stages, synthetic_run):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cases.families import CASES, shape_of, training_of
-from cases.methods import SECTIONS, fitting
+from cases.methods import SECTIONS, fitting, taken
 from cases.tiny import TINY_MODEL
 from conftest import refused
 from est_ds.config.run_file import load_run
@@ -26,14 +26,14 @@ from layouts import LAYOUTS, METHODS, MORE_LAYOUTS, name_of, train_in
 from reference import assert_close, largest_difference
 
 STEPS = 6
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5", "mamba", "mamba2")
 FAST = [("llama", "est_sublayer"), ("bert", "layer_drop_balanced")]
 SLICED_AND_MASKED = ("sliced", "masked")
 
 
 def section_of(family: str, name: str) -> dict:
     """Of the table, for few layers and steps."""
-    section = fitting(SECTIONS[name], shape_of(CASES[family]).num_layers)
+    section = fitting(taken(SECTIONS[name], family), shape_of(CASES[family]).num_layers)
     return section | {"until": 0.5} if name == "static_sublayer" else section
 
 
@@ -87,7 +87,7 @@ def test_masked_training_equals_sliced_training(synthetic_run, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_training_equals_sliced_training_with_every_method(family, synthetic_run, tmp_path):
     able = [n for n, s in SECTIONS.items() if s["name"] not in ("full", "token_drop")]
-    names = [n for n in able if not (family == "t5" and "stacking" in n)]
+    names = [n for n in able if taken(SECTIONS[n], family)]
     check_equal(synthetic_run, tmp_path, [(family, name) for name in names])
 
 
@@ -95,7 +95,7 @@ def test_masked_training_equals_sliced_training_with_every_method(family, synthe
 @pytest.mark.parametrize("layout", [n for n in {**LAYOUTS, **MORE_LAYOUTS} if n != "1 process"])
 def test_masked_training_in_every_layout_equals_sliced_training(layout, synthetic_run, tmp_path):
     pairs = [("llama", "est"), ("llama", "layer_drop_sublayer"), ("bert", "est_bernoulli")]
-    pairs += [("t5", "layer_drop")]
+    pairs += [("t5", "layer_drop"), ("mamba", "est"), ("mamba2", "est")]
     check_equal(synthetic_run, tmp_path, pairs, layout)
 
 

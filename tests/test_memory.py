@@ -65,7 +65,7 @@ def test_early_stages_hold_more_micro_batches():
     assert kept == [2 * 20 + 200, 20 + 50 + 400]
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "bert", "t5", "mamba", "mamba2"])
 def test_torch_keeps_as_much_and_up_to_half_more(case):
     case = CASES[case]
     model = our_model(case)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
+from cases.families import CASES
 from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.config.run_file import load_run
+from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.plans.methods.stacking import g_stack_tokens
 from est_ds.report.estimate import make_estimate
@@ -127,6 +130,27 @@ def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
     assert float(spent_s) < 30
     assert int(peak_kib) < 1024**2, "the weights alone are 13 GiB"
     assert imported == "False", "planning needs no DeepSpeed"
+
+
+def test_a_plan_of_mamba_has_inner_channels_as_columns_and_no_heads():
+    """Half of the layers, with half of the channels, for half of the steps: every projection of
+    Mamba has the channels on one side. The parameters are those that its authors say."""
+    section = yaml.safe_load((ROOT / "configs" / "model" / "mamba_130m.yaml").read_text())
+    phases = [{"until": 0.5, "layers": 0.5, "columns": 0.5}, {"until": 1.0}]
+    config = make_config(model=section, method={"name": "est", "phases": phases})
+    plan = make_estimate(config).json
+    kept = {key: plan["phases"][0][f"kept_{key}"] for key in ("layers", "heads", "columns")}
+    assert kept == {"layers": 12, "heads": 0, "columns": 768}
+    assert plan["saved"]["blocks"] == pytest.approx(0.75 / 2)
+    assert plan["parameters"] == 129_135_360
+    assert "heads of" not in " ".join(plan_report(config, as_json=False).split())
+
+
+def test_mamba_cannot_keep_documents_apart():
+    config = make_config(model=CASES["mamba"].section, method={"name": "full"})
+    data = config.data.model_copy(update={"documents": "separate"})
+    with pytest.raises(UserError, match="data.documents='separate' does not work with.*'mamba'"):
+        make_design(config.model_copy(update={"data": data}))
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

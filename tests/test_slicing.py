@@ -23,6 +23,7 @@ from cases.families import (
     our_model,
     run_step,
     shape_of,
+    width_of,
 )
 from est_ds.plans.methods import build_method
 from est_ds.plans.shape import Attention
@@ -156,27 +157,31 @@ def test_layers_may_keep_different_counts(case):
 
 @every_case
 def test_every_count_of_heads(case):
+    """Or of the columns of a state-space mixer."""
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
-    attention = shape.layers[0][0]
-    per_group = attention.heads // attention.key_value_groups
-    for rule, most in (("within_groups", per_group), ("groups", attention.key_value_groups)):
-        for heads in range(1, most + 1):
-            plan = draw_plan(shape, heads=heads, rule=rule, seed=heads)
-            assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
+    part = shape.layers[0][0]
+    if isinstance(part, Attention):
+        groups = part.key_value_groups
+        rules = (("within_groups", part.heads // groups), ("groups", groups))
+        kept = [dict(heads=n, rule=rule) for rule, most in rules for n in range(1, most + 1)]
+    else:  # every eleventh
+        kept = [dict(columns=n * part.groups) for n in range(1, part.units // part.groups, 11)]
+    for seed, counts in enumerate(kept):
+        plan = draw_plan(shape, seed=seed, **counts)
+        assert_close(sliced_step(case, model, subnetwork, plan), masked_step(case, plan))
 
 
 @every_case
 @pytest.mark.parametrize("rule", ["within_groups", "groups"])
-def test_drawn_plans_slice_heads_of_every_family(case, rule):
+def test_drawn_plans_slice_units_of_every_family(case, rule):
     """Plans as the method draws them; without grouped-query attention, heads with keys, values."""
     model, shape = our_model(case), shape_of(case)
     subnetwork = installed(case, model)
-    section = {
-        "name": "est",
-        "head_rule": rule,
-        "phases": [{"until": 1.0, "layers": 0.6, "heads": 0.4, "columns": 0.5}],
-    }
+    phase = {"until": 1.0, "layers": 0.6, "columns": 0.5}
+    section = {"name": "est", "phases": [phase]}
+    if shape.has_attention:
+        phase["heads"], section["head_rule"] = 0.4, rule
     method = build_method(section, seed=7, steps=10, shape=shape)
     for step in (0, 9):
         plan = method.plan(step)
@@ -211,7 +216,7 @@ def test_gradients_outside_the_subnetwork_are_zero(case):
         grad_OI = grads[f"{layers[0]}{path}.weight"]
         if not isinstance(model.get_submodule(f"{layers[0]}{path}"), nn.Linear):
             grad_OI = grad_OI.T
-        size = part.head_dim if isinstance(part, Attention) else 1
+        size = width_of(part)
         used = grad_OI.unflatten(1, (-1, size)).abs().sum((0, 2)).nonzero().flatten()
         assert used.tolist() == kept.units.tolist()
 

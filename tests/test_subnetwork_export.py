@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import transformers
 
 from cases.families import (
     CASES,
+    WITHOUT_ATTENTION,
     config_of,
     draw_plan,
     every_case,
@@ -28,7 +30,9 @@ from est_ds.plans.methods import build_method
 from est_ds.slicing.families import family_of
 
 FULL = {"name": "full"}
-WITHOUT_HEADS = ("gpt2", "bert")
+WITHOUT_HEADS = ("gpt2", "bert", *WITHOUT_ATTENTION)
+COLUMNS = "0-4,9,30-35"
+OF_FOUR_GROUPS = "0-2,12,15,20,24-26,36,40,47"
 
 
 def method_of(case, section=FULL, steps=10):
@@ -39,7 +43,9 @@ def extracted(case, plan):
     """The smaller model's config, and the model itself as the library builds it from that."""
     family = family_of(case.section["model_type"])
     small, weights = smaller_model(our_model(case), family, config_of(case), plan)
-    rebuilt = type(small).from_dict(json.loads(small.to_json_string()))
+    with TemporaryDirectory() as folder:
+        small.save_pretrained(folder)
+        rebuilt = type(small).from_pretrained(folder)
     return small, library_model_of(case, rebuilt, weights).eval()
 
 
@@ -52,7 +58,8 @@ def cuts_heads(case) -> bool:
 def test_smaller_model_computes_what_masks_on_the_library_s_model_compute(case, dropped):
     layers = ",".join(str(i) for i in range(shape_of(case).num_layers) if i % 3 != dropped)
     heads = "0,2,3,5,6,8,9,11" if cuts_heads(case) else None
-    plan = plan_to_keep(Keep(layers, heads, "0-4,9,30-36"), method_of(case), 10)
+    columns = OF_FOUR_GROUPS if case is CASES["mamba2_groups"] else COLUMNS
+    plan = plan_to_keep(Keep(layers, heads, columns), method_of(case), 10)
     _, small = extracted(case, plan)
     with torch.no_grad():
         logits = small(**inputs_of(case)).logits
@@ -103,6 +110,9 @@ REFUSED = {
     "plan of a full step": ("llama", Keep(plan_step=3), ["--plan-step=3 keeps the whole model"]),
     "plan of no step": ("llama", Keep(plan_step=10), ["--plan-step=10", "0 to 9"]),
     "plan and layers": ("llama", Keep(layers="1", plan_step=3), ["--plan-step", "leave --layers"]),
+    "channels of no width": ("mamba2", Keep(columns="0-12"), ["13 columns", "a multiple of 12"]),
+    "uneven groups of columns": ("mamba2_groups", Keep(columns="0-11"), ["model.n_groups"]),
+    "heads without attention": ("mamba", Keep(heads="0-3"), ["--heads", "'mamba'", "--columns"]),
     "no decoder": ("t5", Keep(layers="0-3"), ["decoder (4-7)"]),
 }
 

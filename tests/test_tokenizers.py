@@ -24,7 +24,7 @@ TEXTS = [
     "hello  world", " leading", "x = 1\n\n\treturn 12345  ", "<|im_start|>user\n    hello",
     "</s><s>", "ﬁ ½ É e\u0301 好 😀 \u2581a", "a</s>b [MASK] <unk>", CODE[:3000],
 ]  # fmt: skip
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "bert", "t5", "mamba", "mamba2")
 LLAMA = {
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "<s>",

@@ -25,16 +25,24 @@ PHASES = (
 EST = f"method={{name: est, balance_groups: 2, phases: [{PHASES}]}}"
 COMMON = ["steps=6", "schedule={name: cosine}", "evaluate={every: 6, sequences: 4}"]
 ON, OFF = "log.step_times=true", "log.step_times=false"
-FAST = ["data 2, ZeRO 3", "pipe 2, ZeRO 1"]
-CASES = [(layout, on, [*COMMON, EST, on]) for layout in FAST for on in (ON, OFF)]
-CASES += [("data 2, ZeRO 1", "drop", [*COMMON, "method={name: layer_drop, drop: 0.5}", ON])]
+DROP = "method={name: layer_drop, drop: 0.5, balance_groups: 2}"
+FAST, PIPE = "data 2, ZeRO 3", "pipe 2, ZeRO 1"
+
+
+def both(layout: str) -> list[tuple[str, str, list[str]]]:
+    return [(layout, on, [*COMMON, EST, on]) for on in (ON, OFF)]
 
 
 @pytest.fixture(scope="module")
 def trained(synthetic_run, tmp_path_factory) -> Path:
-    """The folder with a run of each of `CASES`."""
-    folder, jobs = tmp_path_factory.mktemp("turns"), []
-    for layout, name, overrides in CASES:
+    """The folder with runs in the fast layouts."""
+    folder = tmp_path_factory.mktemp("turns")
+    return train(folder, synthetic_run, [*both(FAST), (PIPE, "drop", [*COMMON, DROP, ON])])
+
+
+def train(folder: Path, synthetic_run: Path, cases: list[tuple[str, str, list[str]]]) -> Path:
+    jobs = []
+    for layout, name, overrides in cases:
         run_dir = f"run_dir={folder / name_of(layout, name)}"
         given = [run_dir, *{**LAYOUTS, **MORE_LAYOUTS}[layout][1], *overrides]
         jobs.append({"run": synthetic_run, "overrides": given, "measures": True})
@@ -50,9 +58,8 @@ def check_times(times: StepTimes, turns: list[tuple[str, str, int | None, int]])
     assert times.processors >= 1 and 0 <= times.others <= times.processors
 
 
-@pytest.mark.parametrize("layout", FAST)
-def test_measuring_in_turns_changes_nothing_of_a_run(layout, trained):
-    on, off = (trained / name_of(layout, name) for name in (ON, OFF))
+def check_same(folder: Path, layout: str) -> None:
+    on, off = (folder / name_of(layout, name) for name in (ON, OFF))
     last = Path("checkpoints", "step_00000006")
     assert read_index(on / last).files == read_index(off / last).files
     lines = [
@@ -66,8 +73,18 @@ def test_measuring_in_turns_changes_nothing_of_a_run(layout, trained):
     assert read_step_times(off) is None and not (off / FILE).exists()
 
 
+def test_measuring_in_turns_changes_nothing_of_a_run(trained):
+    check_same(trained, FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [PIPE, "data 2, ZeRO 1", "data 2, ZeRO 2, offload"])
+def test_measuring_in_turns_changes_nothing_in_any_layout(layout, synthetic_run, tmp_path):
+    check_same(train(tmp_path, synthetic_run, both(layout)), layout)
+
+
 def test_a_run_that_never_trains_the_full_model_is_compared_with_it(trained):
-    run_dir = trained / name_of("data 2, ZeRO 1", "drop")
+    run_dir = trained / name_of(PIPE, "drop")
     times = read_step_times(run_dir)
     check_times(times, [("", "full model", None, 0), ("", "layer_drop", 0, 6)])
     assert summarise(run_dir).saved_time is not None

@@ -113,7 +113,7 @@ def run_jobs(jobs: list[dict]) -> None:
             _slow_disk(job)
         if "measures" in job:
             instead("est_ds.training.turns.LEAST_S", 0.0)
-            instead("est_ds.training.turns.AT_WORST", float("inf"))
+            instead("est_ds.training.turns.LARGEST_SHARE", float("inf"))
         if "free_bytes" in job:
             usage = shutil.disk_usage(".")._replace(free=job["free_bytes"])
             instead("shutil.disk_usage", lambda path, usage=usage: usage)
@@ -132,7 +132,7 @@ SEAMS = (
     "est_ds.checkpoints.writer.save_file",
     "est_ds.engine.ties.Ties.take_over",
     "est_ds.training.loop.train_step",
-    "est_ds.training.turns.AT_WORST",
+    "est_ds.training.turns.LARGEST_SHARE",
     "est_ds.training.turns.LEAST_S",
     "shutil.disk_usage",
 )

@@ -28,8 +28,8 @@ def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
         for name, shape in engine.fragments.shapes.items():
             if written.get(name) != shape:
                 raise UserError(
-                    f"{checkpoint} holds {name} as {written.get(name)}, and the model of this run "
-                    f"has it as {shape}; choose another run_dir."
+                    f"{checkpoint} is of another model: {name} has the shape {written.get(name)} "
+                    f"there, and {shape} in this run; choose another run_dir."
                 )
         steps = index.state.optimizer_steps
         with torch.no_grad():

@@ -322,7 +322,7 @@ class Log(Strict):
 
     Attributes:
         step_times: after the last checkpoint the phases' steps are timed in turns
-            (`training.turns`), for at most a few seconds or 3 % of the run.
+            (`training.turns`).
     """
 
     every: Positive = 1

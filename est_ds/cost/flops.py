@@ -2,8 +2,9 @@
 
 Two figures, always named. `blocks`: matrix products of attention projections and MLP in the
 layers, the papers' accounting. `model`: all matrix products of the step, attention scores and
-output head included. A product of [m, k] and [k, n] is 2 m k n; forward plus backward is three
-products for one, since the gradient of each operand is a product of the same size.
+output head included; of state-space layers those of `est_ds/cost/state_space.py`. A product of
+[m, k] and [k, n] is 2 m k n; forward plus backward is three products for one, since the gradient of
+each operand is a product of the same size.
 
 An encoder-decoder reads two streams: its first layers the source, the rest and the head the
 target; the keys and values of a cross attention are of the source. Where a share f of the positions
@@ -17,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from est_ds.cost.state_space import projected, scanned, weights
 from est_ds.plans.methods.base import Load, Method, full_loads
-from est_ds.plans.shape import Attention, ModelShape, Part
+from est_ds.plans.shape import Attention, ModelShape, Part, StateSpace
 
 FORWARD_AND_BACKWARD = 3
 
@@ -69,6 +71,10 @@ def flops_by_layer(
     projections, scores = [0.0] * shape.num_layers, [0.0] * shape.num_layers
     for i, part, chance, units, groups in _parts(shape, loads):
         stream = source if i < shape.encoder_layers else target
+        if isinstance(part, StateSpace):
+            projections[i] += stream[0] * chance * projected(part, units)
+            scores[i] += stream[0] * chance * scanned(part, units, stream[1])
+            continue
         per_unit = 2.0 * chance * part.hidden * loads[i].positions
         if not isinstance(part, Attention):
             projections[i] += stream[0] * per_unit * part.matrices * units
@@ -160,6 +166,8 @@ def _parts(
 
 def _weights(part: Part) -> int:
     """Weights of the matrices of a whole part."""
+    if isinstance(part, StateSpace):
+        return round(weights(part, part.columns))
     if isinstance(part, Attention):
         return 2 * part.hidden * part.head_dim * (part.heads + part.key_value_groups)
     return part.hidden * part.matrices * part.columns

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import Size
-from est_ds.plans.shape import Attention, ModelShape
+from est_ds.cost.state_space import kept_of_scan, kept_values
+from est_ds.plans.shape import Attention, ModelShape, StateSpace
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def activations_by_layer(
     For the backward a token keeps, in values of `value_bytes`: of an attention 2 hidden (into the
     norm and out of it), q, k, v and the result, head_dim x (2 heads + 2 key/value heads), and 4
     bytes a head for the fused kernel's sums; of an MLP 2 hidden and, of every column, before and
-    after the activation, and if gated the other factor and the product (2 or 4). The head keeps 2
-    hidden, and for the loss vocabulary x 4 bytes.
+    after the activation, and if gated the other factor and the product (2 or 4); of a state-space
+    mixer 2 hidden and what `est_ds/cost/state_space.py` says. The head keeps 2 hidden, and for the
+    loss vocabulary x 4 bytes.
 
     It is a lower bound: unfused kernels (an RMSNorm written out keeps one hidden more, GPT-2's GELU
     three columns) and the allocator's slack come on top.
@@ -72,12 +74,15 @@ def activations_by_layer(
         tokens = source if i < shape.encoder_layers else target
         kept = 0.0
         for part in parts:
-            values = 2 * part.hidden
+            values: float = 2 * part.hidden
             if isinstance(part, Attention):
                 keys = source if part.cross else tokens
                 kept += keys * 2 * part.head_dim * part.key_value_groups * value_bytes
                 kept += tokens * 4 * part.heads
                 values += 2 * part.head_dim * part.heads
+            elif isinstance(part, StateSpace):
+                values += kept_values(part)
+                kept += tokens * 4 * kept_of_scan(part, size.sequence)
             else:
                 values += part.columns * (4 if part.matrices == 3 else 2)
             kept += tokens * values * value_bytes

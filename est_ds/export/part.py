@@ -10,7 +10,7 @@ import numpy as np
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 from est_ds.plans.plan import Kept, LayerPlan, Plan
-from est_ds.plans.shape import Attention, ModelShape, Part
+from est_ds.plans.shape import Attention, ModelShape, Part, StateSpace
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def plan_to_keep(keep: Keep, method: Method, done: int) -> Plan | None:
 
 
 def _named(keep: Keep, shape: ModelShape) -> Plan:
+    if keep.heads is not None and not shape.has_attention:
+        raise UserError(
+            f"--heads={keep.heads:.80} cannot take effect: model_type {shape.family!r} has no "
+            f"attention; use --columns, or --layers."
+        )
     layers = range(shape.num_layers)
     if keep.layers is not None:
         layers = _indices("--layers", keep.layers, shape.num_layers).tolist()
@@ -84,6 +89,8 @@ def _kept(part: Part, heads: str | None, columns: str | None) -> Kept:
     units = _indices(flag, text, part.units)
     if len(units) == part.units:
         return Kept(None, part.units)
+    if isinstance(part, StateSpace):
+        _check_groups(units, part, text)
     if not isinstance(part, Attention):
         return Kept(units, part.units)
     per_group = part.heads // part.key_value_groups
@@ -97,6 +104,21 @@ def _kept(part: Part, heads: str | None, columns: str | None) -> Kept:
     return Kept(
         units, part.units, key_value_groups=None if len(groups) == part.key_value_groups else groups
     )
+
+
+def _check_groups(units: np.ndarray, part: StateSpace, text: str) -> None:
+    """Checks that every group keeps equally many columns.
+
+    Raises:
+        UserError: it does not.
+    """
+    per_group = part.columns // part.groups
+    counts = np.bincount(units // per_group, minlength=part.groups)
+    if len(set(counts.tolist())) > 1:
+        raise UserError(
+            f"--columns={text:.80} keeps {counts.tolist()} heads of the {part.groups} groups "
+            f"(model.n_groups) of {per_group} heads in a row; keep equally many of each."
+        )
 
 
 def _indices(flag: str, text: str, total: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from est_ds.errors import UserError
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import Attention, ModelShape
 from est_ds.slicing.families.base import Family, Size, layer_paths
-from est_ds.slicing.leaf import Leaf
+from est_ds.slicing.leaf import Held, Leaf
 from est_ds.slicing.subnetwork import Subnetwork
 
 
@@ -56,11 +56,9 @@ def smaller_model(
 def _kept_weights(layer: nn.Module) -> dict[str, Tensor]:
     weights = layer.state_dict()
     for path, module in layer.named_modules():
-        if isinstance(module, Leaf) and module.est_slice is not None:
-            weight, bias = module.est_kept()
-            weights[f"{path}.weight"] = weight
-            if bias is not None:
-                weights[f"{path}.bias"] = bias
+        if isinstance(module, Leaf | Held) and module.est_slice is not None:
+            for name, tensor in module.est_parameters().items():
+                weights[f"{path}.{name}"] = tensor
     return weights
 
 
@@ -92,15 +90,14 @@ def _size(plan: Plan, shape: ModelShape) -> Size:
                 layer, expected = first.setdefault(what, (i, count))
                 if count != expected:
                     raise UserError(
-                        f"layer {layer} keeps {expected} {what} and layer {i} {count}: a Hugging "
-                        f"Face model has as many in every layer; choose another plan, or --layers, "
-                        f"--heads and --columns."
+                        f"layer {layer} keeps {expected} {what} and layer {i} keeps {count}: a "
+                        f"Hugging Face model has the same number in every layer; choose another "
+                        f"plan, or --layers, --heads and --columns."
                     )
     if not plan.kept_layers:
         raise UserError("a model needs at least one layer; choose --layers.")
-    return Size(
-        plan.kept_layers, *(first[what][1] for what in ("heads", "key/value heads", "columns"))
-    )
+    counts = (first.get(what, (0, 0))[1] for what in ("heads", "key/value heads", "columns"))
+    return Size(plan.kept_layers, *counts)
 
 
 def _smaller_config(family: Family, config: Any, size: Size) -> Any:

@@ -112,7 +112,8 @@ def where_to(config: RunConfig, given: Namespace) -> Launch:
         return one_node(config, given.nodes, given.node_rank, given.master, given.processes)
     if given.node_rank is not None or given.master is not None:
         raise UserError(
-            "--node-rank and --master need --nodes (how many there are), or --master a --hostfile."
+            "--node-rank needs --nodes (the number of nodes), and --master needs --nodes or "
+            "--hostfile; add that, or leave it out to start on this machine alone."
         )
     return this_machine(config, given.processes)
 

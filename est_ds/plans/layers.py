@@ -123,6 +123,19 @@ def draw_kinds(skip: Skip, shape: ModelShape) -> list[int]:
     return [draw.SUBLAYERS + p for p in range(max(map(len, shape.layers)))]
 
 
+def check_skip(skip: Skip, shape: ModelShape) -> None:
+    """Checks that parts can be skipped apart where `method.skip` says so.
+
+    Raises:
+        UserError: a layer has one part only.
+    """
+    if skip == "sublayer" and shape.has_state_space:
+        raise UserError(
+            f"method.skip=sublayer cannot take effect with model.model_type={shape.family!r}: its "
+            f"layers have one part each; remove it."
+        )
+
+
 def assemble(
     shape: ModelShape,
     kept: list[set[int]],

@@ -47,7 +47,36 @@ class Mlp:
         return self.columns
 
 
-Part = Attention | Mlp
+@dataclass(frozen=True)
+class StateSpace:
+    """One state-space mixer: Mamba's, of inner channels, or Mamba2's, of heads.
+
+    Attributes:
+        columns: inner channels, or heads.
+        width: inner channels of one of them: 1, or the width of a head.
+        groups: sets of neighbouring columns that read one B and one C, and are normed together
+            (1 for Mamba).
+        state: values of the state of a channel, and of a B and a C.
+        hidden: width of the residual stream.
+        step_rank: width of the projection that step sizes are made of (Mamba); None: every head
+            has one number of its own projected (Mamba2).
+        chunk: positions that Mamba2's scan takes at once; None: one by one (Mamba).
+    """
+
+    columns: int
+    width: int
+    groups: int
+    state: int
+    hidden: int
+    step_rank: int | None = None
+    chunk: int | None = None
+
+    @property
+    def units(self) -> int:
+        return self.columns
+
+
+Part = Attention | Mlp | StateSpace
 
 
 @dataclass(frozen=True)
@@ -78,3 +107,13 @@ class ModelShape:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there are heads of an attention to drop."""
+        return any(isinstance(part, Attention) for layer in self.layers for part in layer)
+
+    @property
+    def has_state_space(self) -> bool:
+        """Whether layers carry a state from position to position."""
+        return any(isinstance(part, StateSpace) for layer in self.layers for part in layer)

@@ -9,7 +9,7 @@ import numpy as np
 
 from est_ds.plans import draw
 from est_ds.plans.plan import Kept
-from est_ds.plans.shape import Attention, Part
+from est_ds.plans.shape import Attention, Part, StateSpace
 
 HeadRule = Literal["within_groups", "groups"]
 Counts = Literal["exact", "bernoulli"]
@@ -25,8 +25,9 @@ class UnitDraw:
     """How the units of one part are drawn: `fraction` of `size` in each of `rows` equal rows.
 
     A row is the set from which a draw is uniform: an MLP's columns, the query heads of one
-    key/value group (`within_groups`), or the key/value groups themselves (`groups`). Every row
-    keeps the same number, since attention needs equally many query heads in each group kept.
+    key/value group (`within_groups`), the key/value groups themselves (`groups`), or the columns
+    of one group of a state-space mixer. Every row keeps the same number, since attention needs
+    equally many query heads in each group kept, and Mamba2 equally many heads.
 
     Attributes:
         part: the part drawn from.
@@ -103,6 +104,8 @@ def unit_draw(
     Without grouped-query attention (every head has its own key and value) both head rules drop
     a head with its key and value.
     """
+    if isinstance(part, StateSpace):
+        return UnitDraw(part, part.groups, part.columns // part.groups, columns, counts)
     if not isinstance(part, Attention):
         return UnitDraw(part, 1, part.columns, columns, counts)
     per_group = part.heads // part.key_value_groups

@@ -187,11 +187,12 @@ def _phases(estimate: Estimate) -> Table:
     tokens = config.tokens_per_step
     table = Table(box=PLAIN, pad_edge=False)
     table.add_column("phase", vertical="bottom", overflow="fold")
+    heads = estimate.design.method.shape.has_attention
     for name in (
         "steps",
         "tokens",
         f"layers\nof {short(dense.layers)}",
-        f"heads\nof {short(dense.heads)}",
+        *([f"heads\nof {short(dense.heads)}"] if heads else []),
         f"columns\nof {short(dense.columns)}",
         "model\nFLOPs",
         "blocks\nFLOPs",
@@ -204,7 +205,7 @@ def _phases(estimate: Estimate) -> Table:
             f"{first + 1:,}-{end:,}",
             amount((end - first) * tokens),
             short(phase["kept_layers"]),
-            short(phase["kept_heads"]),
+            *([short(phase["kept_heads"])] if heads else []),
             short(phase["kept_columns"]),
             f"{phase['model_ratio']:.3f}",
             f"{phase['blocks_ratio']:.3f}",

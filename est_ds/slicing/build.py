@@ -20,7 +20,7 @@ def empty_model(config: Any) -> nn.Module:
     family = family_of(config.model_type)
     auto_class = getattr(transformers, family.auto_class)
     with init_empty_weights(include_buffers=True):
-        model = auto_class.from_config(config, attn_implementation="sdpa")
+        model = auto_class.from_config(config, attn_implementation=family.attention)
     family.untie(model)
     # Nothing is padded here: the row of `pad_token_id` is a token's like any other, and trains.
     for module in model.modules():

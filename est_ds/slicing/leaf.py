@@ -52,6 +52,11 @@ class Leaf:
         """The weight and bias that the active plan multiplies by, laid out as the whole ones."""
         raise NotImplementedError
 
+    def est_parameters(self) -> dict[str, Tensor]:
+        """The same by the names of the parameters."""
+        weight, bias = self.est_kept()
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
     def forward(self, x: Tensor) -> Tensor:
         if self.est_slice is None:
             return super().forward(x)
@@ -108,6 +113,69 @@ class SlicedColumns(Leaf):
         if bias is not None and kept.output_scale != 1.0:
             bias = bias * kept.output_scale
         return weight, bias
+
+
+class Held:
+    """A module whose parameters are read as they are, by a forward of its own or another's: whoever
+    reads one gets its kept rows."""
+
+    est_slice: Slice | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        kept = self.est_slice
+        if kept is None or not isinstance(found, nn.Parameter):
+            return found
+        return _keep(found, 0, kept)
+
+    def est_parameters(self) -> dict[str, Tensor]:
+        """What the active plan keeps, by the names of the parameters."""
+        return {name: getattr(self, name) for name, _ in self.named_parameters(recurse=False)}
+
+
+class NormOfKept(Held):
+    """A norm over units, gated or not: it takes the mean over those that are kept.
+
+    Masked, it has zeros for the others; what it reads is scaled by the root of n / k, so that the
+    mean over all is that over the kept ones, and what it returns is scaled back.
+    """
+
+    est_mask: Mask | None = None
+
+    def forward(self, x: Tensor, *args) -> Tensor:
+        if (mask := self.est_mask) is None or mask.values is None:
+            return super().forward(x, *args)
+        root = mask.scale**0.5
+        return super().forward(x * mask.values * root, *args) / root
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a weight that several runs share.
+
+    Attributes:
+        rows: their number.
+        size: rows of one unit; 0: no unit's, and always kept.
+    """
+
+    rows: int
+    size: int
+
+    def kept(self, units: Tensor) -> Tensor:
+        """The kept ones, from 0 on."""
+        if not self.size:
+            return torch.arange(self.rows, device=units.device)
+        of_unit = torch.arange(self.size, device=units.device)
+        return (units[:, None] * self.size + of_unit).flatten()
+
+
+def rows_of(units: Tensor, runs: tuple[Run, ...]) -> Tensor:
+    """The rows of kept units in a weight of several runs, and those that are always kept."""
+    found, first = [], 0
+    for run in runs:
+        found.append(first + run.kept(units))
+        first += run.rows
+    return torch.cat(found)
 
 
 def _keep(tensor: Tensor, dim: int, kept: Slice) -> Tensor:
@@ -188,7 +256,7 @@ class SkippableAttention(Skippable):
 
 
 class SkippableMlp(Skippable):
-    """An MLP whose output, before the residual, is nothing."""
+    """An MLP, or a state-space mixer, whose output, before the residual, is nothing."""
 
     def est_skip(self, hidden_states: Tensor, *args, **kwargs):
         return torch.zeros_like(hidden_states)

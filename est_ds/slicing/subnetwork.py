@@ -12,7 +12,9 @@ from est_ds.plans.plan import Kept, LayerPlan, Plan, StepPlans
 from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.families.base import Family, Slot
 from est_ds.slicing.leaf import (
+    Held,
     Mask,
+    NormOfKept,
     Slice,
     SlicedColumns,
     SlicedRows,
@@ -21,6 +23,7 @@ from est_ds.slicing.leaf import (
     indices,
     mask_of,
     restore_class,
+    rows_of,
     swap_class,
 )
 
@@ -65,10 +68,14 @@ class Subnetwork:
         for module in self._layers.values():
             swap_class(module, family.skippable)
         for slot in self._all_slots():
-            for module, _ in slot.rows + slot.group_rows + slot.qkv_rows:
+            for module, _ in slot.rows + slot.group_rows + slot.qkv_rows + slot.mixed_rows:
                 swap_class(module, SlicedRows)
-            for module, _ in slot.columns:
+            for module, _ in slot.columns + slot.inner_columns:
                 swap_class(module, SlicedColumns)
+            for module, _ in slot.held:
+                swap_class(module, Held)
+            for module, _ in slot.norms:
+                swap_class(module, NormOfKept)
             for module, mixin in slot.informed + slot.skippable:
                 swap_class(module, mixin)
 
@@ -173,12 +180,19 @@ class Subnetwork:
             module.est_slice = Slice(units, size, kept.scale, layer_scale)
         if units is None:
             return
-        for module, size in slot.rows:
+        for module, size in slot.rows + slot.norms:
             module.est_slice = Slice(units, size)
+        for module, size in slot.inner_columns:
+            module.est_slice = Slice(units, size, kept.scale)
+        for module, runs in slot.mixed_rows + slot.held:
+            module.est_slice = Slice(rows_of(units, runs), 1)
         for module, _ in slot.informed:
             module.est_slice = Slice(units, 1)
         if isinstance(part, Attention):
             _set_groups(slot, kept, part, units)
+            return
+        for follower in slot.followers:
+            follower.set(len(units), 0)
 
     def _clear(self) -> None:
         for layer in self._layers.values():
@@ -196,6 +210,9 @@ def _mask_slot(slot: Slot, kept: Kept, layer_scale: float) -> None:
     for module, size in slot.columns:
         values = mask_of(kept.units, kept.total, size, like=module.weight)
         module.est_mask = Mask(values, kept.scale, layer_scale)
+    for module, size in slot.inner_columns + slot.norms:
+        values = mask_of(kept.units, kept.total, size, like=module.weight)
+        module.est_mask = Mask(values, kept.scale, 1.0)
 
 
 def _set_groups(slot: Slot, kept: Kept, part: Attention, units: Tensor) -> None:

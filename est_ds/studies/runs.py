@@ -115,20 +115,22 @@ class Runs:
             steps * dense.blocks * (1 - part.blocks), steps * dense.model * (1 - part.model)
         )
 
-    def _config(
-        self, arm: str, values: Values, steps: int | None, seed: tuple[str, ...]
-    ) -> RunConfig:
-        overrides = [
+    def overrides(self, arm: str, values: Values, steps: int | None = None) -> list[str]:
+        """What an arm changes of the base, but for its seed."""
+        return [
             *DEFAULTS,
             *self.file.arms[arm].overrides,
             *override_texts(values),
             *(() if steps is None else (f"steps={steps}",)),
-            *seed,
             # Some folder: `evaluate.choice` of a run file depends on whether it has begun.
             f"run_dir={self.file.folder / 'unbegun'}",
         ]
+
+    def _config(
+        self, arm: str, values: Values, steps: int | None, seed: tuple[str, ...]
+    ) -> RunConfig:
         try:
-            return load_run(self.file.base, overrides)
+            return load_run(self.file.base, [*self.overrides(arm, values, steps), *seed])
         except UserError as e:
             raise UserError(f"arm {arm!r}: {e}") from None
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from est_ds.report.text import PLAIN, rendered, seconds
 from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
-from est_ds.studies.results import Results
+from est_ds.studies.results import Results, Times
 from est_ds.studies.runs import Runs, StudyRun
 from est_ds.studies.statistics import Gain, Interval
 from est_ds.studies.study_file import Values
@@ -162,15 +162,34 @@ def _hours(runs: Runs, todo: list[StudyRun], results: Results, places: int) -> s
 
 
 def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
-    """How long runs take one after the other, by the step times measured, with their starts."""
-    if results.times is None:
-        return None
-    times, total = results.times.arms, 0.0
+    """How long runs take one after the other, with their starts: by the step times measured, or
+    by those of the runs that are done; None where neither are there."""
+    total, per_flop = 0.0, _s_per_flop(results)
     for run in todo:
-        if run.arm not in times:
+        if results.times and run.arm in results.times.arms:
+            total += run.steps * results.times.arms[run.arm].step_s + START_S
+        elif per_flop is not None:
+            total += run.flops.model * per_flop + START_S
+        else:
             return None
-        total += run.steps * times[run.arm].step_s + START_S
     return total
+
+
+def _s_per_flop(results: Results) -> float | None:
+    done = [r for r in results.runs.values() if r.step_s is not None]
+    return sum(r.steps * r.step_s for r in done) / sum(r.flops for r in done) if done else None
+
+
+def times_text(times: Times) -> str:
+    """Step times of the arms, and how busy the machine was."""
+    lines = [f"step times in turns, {times.device}, {times.processes} processes a run:"]
+    for name, arm in times.arms.items():
+        cpu = "" if arm.cpu_ratio is None else f", processor time {arm.cpu_ratio:.3f}"
+        spread = "" if arm.spread is None else f" (+- {arm.spread:.1%})"
+        lines.append(f"  {name}: {arm.ratio:.3f} of the baseline's{spread}{cpu}")
+    if times.busy is not None:
+        lines.append(f"other programs kept {times.busy:.1f} processors busy meanwhile")
+    return "\n".join(lines)
 
 
 START_S = 20.0  # of a run: the launcher, the imports, the last evaluation

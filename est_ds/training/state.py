@@ -70,10 +70,11 @@ def check_state(run: Run, resumed: Index | None) -> None:
             )
     then, now = state.next, _next(run, resumed.step)
     if then != now:
+        wrote = ", ".join(f"{name} {version}" for name, version in state.versions.items())
         raise UserError(
-            f"the checkpoint's next step was to be ({then}), and is now ({now}): the checkpoint is "
-            f"of {state.versions}, and this version goes on otherwise; use that version, or start "
-            f"a new run_dir."
+            f"the run would not go on as it began: the next step after the checkpoint was to be "
+            f"({then}), and with the versions here it is ({now}); install the versions that wrote "
+            f"the checkpoint ({wrote}), or start a new run_dir."
         )
 
 

@@ -1,9 +1,8 @@
 """Measures steps in turns, in rounds: one of each phase of a run, or of several runs.
 
 Times of different hours of a machine are no figures to compare: in a round every design has the
-same minute. A turn is two steps of which the second is timed, so that caches, and what ZeRO 3
-gathers ahead, are as they are in training. These are whole steps, on the engine's real state: what
-an engine has measured must not be saved any more.
+same minute. These are whole steps, on the engine's real state: an engine that has measured must not
+be saved any more.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from est_ds.run.prepare import Run
 from est_ds.run.step_times import StepTimes, Turns
 from est_ds.training.record import layout_of
 
-FEWEST, MOST = 3, 24  # rounds
-# Rounds at the end of a run: as many as fit into this share of the time that it trained, or into
-# seconds that do not matter. None where the fewest would last so many times as long: on a busy
-# machine, where they are needed most, they take longer.
-SHARE, LEAST_S, AT_WORST = 0.03, 6.0, 5.0
+FEWEST, MOST = 6, 24  # rounds; fewer give no interval
+# At the end of a run as many rounds as fit into this share of the time that it trained, or into
+# seconds that do not matter; none where the fewest would take more than the largest share.
+SHARE, LEAST_S, LARGEST_SHARE = 0.03, 6.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ class Turn:
     def take(self, round: int) -> None:
         """Times a step of the phase; those of all rounds together lie evenly over it."""
         before, plans = self._plans(_spread(round))
-        self._step(before)
+        if self.of.run.config.parallel.zero == 3:
+            self._step(before)  # as in training it then knows in what order to gather
         wall_s, cpu_s, device_s = _timed(lambda: self._step(plans))
         self.wall_s.append(wall_s)
         self.cpu_s.append(cpu_s)
@@ -159,10 +158,10 @@ def measure_phases(
         return None
     goes_on()
     baseline.take(0)
-    limit_s = max(SHARE * trained_s, LEAST_S)
-    if of_rank_0((time.monotonic() - began) * len(turns) * (FEWEST + 1) > AT_WORST * limit_s):
+    fewest_s = (time.monotonic() - began) * len(turns) * (FEWEST + 1)
+    if of_rank_0(fewest_s > LARGEST_SHARE * trained_s):
         return None
-    return take_turns(turns, limit_s, goes_on)
+    return take_turns(turns, max(SHARE * trained_s, LEAST_S), goes_on)
 
 
 def take_turns(

@@ -22,10 +22,10 @@ import torch
 import transformers
 import yaml
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, silu
 
 from est_ds.plans.plan import Kept, LayerPlan, Plan
-from est_ds.plans.shape import Attention, ModelShape
+from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
@@ -44,6 +44,8 @@ class Case:
         head: path of the output head.
         norm_after: the parent of an output projection adds the residual, its second argument,
             and norms their sum.
+        inner: projections of a layer that read units as the output projection does, on the way.
+        norm: the gated norm of units in front of the output projection.
     """
 
     section: dict[str, Any]
@@ -51,6 +53,8 @@ class Case:
     auto_class: str = "AutoModelForCausalLM"
     head: str = "lm_head"
     norm_after: bool = False
+    inner: tuple[str, ...] = ()
+    norm: str | None = None
 
 
 LLAMA = (("model.layers", ("self_attn.o_proj", "mlp.down_proj")),)
@@ -76,6 +80,15 @@ T5_LAYERS = (
         "decoder.block",
         ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo"),
     ),
+)
+
+MIXER_LAYERS = (("backbone.layers", ("mixer.out_proj",)),)
+MAMBA = dict(
+    hidden_size=12, expand=4, state_size=5, time_step_rank=3, num_hidden_layers=4, vocab_size=61,
+)
+MAMBA2 = dict(
+    hidden_size=24, expand=4, num_heads=48, head_dim=2, n_groups=1, state_size=5, chunk_size=4,
+    num_hidden_layers=4, vocab_size=61,
 )
 
 CASES = {
@@ -110,9 +123,27 @@ CASES = {
         T5_LAYERS,
         "AutoModelForSeq2SeqLM",
     ),
+    "mamba": Case({"model_type": "mamba", **MAMBA}, MIXER_LAYERS, inner=("mixer.x_proj",)),
+    "mamba2": Case({"model_type": "mamba2", **MAMBA2}, MIXER_LAYERS, norm="mixer.norm"),
+    "mamba2_groups": Case(
+        {
+            "model_type": "mamba2", **MAMBA2,
+            "n_groups": 4, "chunk_size": 16, "use_bias": True, "tie_word_embeddings": True,
+        },
+        MIXER_LAYERS,
+        norm="mixer.norm",
+    ),
 }
 OBJECTIVES = {"bert": "{name: mlm, vocabulary: 61}", "t5": "{name: ul2, vocabulary: 61}"}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+WITHOUT_ATTENTION = ("mamba", "mamba2")
+SLOW = ("mamba2_groups",)
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if name in SLOW else (), id=name)
+        for name, case in CASES.items()
+    ],
+)
 
 
 @dataclass(frozen=True)
@@ -166,12 +197,17 @@ def _models(case: Case) -> tuple[nn.Module, nn.Module]:
     return _built[id(case)]
 
 
+def attention_of(case: Case) -> str:
+    """The library's attention."""
+    return "eager" if case.section["model_type"] in WITHOUT_ATTENTION else "sdpa"
+
+
 def library_model_of(case: Case, config: Any, weights: dict[str, Tensor]) -> nn.Module:
     """The library's model, loaded as it loads checkpoints: it unties heads that differ."""
     kind = getattr(transformers, case.auto_class)._model_mapping[type(config)]
     own = {name: tensor.detach().clone() for name, tensor in weights.items()}
     return kind.from_pretrained(
-        None, config=config, state_dict=own, attn_implementation="sdpa"
+        None, config=config, state_dict=own, attn_implementation=attention_of(case)
     ).train()
 
 
@@ -258,8 +294,12 @@ def masked_step(case: Case, plan: Plan, separate: bool = False) -> Step:
                     parent = layer.get_submodule(path.rpartition(".")[0])
                     parent.register_forward_hook(lambda _m, args, _out: args[1])
                 continue
-            size = part.head_dim if isinstance(part, Attention) else 1
-            module.register_forward_pre_hook(_masks(kept, size))
+            mask = _mask_of(kept, width_of(part))
+            for read in (path, *case.inner):
+                layer.get_submodule(read).register_forward_pre_hook(_masks(mask))
+            if case.norm:
+                norm = layer.get_submodule(case.norm)
+                norm.forward = _norm_of_kept(norm, mask > 0, part.groups)
             module.register_forward_hook(lambda _m, _x, out, scale=layer_plan.scale: out * scale)
     return run_step(model, case, separate)
 
@@ -280,13 +320,36 @@ def _at_positions(forward: Callable[..., Tensor], at: list[int], seen: Tensor):
     return run
 
 
-def _masks(kept: Kept, size: int):
+def width_of(part: Part) -> int:
+    """Rows or columns of a weight that a unit has."""
+    return part.head_dim if isinstance(part, Attention) else getattr(part, "width", 1)
+
+
+def _mask_of(kept: Kept, size: int) -> Tensor:
+    """0 or n / k for what a projection reads."""
     mask = torch.ones(kept.total)
     if kept.units is not None:
         mask = torch.zeros(kept.total)
         mask[torch.from_numpy(kept.units)] = kept.total / len(kept.units)
-    mask = mask.repeat_interleave(size)
+    return mask.repeat_interleave(size)
+
+
+def _masks(mask: Tensor):
     return lambda _module, args: (args[0] * mask,)
+
+
+def _norm_of_kept(norm: nn.Module, kept: Tensor, groups: int):
+    """The gated norm of a Mamba2 with the mean of squares over a group's kept channels."""
+    if kept.all():
+        return norm.forward
+
+    def forward(x: Tensor, gate: Tensor) -> Tensor:
+        x = (x * silu(gate) * kept).unflatten(-1, (groups, -1))
+        count = kept.unflatten(-1, (groups, -1)).sum(-1)
+        mean = x.square().sum(-1) / count
+        return norm.weight * (x / (mean + norm.variance_epsilon).sqrt()[..., None]).flatten(-2)
+
+    return forward
 
 
 def _hand_on(_layer: nn.Module, args: tuple, out: Any) -> Any:
@@ -312,7 +375,7 @@ def draw_plan(
         without: skipped parts, as pairs of a layer and a part of it.
         heads: kept heads of every key/value group (`within_groups`), or kept groups (`groups`,
             and always without grouped-query attention).
-        columns: kept columns.
+        columns: kept columns, of a part with groups of them as many in each.
         positions: positions that pass through a layer, every layer's own.
     """
     rng = np.random.default_rng(seed)
@@ -322,7 +385,13 @@ def draw_plan(
 
     def keep(part: Any) -> Kept:
         if not isinstance(part, Attention):
-            return Kept(None if columns is None else some(part.columns, columns), part.columns)
+            groups = getattr(part, "groups", 1)
+            n = part.columns // groups
+            of_group = None if columns is None else max(1, columns // groups)
+            if of_group in (None, n):
+                return Kept(None, part.columns)
+            units = [some(n, of_group) + g * n for g in range(groups)]
+            return Kept(np.concatenate(units), part.columns)
         if heads is None:
             return Kept(None, part.heads)
         per_group = part.heads // part.key_value_groups

@@ -90,6 +90,42 @@ SAVED_BY_PRESET = {
 }
 
 
+def refusal(section: dict, family: str) -> str | None:
+    """What the error says where a family refuses a section of the table; None: it takes it."""
+    name, sizes = section["name"], [section, *section.get("phases", [])]
+    if family == "t5":
+        refused = {
+            "stacking": "not all of one shape",
+            "token_drop": "share a bias between all positions",
+        }
+        return refused.get(name)
+    if not family.startswith("mamba"):
+        return None
+    if name == "token_drop":
+        return "carry a state from one position to the next"
+    if section.get("skip") == "sublayer":
+        return "method.skip=sublayer cannot take effect"
+    heads = any("heads" in size for size in sizes)
+    return "heads=0.5 cannot take effect" if heads else None
+
+
+def without_heads(section: dict) -> dict:
+    """A section of the table that drops no heads."""
+    section = {k: v for k, v in section.items() if k not in ("heads", "head_rule")}
+    if "phases" in section:
+        section["phases"] = [
+            {k: v for k, v in phase.items() if k != "heads"} for phase in section["phases"]
+        ]
+    return section
+
+
+def taken(section: dict, family: str) -> dict | None:
+    """A section of the table as a family takes it; None: it refuses it, or drops nothing then."""
+    if family.startswith("mamba") and section != SECTIONS["est_heads"]:
+        section = without_heads(section)
+    return section if refusal(section, family) is None else None
+
+
 def fitting(section: dict, num_layers: int) -> dict:
     """A section of the table of eight layers for a model of fewer."""
     section = dict(section)

@@ -10,7 +10,14 @@ import numpy as np
 
 from est_ds.errors import UserError
 from est_ds.plans.draw import Address
-from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
+from est_ds.plans.layers import (
+    LayerDraw,
+    Skip,
+    assemble,
+    check_skip,
+    draw_kinds,
+    resolve_layers,
+)
 from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale, full_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import Kept, Plan
@@ -42,6 +49,7 @@ class KeepRates(Method):
 
     def __init__(self, settings: Any, *, seed: int, steps: int, shape: ModelShape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
+        check_skip(settings.skip, shape)
         self.phases = (Phase(settings.name, 0, steps),)
         self._always = sorted(
             resolve_layers(settings.always_keep, shape.num_layers, "method.always_keep")

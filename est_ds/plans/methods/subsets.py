@@ -10,11 +10,18 @@ from pydantic import AfterValidator, Field
 
 from est_ds.errors import UserError
 from est_ds.plans.draw import UNITS, Address
-from est_ds.plans.layers import LayerDraw, Skip, assemble, draw_kinds, resolve_layers
+from est_ds.plans.layers import (
+    LayerDraw,
+    Skip,
+    assemble,
+    check_skip,
+    draw_kinds,
+    resolve_layers,
+)
 from est_ds.plans.methods.base import Groups, Load, Method, MethodSettings, Scale
 from est_ds.plans.phases import Phase, method_phases
 from est_ds.plans.plan import Kept, Plan
-from est_ds.plans.shape import ModelShape
+from est_ds.plans.shape import Attention, ModelShape
 from est_ds.plans.units import Counts, HeadRule, UnitDraw, exact_count, unit_draw
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -128,21 +135,31 @@ class _PhaseDraw:
         return count, keep
 
     def _check_units(self) -> None:
+        if self.size.heads < 1.0 and not self.shape.has_attention:
+            raise UserError(
+                f"{self.size.field}heads={self.size.heads} cannot take effect with "
+                f"model.model_type={self.shape.family!r}, which has no attention: its inner "
+                f"channels, or heads of a Mamba2, are columns; use {self.size.field}columns."
+            )
         for units in (u for layer in self.units for u in layer):
+            name = "heads" if isinstance(units.part, Attention) else "columns"
             if units.lifted:
+                group = "key/value group" if name == "heads" else "group (model.n_groups)"
+                other = ", or method.head_rule=groups" if name == "heads" else ""
                 raise UserError(
-                    f"{self.size.field}heads={units.fraction} keeps none of the {units.size} heads "
-                    f"of a key/value group (counts are rounded), but attention needs one of each; "
-                    f"use at least {1 / units.size:.3g}, or method.head_rule=groups."
+                    f"{self.size.field}{name}={units.fraction} keeps none of the {units.size} "
+                    f"heads of a {group} (counts are rounded), but every group needs one; use at "
+                    f"least {1 / units.size:.3g}{other}."
                 )
             if units.takes_effect:
                 continue
-            name = "heads" if hasattr(units.part, "heads") else "columns"
             of = f"{units.size} {name}"
             if name == "heads" and units.with_groups:
                 of = f"{units.size} key/value groups"
             elif name == "heads":
                 of = f"{units.size} heads of a key/value group"
+            elif units.rows > 1:
+                of = f"{units.size} heads of a group (model.n_groups)"
             most = f", or at most {(units.size - 1) / units.size:.3g}" if units.size > 1 else ""
             raise UserError(
                 f"{self.size.field}{name}={units.fraction} keeps all {of} (counts are rounded), so "
@@ -177,6 +194,7 @@ class PhasedSubsets(Method):
 
     def __init__(self, settings: Any, *, seed: int, steps: int, shape: ModelShape) -> None:
         super().__init__(settings, seed=seed, steps=steps, shape=shape)
+        check_skip(settings.skip, shape)
         self.phases = self._phases(settings, steps)
         self._draws = [_PhaseDraw(size, settings, shape) for size in self._sizes(settings)]
         if settings.balance_groups is not None:

@@ -64,10 +64,17 @@ class TokenDrop(Method):
                 f"its layers share a bias between all positions; use a model without an encoder "
                 f"and a decoder, or another method."
             )
+        if shape.has_state_space:
+            raise UserError(
+                f"method.name='token_drop' does not work with model.model_type={shape.family!r}: "
+                f"its layers carry a state from one position to the next; use a model with "
+                f"attention, or another method."
+            )
         if self.masked:
             raise UserError(
-                "method.compute=masked does not work with method.name='token_drop': what skips a "
-                "layer is no key of its attention, and no factor of zero makes it so; use sliced."
+                "method.compute=masked does not work with method.name='token_drop': nothing may "
+                "attend to a position that skips the layer, and multiplying its output by zero "
+                "does not prevent that; use method.compute=sliced."
             )
         assert shape.sequence is not None  # of the run
         self.sequence: int = shape.sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from est_ds.errors import UserError, did_you_mean
+from est_ds.plans.shape import Attention
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.bert import Bert
 from est_ds.slicing.families.fields import (
@@ -15,9 +16,10 @@ from est_ds.slicing.families.fields import (
 )
 from est_ds.slicing.families.gpt2 import Gpt2
 from est_ds.slicing.families.llama import Llama
+from est_ds.slicing.families.mamba import Mamba
 from est_ds.slicing.families.t5 import T5
 
-FAMILIES: tuple[Family, ...] = (Llama(), Gpt2(), Bert(), T5())
+FAMILIES: tuple[Family, ...] = (Llama(), Gpt2(), Bert(), T5(), Mamba())
 
 
 def family_of(model_type: str) -> Family:
@@ -64,7 +66,7 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     family.check_section(section)
     try:
         config = AutoConfig.for_model(model_type, **section)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = family.attention
         refuse_overruled(section, config)
         set_width(config, section, init)
         shape = family.shape(config)
@@ -86,12 +88,15 @@ def _check_divides(shape: Any, config: Any) -> None:
         raise UserError(
             f"model: {shape.num_layers} layers of width {shape.hidden}; a model needs at least 1."
         )
+    if shape.vocabulary < 1:
+        raise UserError(f"model: a vocabulary of {shape.vocabulary}; use at least 1.")
     attention = shape.layers[0][0]
-    if min(attention.heads, attention.key_value_groups, attention.head_dim, shape.vocabulary) < 1:
+    if not isinstance(attention, Attention):
+        return  # the family has checked its own
+    if min(attention.heads, attention.key_value_groups, attention.head_dim) < 1:
         raise UserError(
-            f"model: {attention.heads} heads of width {attention.head_dim}, "
-            f"{attention.key_value_groups} key/value heads and a vocabulary of {shape.vocabulary}; "
-            f"use at least 1 of each."
+            f"model: {attention.heads} heads of width {attention.head_dim} and "
+            f"{attention.key_value_groups} key/value heads; use at least 1 of each."
         )
     if attention.heads % attention.key_value_groups:
         raise UserError(

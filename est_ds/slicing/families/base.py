@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
-from est_ds.slicing.leaf import Skippable, SkippableLayer
+from est_ds.slicing.leaf import Run, Skippable, SkippableLayer
 
 Sized = tuple[nn.Module, int]  # a leaf, and how many of its rows or columns one unit has
 
+Mixed = tuple[nn.Module, tuple[Run, ...]]  # a leaf, and what its rows are
+
 
 class Follower:
-    """An attribute that must follow the number of kept heads and key/value heads."""
+    """An attribute that must follow the number of kept heads and key/value heads, or columns."""
 
     def __init__(self, module: nn.Module, name: str, value: Callable[[int, int], Any]) -> None:
         self._module, self._name, self._value = module, name, value
@@ -38,10 +40,16 @@ class Slot:
         rows: leaves whose output rows are heads or columns (q; gate, up).
         columns: leaves whose input columns are heads or columns (o; down).
         group_rows: leaves whose output rows are key/value heads (k, v).
+        inner_columns: leaves within the part whose input columns are units, and which the part's
+            output goes through: rescaled as `columns`, but for the layer's scale.
         qkv_rows: leaves whose output rows are query, then key, then value heads.
+        mixed_rows: leaves whose output rows are units among others.
+        held: modules whose parameters another forward reads: their rows, as of `mixed_rows`.
+        norms: norms over units, each of so many rows.
         informed: other modules that must know the kept heads, with the class that is put before
             their own; it finds them in `est_slice.units`.
-        followers: attributes that follow the number of kept heads.
+        followers: attributes that follow the number of kept heads, or of a state-space mixer's
+            columns.
         skippable: modules that compute the part, with the class that is put before their own,
             so that they can be skipped. A part that is skipped hands on the residual stream,
             with the norm behind it where there is one: a layer without its parts is no layer.
@@ -50,7 +58,11 @@ class Slot:
     rows: tuple[Sized, ...] = ()
     columns: tuple[Sized, ...] = ()
     group_rows: tuple[Sized, ...] = ()
+    inner_columns: tuple[Sized, ...] = ()
     qkv_rows: tuple[Sized, ...] = ()
+    mixed_rows: tuple[Mixed, ...] = ()
+    held: tuple[Mixed, ...] = ()
+    norms: tuple[Sized, ...] = ()
     informed: tuple[tuple[nn.Module, type], ...] = ()
     followers: tuple[Follower, ...] = ()
     skippable: tuple[tuple[nn.Module, type[Skippable]], ...] = ()
@@ -58,8 +70,9 @@ class Slot:
     @property
     def modules(self) -> list[nn.Module]:
         """All modules whose class is swapped."""
-        sized = self.rows + self.columns + self.group_rows + self.qkv_rows
-        return [module for module, _ in sized + self.informed + self.skippable]
+        sized = self.rows + self.columns + self.group_rows + self.qkv_rows + self.inner_columns
+        others = self.mixed_rows + self.held + self.norms + self.informed + self.skippable
+        return [module for module, _ in sized + others]
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,7 @@ class Size:
         layers: kept layers, by their index in the plan.
         heads: query heads of every attention.
         key_value_groups: key/value heads of every attention.
-        columns: columns of every MLP.
+        columns: columns of every MLP, or state-space mixer.
     """
 
     layers: tuple[int, ...]
@@ -172,6 +185,7 @@ class Family(ABC):
     Attributes:
         model_types: the library's names for it.
         auto_class: the class of the library that builds the model with its training head.
+        attention: the library's attention that the model is built with.
         separable: whether documents of one sequence can be kept apart.
         extra_keys: keys of the model section that the library takes but does not list.
         skippable: what is put before a layer's class; says what a skipped layer returns.
@@ -183,6 +197,7 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    attention: ClassVar[str] = "sdpa"
     separable: ClassVar[bool] = True
     extra_keys: ClassVar[frozenset[str]] = frozenset()
     skippable: ClassVar[type[Skippable]] = SkippableLayer

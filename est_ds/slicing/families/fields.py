@@ -6,7 +6,6 @@ into the export, or refused here: what would change training unsaid, or stand th
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from typing import Annotated, Any, Literal
@@ -20,8 +19,8 @@ from est_ds.errors import UserError
 DECIDED = {
     "dtype": "precision says it",
     "torch_dtype": "precision says it",
-    "attn_implementation": "it is sdpa",
-    "_attn_implementation": "it is sdpa",
+    "attn_implementation": "it is sdpa, where there is attention",
+    "_attn_implementation": "it is sdpa, where there is attention",
 }
 # Fields with one value that training can honour. Those of older configs, which the library no
 # longer knows, are left out of the config then.
@@ -145,7 +144,7 @@ def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, 
     Raises:
         UserError: it holds what training cannot honour, or contradicts itself.
     """
-    section = copy.deepcopy(section)  # the library writes into mappings that it is given
+    section = _plain_floats(section)  # copied: the library writes into mappings that it is given
     for key, value in section.items():
         if key in DECIDED:
             raise UserError(f"model.{key} is set by est_ds ({DECIDED[key]}); remove it.")
@@ -167,6 +166,18 @@ def todays_section(section: dict[str, Any], plain: dict[str, Any]) -> dict[str, 
     return {key: value for key, value in section.items() if key not in older}
 
 
+def _plain_floats(value: Any) -> Any:
+    """A copy with the numbers that JSON has not, where the library wrote them into a config.json as
+    `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_plain_floats(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _plain_floats(part) for key, part in value.items()}
+
+
 def _check_ids(section: dict[str, Any], plain: dict[str, Any]) -> None:
     vocabulary = section.get("vocab_size", plain["vocab_size"])
     for key, value in section.items():
@@ -178,8 +189,8 @@ def _check_ids(section: dict[str, Any], plain: dict[str, Any]) -> None:
                 continue  # the library says what is wrong with it
             if not 0 <= token < vocabulary:
                 raise UserError(
-                    f"model.{key}={value} is no id of model.vocab_size={vocabulary}; use 0 to "
-                    f"{vocabulary - 1}, or null for none."
+                    f"model.{key}={value} is outside the vocabulary (model.vocab_size="
+                    f"{vocabulary}); use 0 to {vocabulary - 1}, or null for none."
                 )
 
 
@@ -206,8 +217,8 @@ def _todays_rope(section: dict[str, Any]) -> None:
         if rope.setdefault(key, value) != value:
             raise UserError(
                 f"model.{key if key == 'rope_theta' else 'rope_scaling.' + key}={value!r} differs "
-                f"from model.rope_parameters.{key}={rope[key]!r}, which stands for it today; "
-                f"keep one of them."
+                f"from model.rope_parameters.{key}={rope[key]!r}, the newer name of the same "
+                f"field; keep one of them."
             )
     if not rope:
         section.pop("rope_parameters", None)
@@ -239,8 +250,8 @@ def refuse_overruled(section: dict[str, Any], config: Any) -> None:
     for key, value in section.items():
         if value is not None and key not in openly and getattr(config, key) != value:
             raise UserError(
-                f"model.{key}={value!r} cannot take effect: Hugging Face makes it "
-                f"{getattr(config, key)!r} by other fields; remove it, or change those."
+                f"model.{key}={value!r} cannot take effect: other fields of the section make "
+                f"Hugging Face set it to {getattr(config, key)!r}; remove it, or change those."
             )
 
 

@@ -9,9 +9,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 
 from cases.plans import GPT2
 from conftest import ROOT, est_ds, refused, train
@@ -21,16 +19,19 @@ from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
 from est_ds.data.order import positions
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 from est_ds.report.page import write_report
 from est_ds.report.summary import summarise
+from est_ds.run.directory import FREE_TO_CHANGE, changed_fields
 from est_ds.run.metrics import read_metrics
 from est_ds.run.parent import read_parent
 from est_ds.run.prepare import Run, prepare
 from est_ds.training.branch import branch
-from est_ds.training.inherit import check_depth
+from est_ds.training.inherit import MAY_CHANGE, STAYS, check_changes, check_depth
+from est_ds.training.turns import Measured
 from forks import fork, wait
 from layouts import LAYOUTS, METHODS, train_in
 from reference import assert_close, plain_adamw
@@ -116,6 +117,13 @@ def test_report_and_plan_of_a_branch_are_of_its_own_steps(branches, capsys):
     assert f"at step {AT}, {AT * 512:,} tokens behind it" in said
 
 
+def test_phases_that_the_parent_trained_are_not_timed(trunk, tmp_path):
+    phases = "{until: 2, layers: 1}, {until: 5, layers: 1}, {until: 8}"
+    run = branched(trunk, tmp_path / "b", [f"method={{name: est, phases: [{phases}]}}"])
+    turns = [turn.result([]) for turn in Measured("", run, engine=None, batches=[]).turns()]
+    assert [(turn.phase, turn.num_steps) for turn in turns] == [(1, 1), (2, 3)]
+
+
 def test_branch_of_a_branch_knows_both_parents(branches, tmp_path):
     text = branch(str(branches["anneal"]), "latest", str(tmp_path / "b"), ["steps=10"])
     assert "at step 8" in text and "steps: 8 -> 10" in text
@@ -178,6 +186,21 @@ def test_branch_that_cannot_be_is_one_clear_error(case, trunk, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+def test_every_field_of_a_run_is_decided_on():
+    decided = {p.partition(".")[0].rstrip("*") for p in (*FREE_TO_CHANGE, *MAY_CHANGE, *STAYS)}
+    assert set(RunConfig.model_fields) - decided == {"start"}  # which overrides cannot set
+
+
+def test_dropout_may_change_and_counts_of_elements_may_not_be_lost(trunk, tmp_path):
+    new = ["model.attention_dropout=0.1", "optimizer.inactive=freeze"]
+    branch(str(trunk), "4", str(tmp_path / "b"), new)
+    there = load_run(tmp_path / "b")
+    assert there.model["attention_dropout"] == 0.1
+    here = load_run(tmp_path / "b", ["optimizer.inactive=zero_grad"])
+    with pytest.raises(UserError, match="optimizer.inactive is 'freeze' in the parent and 'zero_"):
+        check_changes(there, here, changed_fields(there, here), 4)
+
+
 def test_directory_that_is_used_is_refused_and_stays(trunk, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     for new in (tmp_path, trunk, tmp_path / "thesis.txt"):
@@ -228,9 +251,9 @@ def test_files_are_copied_where_they_cannot_be_linked(trunk, tmp_path, monkeypat
     def no_link(source, target):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    assert "1 hard links, 0 copies" in branch(str(trunk), "4", str(tmp_path / "linked"), [])
+    assert "(1 linked, 0 copied)" in branch(str(trunk), "4", str(tmp_path / "linked"), [])
     monkeypatch.setattr(os, "link", no_link)
-    assert "0 hard links, 1 copies" in branch(str(trunk), "4", str(tmp_path / "copied"), [])
+    assert "(0 linked, 1 copied)" in branch(str(trunk), "4", str(tmp_path / "copied"), [])
     for name, is_linked in (("linked", True), ("copied", False)):
         checkpoint = tmp_path / name / "checkpoints" / "step_00000004"
         assert damage(checkpoint) is None
@@ -406,14 +429,20 @@ def test_branch_in_another_layout_goes_on_the_same(there, here, method, in_layou
 
 
 @pytest.mark.slow
-def test_verbs_work_on_a_branch(trained, tmp_path):
+def test_a_branch_trains_and_exports_as_any_run(trained, tmp_path):
     run = tmp_path / "b"
-    branch(str(trained), "10", str(run), ["optimizer.lr=1e-3"])
-    for arguments in (["export", run], ["verify-resume", run, "--processes", "2"], ["plan", run]):
-        done = est_ds(*arguments)
-        assert done.returncode == 0, done.stderr
-    done = est_ds("train", run, "--processes", "2", "parallel.pipe=2")
+    branch(str(trained), "15", str(run), ["optimizer.lr=1e-3"])
+    done = train(run, "parallel={pipe: 1}", processes=1)
     assert done.returncode == 0, done.stderr
-    assert f"branch of        {trained} at step 10" in done.stdout
-    assert yaml.safe_load((run / "config.yaml").read_text())["start"]["step"] == 10
-    assert np.isfinite([e["loss"] for e in read_metrics(run)[0]]).all()
+    assert f"branch of        {trained} at step 15" in done.stdout
+    for checkpoint in ("15", "latest"):
+        done = est_ds("export", run, "--checkpoint", checkpoint, "--out", tmp_path / checkpoint)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_branch_is_verified_from_its_start(branches):
+    """The short run has no step 0 to 3 behind it: only its config counts."""
+    done = est_ds("verify-resume", branches["longer"], "--steps", "4", timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "PASS" in done.stdout

@@ -189,8 +189,8 @@ def _text(trunk: Trunk, run: Run, positions: list[Position], first: First, links
         ("anew", "metrics.jsonl and TensorBoard" + ", losses to tell a spike by" * (not compared)),
         (
             "checkpoint",
-            f"{num_files} files, {size}: {links} hard links, {num_files - links} copies; "
-            f"{trunk.directory} may be removed",
+            f"{num_files} file{'s' * (num_files > 1)}, {size} ({links} linked, {num_files - links} "
+            f"copied); {trunk.directory} may be removed",
         ),
     ]
     head = f"{config.run_dir}: a branch of {trunk.directory} at step {step:,}"

@@ -51,8 +51,10 @@ class Measured:
         return cls(name, run, engine, list(run.train.micro_batches(last, engine.portion)))
 
     def turns(self) -> list[Turn]:
-        """One for every phase."""
-        return [Turn(self, i) for i in range(len(self.run.method.phases))]
+        """One for every phase, but those that are over before a branch begins."""
+        first = self.run.config.first_step
+        phases = enumerate(self.run.method.phases)
+        return [Turn(self, i) for i, phase in phases if phase.until_step > first]
 
     def full(self) -> Turn:
         """That of the full model: the last phase that computes it, or none of the phases."""
@@ -100,13 +102,13 @@ class Turn:
         Args:
             cpu_s: of all processes.
         """
-        method, phase = self.of.run.method, self.phase
+        method, phase, first = self.of.run.method, self.phase, self.of.run.config.first_step
         within = None if phase is None else method.phases[phase]
         return Turns(
             run=self.of.name,
             name=within.name if within else "full model",
             phase=phase,
-            num_steps=within.until_step - within.from_step if within else 0,
+            num_steps=within.until_step - max(within.from_step, first) if within else 0,
             wall_s=tuple(self.wall_s),
             cpu_s=tuple(cpu_s),
             device_s=tuple(self.device_s) or None,
@@ -152,6 +154,8 @@ def measure_phases(
     measured, began = Measured.of("", run, engine), time.monotonic()
     baseline = measured.full()
     turns = [baseline, *(turn for turn in measured.turns() if turn.phase != baseline.phase)]
+    if len(turns) == 1:
+        return None
     goes_on()
     baseline.take(0)
     fewest_s = (time.monotonic() - began) * len(turns) * (FEWEST + 1)

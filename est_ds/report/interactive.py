@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,6 +21,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 MAX_POINTS = 300
 NATS = "%{y:.4f} nats a token"
 COST = "{cost}"  # in a hover text: the cost that the axis shows, with its unit
+MENU = 46  # pixels above a plot, for buttons
 GRID, PAPER = "#d8dde3", "#ffffff"
 CONFIG = {
     "displaylogo": False,
@@ -81,9 +82,7 @@ class Cost:
 
 COSTS = {
     "tokens": Cost("tokens", "tokens trained", "%{x:.4~s} tokens"),
-    "flops": Cost(
-        "FLOPs", "model FLOPs: all matrix products, forward and backward", "%{x:.4~g} FLOPs"
-    ),
+    "flops": Cost("FLOPs", "model FLOPs", "%{x:.4~g} FLOPs"),
     "seconds": Cost("seconds", "seconds of training steps", "%{x:,.4~g} s"),
 }
 By = Mapping[str, Sequence[float]]  # values of the horizontal axis, by cost
@@ -96,7 +95,7 @@ def new_figure(ylabel: str, height: int = 440) -> go.Figure:
         layout={
             "template": go.layout.Template(),
             "height": height,
-            "margin": {"l": 10, "r": 10, "t": 46, "b": 10},
+            "margin": {"l": 10, "r": 10, "t": 12, "b": 10},
             "font": {"size": 12, "color": BLACK, "family": "system-ui, sans-serif"},
             "paper_bgcolor": PAPER,
             "plot_bgcolor": PAPER,
@@ -179,7 +178,7 @@ def switch(figure: go.Figure, options: Mapping[str, tuple[dict, dict]]) -> None:
     place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8}}
     look = {"bgcolor": PAPER, "bordercolor": GREY, "font": {"size": 12}}
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": True}
-    figure.update_layout(updatemenus=[{**menu, **place, **look}])
+    figure.update_layout(updatemenus=[{**menu, **place, **look}], margin_t=MENU)
 
 
 def thinned(count: int) -> list[int]:
@@ -202,6 +201,17 @@ def figure_html(figure: go.Figure, name: str, caption: str) -> str:
         default_height=f"{figure.layout.height}px",
     )
     return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def wide_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls by itself where the page is narrow."""
+    return f'<div class="wide"><table class="rows">{frame.table(heads, rows)}</table></div>'
+
+
+def warnings_html(warnings: Sequence[str]) -> str:
+    """A list of warnings; nothing where there is none."""
+    listed = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    return f'<ul class="warnings">{listed}</ul>' if listed else ""
 
 
 def page(title: str, body: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from est_ds.report.interactive import GREY, NATS, PAPER, line_of, look, marker_of, new_figure
+from est_ds.report.interactive import GREY, MENU, NATS, PAPER, line_of, look, marker_of, new_figure
 from est_ds.studies.plots import LOSS
 from est_ds.studies.results import RunResult
 from est_ds.studies.run_plots import Curve, mean_curve
@@ -150,4 +150,5 @@ def _menu(zooms: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     whole = {"xaxis.autorange": True, "yaxis.autorange": True}
     buttons.append({"label": "whole runs", "method": "relayout", "args": [whole]})
     place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8}}
-    return {"updatemenus": [{"buttons": buttons, "bgcolor": PAPER, "bordercolor": GREY, **place}]}
+    menu = {"buttons": buttons, "bgcolor": PAPER, "bordercolor": GREY, **place}
+    return {"updatemenus": [menu], "margin_t": MENU}

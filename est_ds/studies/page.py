@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from est_ds.report.frame import row, table, write_whole
-from est_ds.report.interactive import figure_html, page
+from est_ds.report.frame import row, write_whole
+from est_ds.report.interactive import figure_html, page, warnings_html, wide_table
 from est_ds.report.text import seconds
 from est_ds.studies import plots, run_plots
 from est_ds.studies.answers import Answers, ArmAnswer
@@ -94,12 +94,12 @@ def render(seen: Seen) -> str:
         f"<h1>{escape(folder)}</h1>",
         f'<p class="headline">{escape(headline(answers))}</p>',
         f'<p class="lead">{escape(_lead(seen))}</p>',
-        _wide(table(*_verdicts(seen))),
+        wide_table(*_verdicts(seen)),
         f'<p class="note">{escape(" ".join(notes(answers)))}</p>',
-        _warnings(answers),
+        warnings_html(answers.warnings),
         *(f"<h2>{escape(name)}</h2>\n{html}" for name, html in _figures(seen)),
         "<h2>Runs</h2>",
-        _wide(table(*_runs(seen))),
+        wide_table(*_runs(seen)),
         "<h2>Study file</h2>",
         f"<pre>{escape(seen.runs.file.file.read_text())}</pre>",
         "<h2>Versions and devices</h2>",
@@ -123,22 +123,16 @@ def _lead(seen: Seen) -> str:
     )
 
 
-def _wide(content: str) -> str:
-    """A table that scrolls by itself where the page is narrow."""
-    return f'<div class="wide"><table class="rows">{content}</table></div>'
-
-
-def _warnings(answers: Answers) -> str:
-    if not answers.warnings:
-        return ""
-    return f'<ul class="warnings">{"".join(f"<li>{escape(w)}</li>" for w in answers.warnings)}</ul>'
-
-
 def _verdicts(seen: Seen) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of answers."""
     budgets = seen.runs.file.study.budgets
-    heads = ["arm", "seeds", "held-out loss", *(f"at equal {BUDGETS[b]}" for b in budgets)]
-    heads += ["verdict", "gain in FLOPs", "gain in seconds", "step time"]
+    heads = [
+        "arm",
+        "seeds",
+        "held-out loss",
+        *(f"difference at equal {BUDGETS[b]}" for b in budgets),
+    ]
+    heads += ["verdict", "could see", "gain in FLOPs", "gain in seconds", "step time"]
     return heads, [_verdict(seen, arm) for arm in seen.answers.arms]
 
 
@@ -148,15 +142,12 @@ def _verdict(seen: Seen, arm: ArmAnswer) -> list[str]:
         compared = arm.budgets.get(budget)
         known = compared and compared.difference
         cells.append(interval_text(compared.difference.interval) if known else "-")
-    said = verdict_text(arm.budgets.get(seen.answers.decides))
-    said = "baseline" if arm is seen.baseline else said
-    return [
-        *cells,
-        said,
-        gain_text(arm.gain),
-        gain_text(arm.gain_seconds),
-        ratio_text(arm.time_ratio),
-    ]
+    decides = arm.budgets.get(seen.answers.decides)
+    seen_by = decides.difference.detectable if decides and decides.difference else None
+    cells += ["baseline" if arm is seen.baseline else verdict_text(decides)]
+    cells += ["-" if seen_by is None else f"{seen_by:.4f}"]
+    cells += [gain_text(arm.gain), gain_text(arm.gain_seconds), ratio_text(arm.time_ratio)]
+    return [text.replace(" [", "\n[").replace(" (", "\n(") for text in cells]
 
 
 def _figures(seen: Seen) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ from est_ds.studies.statistics import Gain, Interval, t_interval
 from est_ds.studies.text import BUDGETS, gain_text, interval_text, verdict_text
 
 LOSS = "held-out loss, nats a token"
-ROW, FRAME = 30, 130  # pixels of an arm's row, and of what is around the rows
+ROW, FRAME = 30, 110  # pixels of an arm's row, and of what is around the rows
 # An arm is not shown at first that reaches further than this many times the middle one.
 FAR = 4.0
 CURVE_POINTS = 60
@@ -100,7 +100,7 @@ def _arm_ends(seen: Seen) -> list[Ends]:
 
 
 def _draw_ends(figure: OverCosts, seen: Seen, ends: Ends) -> Span:
-    """Draws the runs faintly and their mean with its interval; returns what the runs span."""
+    """Draws the runs faintly and their mean with its interval; returns what they span."""
     look, losses = seen.looks[ends.arm], list(ends.losses.values())
     mean, common = t_interval(losses), {"legendgroup": ends.arm, "name": ends.arm}
     name = f"<b>{ends.arm}</b>{ends.note}"
@@ -126,7 +126,8 @@ def _draw_ends(figure: OverCosts, seen: Seen, ends: Ends) -> Span:
     x = {cost: [value] for cost, value in ends.x.items()}
     hover = f"{name}<br>mean of {len(losses)}: {interval_text(mean, '')} nats a token<br>{COST}"
     figure.add(trace, x, hover)
-    return min(losses), max(losses)
+    bar = [end for end in (mean.low, mean.high) if end is not None]
+    return min(losses + bar), max(losses + bar)
 
 
 def _bar(interval: Interval, colour: str) -> dict | None:
@@ -248,7 +249,7 @@ def _difference_text(name: str, budget: str, compared: Compared) -> str:
 
 def gains(seen: Seen) -> go.Figure | None:
     """Gain of every arm, in FLOPs and in seconds; None where none is known."""
-    figure = _rows(seen, "gain: what the baseline needs over what the arm needs")
+    figure = _rows(seen, "gain: the baseline's cost over the arm's")
     figure.add_vline(x=1, line={"color": BLACK, "width": 1.6})
     for unit, open in (("FLOPs", False), ("seconds", True)):
         of = {a.name: a.gain_seconds if open else a.gain for a in seen.answers.arms[1:]}

@@ -64,6 +64,7 @@ def _tuning(seen: Seen, field: str) -> go.Figure | None:
         numeric &= all(isinstance(v, (int, float)) and v > 0 for v in values)
         chosen = dict(answer.values or ()).get(field)
         marker = marker_of(look, 8)
+        marker["opacity"] = 1.0
         marker["size"] = [14 if json.dumps(v) == chosen else 8 for v in values]
         figure.add_trace(
             go.Scatter(

@@ -31,6 +31,7 @@ CONFIG = {
 STYLE = (
     frame.STYLE
     + """
+body { max-width: 62rem; }
 .wide { overflow-x: auto; }
 .rows { width: 100%; font-size: .86rem; }
 .rows th, .rows td { text-align: right; border-bottom: 1px solid #e6e9ed; padding-right: .7rem; }
@@ -41,7 +42,7 @@ STYLE = (
 .warnings { background: #fdf3e1; border-left: 4px solid #e69f00; padding: .6rem 1rem .6rem 2rem;
   font-size: .9rem; }
 .headline { font-size: 1.1rem; margin: .6rem 0; }
-@media print { .wide { overflow: visible; } .rows { font-size: 7.5pt; }
+@media print { body { max-width: none; } .wide { overflow: visible; } .rows { font-size: 7.5pt; }
   .rows th:first-child, .rows td:first-child { position: static; }
   .rows td { white-space: pre-wrap; } }"""
 )
@@ -73,17 +74,19 @@ class Cost:
         button: its name on the button that shows it.
         title: its name on the axis.
         hover: a value with its unit, as Plotly writes one.
+        ticks: how the axis writes large values, as Plotly names it.
     """
 
     button: str
     title: str
     hover: str
+    ticks: str
 
 
 COSTS = {
-    "tokens": Cost("tokens", "tokens trained", "%{x:.4~s} tokens"),
-    "flops": Cost("FLOPs", "model FLOPs", "%{x:.4~g} FLOPs"),
-    "seconds": Cost("seconds", "seconds of training steps", "%{x:,.4~g} s"),
+    "tokens": Cost("tokens", "tokens trained", "%{x:.4~s} tokens", "SI"),
+    "flops": Cost("FLOPs", "model FLOPs", "%{x:.4~g} FLOPs", "power"),
+    "seconds": Cost("seconds", "seconds of training steps", "%{x:,.4~g} s", "none"),
 }
 By = Mapping[str, Sequence[float]]  # values of the horizontal axis, by cost
 
@@ -152,11 +155,13 @@ class OverCosts:
             cost = COSTS[name]
             hovers = [hover.replace(COST, cost.hover) for hover in self._hovers]
             traces = {"x": [list(x.get(name, ())) for x in self._x], "hovertemplate": hovers}
-            layout = {"xaxis.title.text": cost.title, "xaxis.autorange": True}
+            layout = {"xaxis.title.text": cost.title, "xaxis.exponentformat": cost.ticks}
+            layout["xaxis.autorange"] = True
             options[cost.button] = (traces, layout)
         for trace, hover in zip(figure.data, self._hovers):
             trace.hovertemplate = hover.replace(COST, COSTS[self._costs[0]].hover)
-        figure.update_xaxes(title_text=COSTS[self._costs[0]].title)
+        first = COSTS[self._costs[0]]
+        figure.update_xaxes(title_text=first.title, exponentformat=first.ticks)
         if y_range is not None:
             figure.update_yaxes(range=list(y_range))
         switch(figure, options)

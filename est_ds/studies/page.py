@@ -137,7 +137,7 @@ def _verdicts(seen: Seen) -> tuple[list[str], list[list[str]]]:
 
 
 def _verdict(seen: Seen, arm: ArmAnswer) -> list[str]:
-    cells = [arm.name, str(len(arm.losses)), interval_text(arm.loss, "") if arm.loss else "-"]
+    cells = [arm.name, str(len(arm.losses)), f"{arm.loss.mean:.4f}" if arm.loss else "-"]
     for budget in seen.runs.file.study.budgets:
         compared = arm.budgets.get(budget)
         known = compared and compared.difference

@@ -127,17 +127,36 @@ def verdicts(answers: Answers) -> list[tuple[str, str]]:
     return [(arm.name, verdict_text(arm.budgets.get(answers.decides))) for arm in answers.arms[1:]]
 
 
+# More arms than a few of one verdict are named together.
+FEW = 3
+TOGETHER: dict[str | None, str] = {
+    "costs": "cost",
+    "no difference": "make no difference",
+    "undecided": "are undecided",
+    None: "have no verdict yet",
+}
+
+
 def headline(answers: Answers) -> str:
     """The verdicts in a sentence."""
     said: dict[str | None, list[str]] = {}
     for arm in answers.arms[1:]:
-        compared = arm.budgets.get(answers.decides)
-        said.setdefault(compared.verdict if compared else None, []).append(_said(arm, compared))
-    decided = [*said.get("pays", ["nothing pays"] if said.keys() - {None} else [])]
-    for verdict in ("costs", "no difference", "undecided", None):
-        decided += said.get(verdict, [])
+        sentence = _said(arm, arm.budgets.get(answers.decides))
+        said.setdefault(_verdict(answers, arm), []).append(sentence)
+    decided = said.get("pays", ["nothing pays"] if said.keys() - {None} else [])
+    for verdict, together in TOGETHER.items():
+        found = said.get(verdict, [])
+        if len(found) > FEW:
+            names = [arm.name for arm in answers.arms[1:] if _verdict(answers, arm) == verdict]
+            found = [f"{len(found)} arms {together} ({', '.join(names)})"]
+        decided = [*decided, *found]
     at_equal = f"At equal {BUDGETS[answers.decides]}"
     return f"{at_equal} {'; '.join(decided)}." if decided else "There is no arm but the baseline."
+
+
+def _verdict(answers: Answers, arm: ArmAnswer) -> str | None:
+    compared = arm.budgets.get(answers.decides)
+    return compared.verdict if compared else None
 
 
 def _said(arm: ArmAnswer, compared: Compared | None) -> str:

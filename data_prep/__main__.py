@@ -33,15 +33,15 @@ def _parser() -> argparse.ArgumentParser:
 
     corpus = verb("corpus", "Gather documents into PREFIX.train.jsonl and PREFIX.valid.jsonl.")
     _add_sources(corpus, "; default: the sources of Python's standard library")
-    corpus.add_argument("--out", required=True, metavar="PREFIX")
+    corpus.add_argument("--out", required=True, metavar="PREFIX", help="write PREFIX.*.jsonl")
     corpus.add_argument(
         "--held-out", type=float, metavar="FRACTION", help=f"{_SHARE}; default 0.02"
     )
 
     tokenizer = verb("tokenizer", "Train a sentencepiece tokenizer into a folder.")
     _add_sources(tokenizer)
-    tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR")
-    size = "number of ids, with 256 bytes and 3 special tokens; default 4096"
+    tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR", help="write here")
+    size = "number of ids, 256 bytes and 3 special tokens among them; default 4096"
     tokenizer.add_argument("--vocab", type=int, default=4096, metavar="N", help=size)
     limit = "train on at most N chunks of about 1000 characters, chosen by hash; default 100000"
     tokenizer.add_argument("--sentences", type=int, default=100_000, metavar="N", help=limit)
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sources(to: argparse.ArgumentParser, note: str = "") -> None:
     to.add_argument("--input", nargs="+", metavar="PATH", help=_KINDS + note)
-    file = "data file that names the sources instead (configs/data); flags go before it"
+    file = "data file that names the sources instead (configs/data); a flag overrides its field"
     to.add_argument("--config", type=Path, metavar="FILE", help=file)
     field = "field or column of --input that holds the text; default text"
     to.add_argument("--text", metavar="FIELD", help=field)
@@ -75,7 +75,7 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
     _add_sources(pack)
     model = "folder of a sentencepiece tokenizer.model or a Hugging Face tokenizer, or a file of it"
     pack.add_argument("--tokenizer", metavar="DIR", help=model)
-    pack.add_argument("--out", required=True, metavar="PREFIX")
+    pack.add_argument("--out", required=True, metavar="PREFIX", help="write PREFIX.bin, ...")
     processes = "processes; the output does not depend on them; default: all cores"
     pack.add_argument("--workers", type=int, metavar="N", help=processes)
     help_ = f"{_SHARE}: PREFIX.train and PREFIX.valid; default: one corpus, PREFIX"
@@ -90,7 +90,10 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(verify: argparse.ArgumentParser) -> None:
-    verify.add_argument("--out", "--input", dest="prefix", required=True, metavar="PREFIX")
+    packed = "prefix of the corpus, as given to pack; with a held-out part PREFIX.train"
+    verify.add_argument(
+        "--out", "--input", dest="prefix", required=True, metavar="PREFIX", help=packed
+    )
     made_by = "also check that this tokenizer made the corpus"
     verify.add_argument("--tokenizer", type=Path, metavar="DIR", help=made_by)
     readers = "processes that read shards; default: all cores"

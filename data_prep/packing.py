@@ -230,8 +230,8 @@ class Packing:
         )
         if grown or not same:
             raise UserError(
-                f"{began} of other --input: among the files read so far, some were changed, "
-                f"added, removed or touched; {ways}."
+                f"{began}, and the files that it has read are not what --input gives now: some "
+                f"were changed, added, removed or touched; {ways}."
             )
 
     def _sources_read(self) -> str:

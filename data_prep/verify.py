@@ -138,8 +138,8 @@ def _check_surroundings(corpus: Corpus, made: _Made, audit: Audit) -> list[str]:
         expected = right if corpus.manifest is None and right == 0 else audit.documents
         if right != expected:
             raise UserError(
-                f"corpus {corpus.prefix}: only {share}, {expected - right:,} do not; pack it again "
-                f"with one setting of {name} for all."
+                f"corpus {corpus.prefix}: only {share}, but {expected - right:,} documents do not; "
+                f"pack it again, so that all of them do, or none."
             )
         if twice:
             raise UserError(

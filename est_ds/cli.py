@@ -84,16 +84,17 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    plan = verb("plan", _plan, "phases, FLOPs and sizes of a run, before anything starts")
+    plan = verb("plan", _plan, "show phases, FLOPs, sizes and memory of a run; start nothing")
     plan.add_argument(
         "--processes",
         type=_positive,
         metavar="N",
-        help="count this many processes (default: what RUN says)",
+        help="assume this many processes (default: what RUN says)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
     plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
+    _add_branch(verb("branch", _branch, "begin a new run with a checkpoint of another one"))
     _add_verify_resume(
         verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
     )
@@ -110,7 +111,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
         "--processes",
         type=_positive,
         metavar="N",
-        help="start this many on this machine (default: one a GPU; on a CPU what RUN says)",
+        help="start this many on this machine (default: one per GPU; without a GPU what RUN says)",
     )
     train.add_argument(
         "--restarts",
@@ -125,6 +126,18 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--local_rank", help=argparse.SUPPRESS)
     # Names the processes of one start; launch/ finds them by it.
     train.add_argument("--start", help=argparse.SUPPRESS)
+
+
+def _add_branch(branch: argparse.ArgumentParser) -> None:
+    branch.description = (
+        "Makes the directory of a new run that begins with a checkpoint of RUN: another schedule, "
+        "more steps, another method or other data from there. Trains nothing: est-ds train NEW "
+        "does."
+    )
+    branch.add_argument(
+        "--at", required=True, metavar="STEP", help="a step with a checkpoint, latest or best"
+    )
+    branch.add_argument("--run-dir", required=True, metavar="NEW", help="make this directory")
 
 
 def _add_verify_resume(check: argparse.ArgumentParser) -> None:
@@ -202,6 +215,11 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="say what would be trained, and train nothing"
     )
     study.add_argument(
+        "--time-only",
+        action="store_true",
+        help="measure the step times of all arms in turns with the baseline's, and train nothing",
+    )
+    study.add_argument(
         "--jobs",
         type=_positive,
         metavar="N",
@@ -240,13 +258,15 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument(
         "--light",
         action="store_true",
-        help="skip the matrix product on every GPU: a training runs beside",
+        help="leave out the matrix product on every GPU, which slows a running training down",
     )
 
 
 def _many_nodes(sub: argparse.ArgumentParser) -> None:
     """Options that say where the nodes are."""
-    group = sub.add_argument_group("many nodes", "ssh reaches them, or you start each by itself")
+    group = sub.add_argument_group(
+        "many nodes", "reach them by ssh (--hostfile), or call this on each of them (--nodes)"
+    )
     group.add_argument(
         "--hostfile", metavar="F", help="reach these hosts by ssh; a line is HOST slots=N"
     )
@@ -299,8 +319,9 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if launched():
         if parsed.restarts:
             raise UserError(
-                f"--restarts={parsed.restarts} inside a launcher, which starts the processes: let "
-                f"it start them again, or start est-ds train outside of it."
+                f"--restarts={parsed.restarts} inside a launcher (RANK is set) has no effect: the "
+                f"launcher starts the processes. Remove it and let the launcher start them again, "
+                f"or call est-ds train without a launcher."
             )
         world = World.from_environment()
         try:
@@ -323,6 +344,12 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     # Without the options that say where: DeepSpeed's launcher would take some as its own.
     arguments = ["train", parsed.run, *parsed.overrides]
     sys.exit(train_again_until_done(arguments, where, config, parsed.restarts))
+
+
+def _branch(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.training.branch import branch
+
+    print(branch(parsed.run, parsed.at, parsed.run_dir, parsed.overrides))
 
 
 def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:
@@ -370,7 +397,14 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.studies.compare import Wish, compare
 
-    wish = Wish(parsed.jobs, parsed.only, parsed.add_seeds, parsed.json, parsed.dry_run)
+    wish = Wish(
+        jobs=parsed.jobs,
+        only=parsed.only,
+        add_seeds=parsed.add_seeds,
+        json=parsed.json,
+        dry_run=parsed.dry_run,
+        time_only=parsed.time_only,
+    )
     sys.exit(compare(parsed.study, wish))
 
 

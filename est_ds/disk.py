@@ -47,9 +47,14 @@ class File(BaseModel):
 
 def replace_text(file: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """Writes a small file whole or not at all."""
     beside = file.with_name(f".{file.name}.partial")
-    with naming(beside), beside.open("w") as f:
-        f.write(text)
+    with naming(beside), beside.open("wb") as f:
+        f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(beside, file)

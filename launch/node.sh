@@ -12,7 +12,7 @@ rank=${NODE_RANK:-${SLURM_NODEID:-${OMPI_COMM_WORLD_RANK:-${JOB_COMPLETION_INDEX
 nodes=${NNODES:-${SLURM_JOB_NUM_NODES:-${OMPI_COMM_WORLD_SIZE:-}}}
 for name in rank:NODE_RANK nodes:NNODES MASTER_ADDR:MASTER_ADDR; do
     value=${name%%:*}
-    [ -n "${!value:-}" ] || { echo "node: error: set ${name#*:} (node.sh says more)" >&2; exit 2; }
+    [ -n "${!value:-}" ] || { echo "node: error: set ${name#*:}, as in: $(sed -n '3s/^# *//p' "$0")" >&2; exit 2; }
 done
 exec est-ds train "$@" --nodes "$nodes" --node-rank "$rank" \
     --master "$MASTER_ADDR:${MASTER_PORT:-29500}"

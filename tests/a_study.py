@@ -75,14 +75,14 @@ def measure(study: SimpleNamespace) -> None:
 
 def train(study: SimpleNamespace, most: int | None = None) -> None:
     """Finishes runs, all that are wanted or so many."""
-    results, done = study.results, 0
-    while most is None or done < most:
+    results = study.results
+    while most is None or len(results.runs) < most:
         wanted = wanted_runs(study.runs, Chooser(results.losses, results.time_ratios))
         todo = [run for run in wanted.runs if run.key not in results.runs]
         if not todo:
             return
-        results.add(result_of(study.runs, todo[0]))
-        done += 1
+        for run in todo if most is None else todo[: most - len(results.runs)]:
+            results.add(result_of(study.runs, run))
 
 
 def result_of(runs: Runs, run: StudyRun) -> RunResult:

@@ -51,7 +51,7 @@ def test_wrong_hostfile_is_one_clear_error_before_anything_starts(text, said, ti
         (dict(nodes=2, node_rank=2, master="a"), "use 0 to 1"),
         (dict(nodes=3, node_rank=0, master="a"), "do not divide"),
         (dict(nodes=2, node_rank=0, master="a:many"), "HOST:PORT"),
-        (dict(node_rank=1), "need --nodes"),
+        (dict(node_rank=1), "needs --nodes"),
         (dict(hostfile="f", processes=2), "--processes with --hostfile"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_deep_model_is_cut_at_once():
 def test_given_layers_are_taken_and_checked():
     given = Parallel(pipe=3, pipe_layers=[1, 2, 5])
     assert pipe_cuts(full(shape_of(8)), given, **SIZE) == [1, 3, 8]
-    with pytest.raises(UserError, match="adds up to 8, and the model has 9"):
+    with pytest.raises(UserError, match="adds up to 8, and the model has 9 layers; give"):
         pipe_cuts(full(shape_of(9)), given, **SIZE)
     with pytest.raises(UserError, match="whole bands"):
         pipe_cuts(est(shape_of(8), balance_groups=4), given, **SIZE)

@@ -1,4 +1,4 @@
-"""Every config parses and fits, and the README's commands run as they are written."""
+"""Every config parses and fits, the README's commands run as they are written, and links lead."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -72,6 +73,27 @@ def test_run_file_in_the_readme_is_the_quickstart():
 
 def test_readme_fits_three_screens():
     assert len(README.splitlines()) <= 135
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of a page may say behind its `#`."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_between_pages_lead_to_files_and_headings():
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "*.md"], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    broken = []
+    for page in (ROOT / name for name in listed.stdout.split("\0") if name):
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+            name, _, heading = link.partition("#")
+            target = page.parent / name if name else page
+            if not target.exists() or heading and heading not in anchors(target):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
 
 
 def test_commands_of_your_own_run_work_as_they_are_printed(tmp_path):

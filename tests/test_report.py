@@ -17,8 +17,10 @@ from est_ds.report.page import write_report
 from est_ds.report.summary import summarise
 from est_ds.report.text import print_summary
 from est_ds.report.times import timing
+from est_ds.run import step_times
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import FILE, MetricsFile
+from est_ds.run.step_times import StepTimes, Turns
 
 PHASES = [
     {"name": "small", "until": 4, "layers": 0.5, "heads": 0.5, "columns": 0.5},
@@ -177,6 +179,60 @@ def test_summary_fits_80_columns_without_colour(tmp_path, capsys):
     assert "not known: an interval takes 6 timed steps of every phase" in unfolded
     assert "efficiency" not in text and "measured" not in text
     assert "7 in unknown layout (metrics.jsonl does not say it); left out: 3 after" in unfolded
+
+
+def write_turns(run_dir, rounds, others):
+    """As if the machine had got slower from round to round, as much in every phase."""
+    full = tuple(float(n) for n in range(1, rounds + 1))
+    ratios = {"full": (2, 4, 1.0, 1.0), "small": (0, 4, 0.5, 0.25), "narrow": (1, 2, 0.75, 0.5)}
+    turns = tuple(
+        Turns(
+            run="",
+            name=name,
+            phase=phase,
+            num_steps=steps,
+            wall_s=tuple(wall * s for s in full),
+            cpu_s=tuple(cpu * s for s in full),
+        )
+        for name, (phase, steps, wall, cpu) in ratios.items()
+    )
+    times = StepTimes(turns=turns, processors=2, others=others, layout=A)
+    times.write(run_dir / step_times.FILE)
+
+
+def test_time_saved_is_that_of_rounds_measured_in_turns(tmp_path, capsys):
+    """Of 10 steps 4 take half and 2 three quarters: 0.25; of processor seconds 0.4."""
+    run_dir = make_run(tmp_path)
+    write_turns(run_dir, rounds=8, others=1.5)
+    summary = summarise(run_dir)
+    assert [p.time_ratio for p in summary.phases] == pytest.approx([0.5, 0.75, 1.0])
+    assert summary.saved_time == pytest.approx(0.25)
+    assert summary.saved_between == pytest.approx((0.25, 0.25)) and summary.saving_tells
+    assert summary.saved_cpu == pytest.approx(0.4)
+    assert summary.efficiency == pytest.approx(0.25 / 0.32)
+    print_summary(run_dir)
+    said = capsys.readouterr().out
+    assert max(map(len, said.strip().splitlines()[1:])) <= 80
+    text = " ".join(said.split())
+    assert "25.0% measured in 8 rounds of turns at the end of the run; 95 % interval 25.0%" in text
+    assert "busy in these rounds: other processes used 1.5 of 2 processors; 40.0% of proc" in text
+    assert "0.78 (time saved / model FLOPs saved)" in text
+
+
+def test_few_rounds_and_a_quiet_machine_are_said(tmp_path, capsys):
+    run_dir = make_run(tmp_path)
+    write_turns(run_dir, rounds=5, others=0.1)
+    print_summary(run_dir)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "not known: an interval takes 6 rounds; 25.0% in 5 rounds of turns" in text
+    assert "quiet: other processes used 0.1 of 2 processors" in text and "efficiency" not in text
+
+
+def test_step_times_of_another_version_are_left_alone(tmp_path):
+    run_dir = make_run(tmp_path)
+    (run_dir / step_times.FILE).write_text('{"format": 9}')
+    summary = summarise(run_dir)
+    assert summary.turns is None and summary.saved_time == pytest.approx(1 - 24.8 / 40)
 
 
 A = {"pipe": 1, "zero": 1, "replicas": 1, "micro": 2, "device": "cpu"}

@@ -106,7 +106,7 @@ WRONG = {
     "no such layer": (dict(layers=[1, 8]), "method.layers holds 8: the model has 8 layers"),
     "layers swapped": (dict(layers=[5, 2]), "layers 5 to 2: .* swap them"),
     "three layers": (dict(layers=[1, 2, 3]), "method.layers"),
-    "masked": (dict(compute="masked"), "method.compute=masked does not work .* use sliced"),
+    "masked": (dict(compute="masked"), ".compute=masked .* use method.compute=sliced"),
     "no middle": (dict(shape=plain_shape(2)), "the model has 2; set method.layers"),
     "t5": (dict(shape=shape_of(CASES["t5"])), "does not work with model.model_type='t5'"),
 }

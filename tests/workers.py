@@ -13,10 +13,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from forks import fork, wait
 
@@ -46,7 +47,8 @@ def start(
             from that step on. `poison` has lists [step, what]: in that step the last rank's
             activations become infinite (`loss`) or change places (`jump`), or the first
             rank's gradients become infinite (`gradient`). With `sums_no_ties` DeepSpeed itself
-            sums the gradients of tied parameters.
+            sums the gradients of tied parameters. With `measures` rounds of step times are
+            measured however slow the machine is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = json.loads(json.dumps(jobs, default=str))
@@ -109,6 +111,9 @@ def run_jobs(jobs: list[dict]) -> None:
             instead("est_ds.checkpoints.writer.Saver.poll", lambda self: None)
         if "slow_disk_s" in job:
             _slow_disk(job)
+        if "measures" in job:
+            instead("est_ds.training.turns.LEAST_S", 0.0)
+            instead("est_ds.training.turns.LARGEST_SHARE", float("inf"))
         if "free_bytes" in job:
             usage = shutil.disk_usage(".")._replace(free=job["free_bytes"])
             instead("shutil.disk_usage", lambda path, usage=usage: usage)
@@ -127,11 +132,13 @@ SEAMS = (
     "est_ds.checkpoints.writer.save_file",
     "est_ds.engine.ties.Ties.take_over",
     "est_ds.training.loop.train_step",
+    "est_ds.training.turns.LARGEST_SHARE",
+    "est_ds.training.turns.LEAST_S",
     "shutil.disk_usage",
 )
 
 
-def instead(seam: str, fault: Callable) -> Callable:
+def instead(seam: str, fault: Any) -> Any:
     """Puts a fault in the place of a name of `SEAMS` in this process; returns what was there."""
     assert seam in SEAMS, seam
     owner, _, name = seam.rpartition(".")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
@@ -26,8 +28,8 @@ def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
         for name, shape in engine.fragments.shapes.items():
             if written.get(name) != shape:
                 raise UserError(
-                    f"{checkpoint} holds {name} as {written.get(name)}, and the model of this run "
-                    f"has it as {shape}; choose another run_dir."
+                    f"{checkpoint} is of another model: {name} has the shape {written.get(name)} "
+                    f"there, and {shape} in this run; choose another run_dir."
                 )
         steps = index.state.optimizer_steps
         with torch.no_grad():
@@ -36,9 +38,14 @@ def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
                     if key in held.keys:
                         tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
                     else:  # elements did not count their own steps, and go on so
-                        tensor.fill_(steps)
+                        tensor.fill_(steps - born(index.state.births, fragment.name))
         engine.fragments.commit(steps, index.state.births)
         engine.set_steps_done(index.step)
+
+
+def born(births: Mapping[str, int], name: str) -> int:
+    """AdamW's count of steps when the moments of a parameter were zero."""
+    return max((step for path, step in births.items() if name.startswith(path)), default=0)
 
 
 def choose_checkpoint(store: Store, resume: str) -> Index | None:

@@ -55,7 +55,9 @@ class InverseSqrt(Schedule):
     @classmethod
     def _has_a_warmup(cls, value: int | float) -> int | float:
         if not value:
-            raise ValueError("the rate falls with the root of the warm-up's length; raise it")
+            raise ValueError(
+                "inverse_sqrt needs a warm-up: its rate is lr x sqrt(warmup / step); set it above 0"
+            )
         return value
 
 

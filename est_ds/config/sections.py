@@ -15,6 +15,7 @@ from pydantic import (
 
 from est_ds.config.kinds import CorpusName, PathText, Position, Positive
 from est_ds.config.schedule import AnySchedule, Cosine
+from est_ds.config.start import Start
 from est_ds.config.strict import Strict
 from est_ds.config.yaml12 import dump
 from est_ds.errors import UserError
@@ -262,11 +263,17 @@ class Evaluate(Strict):
         choice: `even`: the windows lie evenly over the corpus; `first`: they are its first ones.
             A new run gets `even` (`run_file.load_run`); the files of a run that began before the
             field was there do not have it, and it goes on as it did.
+        windows: the loss of every window is saved too (`run.windows`).
+        boundaries: before the first step of every phase but the first, the loss of the full model
+            and of the subnetworks on both sides (`training.boundaries`). A method with one phase
+            has no boundary, and nothing is done.
     """
 
     every: Positive
     sequences: Positive
     choice: Literal["even", "first"] = "first"
+    windows: bool = False
+    boundaries: bool = False
 
 
 class Watchdog(Strict):
@@ -311,7 +318,15 @@ class Divergence(Strict):
 
 
 class Log(Strict):
+    """A line every `every` steps.
+
+    Attributes:
+        step_times: after the last checkpoint the phases' steps are timed in turns
+            (`training.turns`).
+    """
+
     every: Positive = 1
+    step_times: bool = True
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -358,6 +373,31 @@ class RunConfig(Strict):
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of every layer
     deepspeed: dict[str, Any] = {}
+    start: Start | None = None
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> RunConfig:
+        if self.start is None:
+            return self
+        if self.start.step >= self.steps:
+            raise ValueError(f"start.step={self.start.step} is not before steps={self.steps}")
+        reading, parts = self.start.reading, self.data.parts
+        if reading is not None and len(reading.samples) != len(parts):
+            raise ValueError(
+                f"start.reading.samples has {len(reading.samples)} numbers for the {len(parts)} "
+                f"corpora of data.train"
+            )
+        return self
+
+    @property
+    def first_step(self) -> int:
+        """The first step that the run trains."""
+        return self.start.step if self.start else 0
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens read by the end of so many steps, those before the run's first one included."""
+        before = self.start.tokens if self.start else 0
+        return before + (steps - self.first_step) * self.tokens_per_step
 
     @property
     def tokens_per_step(self) -> int:

@@ -86,7 +86,7 @@ def _describe(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
     if error["type"] in ("model_type", "dict_type"):
         message = "write a section, {KEY: VALUE, ...}"
     if isinstance(error["input"], (dict, list)):
-        return f"{field}: {message}."
+        return f"{field}: {message}." if field else f"{message}."
     hint = HINTS.get(error["type"], "")
     return f"{field}={error['input']!r}: {message[0].lower()}{message[1:]}{hint}."
 

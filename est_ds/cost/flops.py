@@ -12,6 +12,7 @@ passes through a layer, its projections cost f of the whole, and its scores f sq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,12 @@ def phase_ratios(
     dense = dense_flops(method.shape, **size)
     active = step_flops(method.shape, method.computed(method.mean_loads(phase)), **size)
     return Flops(active.blocks / dense.blocks, active.model / dense.model)
+
+
+def computes_everything(method: Method, phase: int, sequence: int) -> bool:
+    """Whether every step of a phase computes the full model."""
+    ratios = phase_ratios(method, phase, sequence=sequence)
+    return math.isclose(ratios.blocks, 1.0, rel_tol=1e-12)
 
 
 def saved(method: Method, *, sequence: int, target_sequence: int | None = None) -> Flops:

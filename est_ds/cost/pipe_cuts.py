@@ -74,13 +74,13 @@ def _checked(
     if cuts[-1] != ends[-1]:
         raise UserError(
             f"parallel.pipe_layers={parallel.pipe_layers} adds up to {cuts[-1]}, and the model has "
-            f"{ends[-1]} layers."
+            f"{ends[-1]} layers; give numbers that add up to {ends[-1]}."
         )
     if not set(cuts) <= set(ends):
         raise UserError(
-            f"parallel.pipe_layers={parallel.pipe_layers}: the method spreads kept layers over "
-            f"bands of {list(bands or ())} (method.balance_groups), and a pipe stage must hold "
-            f"whole bands; cut at ends of them."
+            f"parallel.pipe_layers={parallel.pipe_layers}: a pipe stage must hold whole bands, and "
+            f"method.balance_groups makes bands of {list(bands or ())} layers; end every stage "
+            f"where a band ends: after {', '.join(map(str, ends))} layers."
         )
     return cuts
 

@@ -178,8 +178,8 @@ def copy_tokenizer(tokenizer: str | Path, folder: Path) -> Any:
         return loaded
     model = json.loads((folder / "config.json").read_text()).get("model_type")
     raise UserError(
-        f"tokenizer {tokenizer}: beside a model of type {model} transformers does not read it as "
-        f"it did for packing, and would give other ids; use a tokenizer made for that type, or "
+        f"tokenizer {tokenizer}: beside a model of type {model} transformers loads it in another "
+        f"way than for packing, so it would give other ids; use a tokenizer made for that type, or "
         f"another model_type."
     )
 

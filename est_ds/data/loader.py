@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from est_ds.config.sections import Batch as BatchSettings
+from est_ds.config.start import Reading
 from est_ds.data.indexed import Corpus
 from est_ds.data.mixture import Mixture, PhaseWeights
 from est_ds.data.objectives.base import HELD_OUT, TRAINING, Draws, Example, Objective
@@ -75,12 +76,14 @@ class Ordering:
         seed: key of the order and of the objective's draws.
         weights: of several corpora, by step; not needed for one.
         shuffled: whether documents are permuted in every epoch, before they are cut.
+        reading: where the corpora stood when a step began from which on all of this holds.
     """
 
     global_batch: int
     seed: int
     weights: tuple[PhaseWeights, ...] = (PhaseWeights(0, (1.0,)),)
     shuffled: bool = False
+    reading: Reading | None = None
 
 
 class Windows:
@@ -251,7 +254,7 @@ class Batches:
             return ShuffledStream(corpus, seed=ordering.seed, corpus_index=i)
 
         self.corpora = [Windows(c, sampling, stream=stream(i, c)) for i, c in enumerate(corpora)]
-        self.mixture = Mixture(ordering.weights, ordering.global_batch)
+        self.mixture = Mixture(ordering.weights, ordering.global_batch, ordering.reading)
         assert self.mixture.num_corpora == len(corpora)
         self.sequence = sampling.sequence
         self.objective = self.corpora[0].objective

@@ -20,6 +20,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
+from est_ds.config.start import Reading
 from est_ds.errors import UserError
 
 LONGEST_PERIOD = 1_000_000
@@ -54,16 +55,24 @@ class Mixture:
     Args:
         weights: the phases of the data, in order.
         global_batch: samples a step.
+        reading: where the corpora stood when a step began from which on all of this holds; what is
+            before that step has no position then. The phase under way begins its sequence there.
 
     Raises:
         UserError: weights whose sequence repeats too late to be exact.
     """
 
-    def __init__(self, weights: Sequence[PhaseWeights], global_batch: int) -> None:
+    def __init__(
+        self, weights: Sequence[PhaseWeights], global_batch: int, reading: Reading | None = None
+    ) -> None:
         self.num_corpora = len(weights[0].weights)
-        self._firsts = [phase.from_step * global_batch for phase in weights]
+        reading = reading or Reading(step=0, samples=(0,) * self.num_corpora)
+        over = sum(phase.from_step <= reading.step for phase in weights[1:])
+        weights = weights[over:]
+        self._firsts = [max(p.from_step, reading.step) * global_batch for p in weights]
         self._cycles = [_Cycle(phase.parts) for phase in weights]
-        self._before = [np.zeros(self.num_corpora, np.int64)]
+        self._before = [np.array(reading.samples, np.int64)]
+        assert len(reading.samples) == self.num_corpora
         for i, cycle in enumerate(self._cycles[:-1]):
             length = self._firsts[i + 1] - self._firsts[i]
             self._before.append(self._before[-1] + cycle.counts(length))

@@ -23,6 +23,7 @@ from est_ds.design import Design
 from est_ds.engine.events import count_steps, forget_after
 from est_ds.engine.fragments import Fragments
 from est_ds.engine.growing import grow
+from est_ds.engine.loss import RowLoss
 from est_ds.engine.moved import Sample, Sampler
 from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
@@ -44,6 +45,7 @@ class Engine(ABC):
     Attributes:
         subnetwork: slicing on the layers that live in this process.
         layers: these layers, by their index in the plan.
+        loss: the objective's; a pipeline's last stages compute it, and every other process.
         fragments: weights and moments that live in this process, as no layout has cut them.
         replica: this process's data-parallel rank.
         num_replicas: data-parallel size.
@@ -51,6 +53,7 @@ class Engine(ABC):
 
     subnetwork: Subnetwork
     layers: dict[int, nn.Module]
+    loss: RowLoss
     fragments: Fragments
     design: Design
     replica: int
@@ -125,6 +128,12 @@ class Engine(ABC):
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
+
+    def only_measure(self) -> None:
+        """Makes the engine take steps that change no weight and that no monitor shows; moments
+        change, so that it must not be saved any more."""
+        self.set_learning_rate(0.0)
+        self.deepspeed.monitor.enabled = False
 
     def set_steps_done(self, steps: int) -> None:
         """Sets DeepSpeed's counters, which it shows to its monitor."""

@@ -52,6 +52,7 @@ INSIDES = (
     Inside(ENGINE, "global_steps", None, "base: set when a run resumes"),
     Inside(ENGINE, "global_samples", None, "base: set when a run resumes"),
     Inside(ENGINE, "micro_steps", None, "base: set when a run resumes"),
+    Inside("deepspeed.utils.groups", "mpu", None, "patches: several engines in one process"),
     Inside("deepspeed.comm.torch", "build_shm_op", (), "patches: nothing is compiled at start"),
     Inside(WRITER, "run", (), "patches: errors of the disk are said once"),
     Inside(WRITER, "exception", None, "patches: errors of the disk are said once"),
@@ -90,6 +91,14 @@ def compile_nothing_at_start() -> None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # `deepspeed.comm` has an attribute of that name, which is torch.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def forget_former_pipeline() -> None:
+    """Lets a plain engine start after a pipeline's in one process: it would take the pipeline's
+    groups of processes for its own."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None
 
 
 def keep_errors_of_tensorboard() -> None:

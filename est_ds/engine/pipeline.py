@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
+from est_ds.engine.loss import RowLoss
 from est_ds.engine.optimizer import fill_missing_gradients
 from est_ds.engine.patches import clip_over_stages, reduce_alike, replace_instructions
 from est_ds.engine.pipe_clock import PipeClock, PipeShares
@@ -90,12 +91,13 @@ class PipelineEngine(base.Engine):
             LayerSpec(PieceModule, design, model, piece, config.activation_checkpointing)
             for piece in pieces
         ]
+        self.loss = RowLoss(design.objective.loss)
         with start.quiet():
             self.pipeline = CutPipeline(
                 specs,
                 _piece_cuts(pieces, design.cuts),
                 topology=PipeDataParallelTopology(num_pp=pipe, num_dp=self.num_replicas),
-                loss_fn=design.objective.loss,
+                loss_fn=self.loss,
             )
             self._ties = self.pipeline.tie(pieces)
             self.design = design

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from est_ds.design import Design
 from est_ds.engine import base, start
 from est_ds.engine.fragments import Fragments
+from est_ds.engine.loss import RowLoss
 from est_ds.engine.patches import (
     clip_over_stages,
     forget_gradients,
@@ -46,7 +47,7 @@ class ZeroEngine(base.Engine):
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.design = design
-        self._objective_loss = design.objective.loss
+        self.loss = RowLoss(design.objective.loss)
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(
             family, design.method.shape, self.layers, masked=design.method.masked
@@ -102,7 +103,7 @@ class ZeroEngine(base.Engine):
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
         named = self.design.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
-        return self._objective_loss(self.deepspeed(**named, use_cache=False).logits, labels)
+        return self.loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:
         import deepspeed.comm as comm

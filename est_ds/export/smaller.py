@@ -92,9 +92,9 @@ def _size(plan: Plan, shape: ModelShape) -> Size:
                 layer, expected = first.setdefault(what, (i, count))
                 if count != expected:
                     raise UserError(
-                        f"layer {layer} keeps {expected} {what} and layer {i} {count}: a Hugging "
-                        f"Face model has as many in every layer; choose another plan, or --layers, "
-                        f"--heads and --columns."
+                        f"layer {layer} keeps {expected} {what} and layer {i} keeps {count}: a "
+                        f"Hugging Face model has the same number in every layer; choose another "
+                        f"plan, or --layers, --heads and --columns."
                     )
     if not plan.kept_layers:
         raise UserError("a model needs at least one layer; choose --layers.")

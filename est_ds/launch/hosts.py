@@ -168,7 +168,7 @@ def _main() -> None:
         slots = read_hostfile(sys.argv[1])
         if len(set(slots.values())) > 1:
             raise UserError(
-                f"{sys.argv[1]}: with mpirun all hosts have the same slots; make it so."
+                f"{sys.argv[1]}: mpirun needs the same slots=N on every host; give all the same."
             )
     except UserError as e:
         print(f"est-ds: error: {e}", file=sys.stderr)

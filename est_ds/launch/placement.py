@@ -32,6 +32,7 @@ class Launch:
             all.
         by_ssh: whether the nodes are other hosts.
         name: of this one start; it stands on the command line of every process.
+        module: what every process runs.
     """
 
     slots: dict[str, int]
@@ -40,6 +41,7 @@ class Launch:
     node_rank: int | None = None
     by_ssh: bool = False
     name: str = field(default_factory=lambda: secrets.token_hex(4))
+    module: str = "est_ds.cli"
 
     @property
     def processes(self) -> int:
@@ -87,7 +89,7 @@ class Launch:
             *("--master_port", str(port)),
             *("--log_level", "critical"),
             "--no_local_rank",
-            *("--module", "est_ds.cli"),
+            *("--module", self.module),
             *arguments,
         ]
 
@@ -110,7 +112,8 @@ def where_to(config: RunConfig, given: Namespace) -> Launch:
         return one_node(config, given.nodes, given.node_rank, given.master, given.processes)
     if given.node_rank is not None or given.master is not None:
         raise UserError(
-            "--node-rank and --master need --nodes (how many there are), or --master a --hostfile."
+            "--node-rank needs --nodes (the number of nodes), and --master needs --nodes or "
+            "--hostfile; add that, or leave it out to start on this machine alone."
         )
     return this_machine(config, given.processes)
 

@@ -41,15 +41,16 @@ def check_schedule(schedule: AnySchedule, steps: int, phases: tuple[Phase, ...])
     again = to_step(schedule.rewarm.steps, steps, "schedule.rewarm.steps")
     if again < 2:
         raise UserError(
-            f"schedule.rewarm.steps={schedule.rewarm.steps} cannot take effect: of a rise of "
-            f"{again} steps (of {steps}) the first has the whole rate; use at least 2, or none."
+            f"schedule.rewarm.steps={schedule.rewarm.steps} cannot take effect: it is {again} of "
+            f"steps={steps}, and a rise so short begins at the whole rate; use at least 2, or "
+            f"remove schedule.rewarm."
         )
     for phase in phases[1:]:
         if (length := phase.until_step - phase.from_step) < again:
             raise UserError(
-                f"schedule.rewarm.steps={schedule.rewarm.steps} is {again} steps, more than the "
-                f"{length} of phase {phase.name!r}, which would end before its rate is reached; "
-                f"use at most {length}."
+                f"schedule.rewarm.steps={schedule.rewarm.steps} is {again} steps, but phase "
+                f"{phase.name!r} has only {length}: it would end before the rate has risen; use "
+                f"at most {length}."
             )
 
 

@@ -42,7 +42,7 @@ def loss_figure(run: RunFiles, summary: Summary) -> Figure:
         axes.axhline(summary.valid_entropy, color=BLACK, ls=(0, (5, 3)), lw=1, label=label)
     if losses.max() > 10 * losses.min() > 0:
         axes.set_yscale("log")
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    style.shade_phases(axes, run.phases, summary.num_steps)
     axes.legend(loc="upper right")
     return figure
 
@@ -71,7 +71,7 @@ def step_time_figure(run: RunFiles, summary: Summary) -> Figure:
     medians = [
         f"median {seconds(p.timing.median_s)}" if p.timing else "not timed" for p in summary.phases
     ]
-    style.shade_phases(axes, run.method.phases, summary.num_steps, medians)
+    style.shade_phases(axes, run.phases, summary.num_steps, medians)
     return figure
 
 
@@ -80,16 +80,17 @@ def flops_figure(run: RunFiles, summary: Summary) -> Figure:
     """Cumulative `model` FLOPs of the steps done, against dense training."""
     figure, axes = style.new_figure("FLOPs", "cumulative FLOPs")
     ends = _done(run.steps)
+    x = np.append(run.config.first_step, ends)
     active, dense = (np.append(0, cumulative(run, f"flops_{of}")) for of in ("active", "dense"))
     shown = _thinned(len(active))
     unit, text = style.power_of_thousand(dense[-1])
-    x, active, dense = np.append(0, ends)[shown], active[shown] / unit, dense[shown] / unit
+    x, active, dense = x[shown], active[shown] / unit, dense[shown] / unit
     axes.set_ylabel(f"cumulative FLOPs, {text}")
     axes.plot(x, dense, color=GREY, ls="--", label="dense")
     axes.plot(x, active, color=RED, label=summary.method)
     axes.fill_between(x, active, dense, color=RED, alpha=0.08, lw=0)
     axes.set_ylim(bottom=0)
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    style.shade_phases(axes, run.phases, summary.num_steps)
     axes.legend(loc="upper left", title=f"{summary.saved_model:.1%} saved", alignment="left")
     return figure
 
@@ -104,14 +105,15 @@ def learning_rate_figure(run: RunFiles, summary: Summary) -> Figure:
     axes.set_ylabel(f"learning rate, {text}")
     axes.plot(_done(run.steps)[shown], rates[shown] / unit, color=GREEN)
     axes.set_ylim(bottom=0)
-    style.shade_phases(axes, run.method.phases, summary.num_steps)
+    style.shade_phases(axes, run.phases, summary.num_steps)
     return figure
 
 
 def cumulative(run: RunFiles, field: str) -> np.ndarray:
-    """Sum of a field of single steps up to every training line, float64 [lines]."""
+    """Sum of a field of single steps up to every training line, float64 [lines]; of a branch, since
+    it began."""
     # A line stands for the steps since the line before it.
-    return np.cumsum(np.diff(_done(run.steps), prepend=0) * _column(run, field))
+    return np.cumsum(np.diff(_done(run.steps), prepend=run.config.first_step) * _column(run, field))
 
 
 def _column(run: RunFiles, field: str) -> np.ndarray:

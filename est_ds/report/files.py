@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import phase_ratios
+from est_ds.cost.flops import computes_everything
 from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import Phase
 from est_ds.run.metrics import FILE, read_events, read_metrics
+from est_ds.run.step_times import StepTimes, read_step_times
 
 FIELDS = (
     "step",
@@ -32,7 +32,8 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run directory read: its config, its method and the lines of its metrics, in order."""
+    """A run directory read: its config, its method and the lines of its metrics, in order; and what
+    was measured in turns at its end, if that was."""
 
     directory: Path
     config: RunConfig
@@ -40,10 +41,18 @@ class RunFiles:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    step_times: StepTimes | None
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.tokens_per_step
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of which the run trains steps, from its own first one on."""
+        first = self.config.first_step
+        left = (phase for phase in self.method.phases if phase.until_step > first)
+        return tuple(replace(phase, from_step=max(phase.from_step, first)) for phase in left)
 
     @property
     def steps_done(self) -> int:
@@ -63,8 +72,7 @@ class RunFiles:
 
     def keeps_everything(self, phase: int) -> bool:
         """Whether every step of a phase computes the full model."""
-        ratios = phase_ratios(self.method, phase, sequence=self.config.data.sequence)
-        return math.isclose(ratios.blocks, 1.0, rel_tol=1e-12)
+        return computes_everything(self.method, phase, self.config.data.sequence)
 
 
 def read_run(run_dir: str | os.PathLike) -> RunFiles:
@@ -95,14 +103,16 @@ def read_run(run_dir: str | os.PathLike) -> RunFiles:
                 f"{', '.join(missing)}; every line needs {', '.join(FIELDS)}: restore the file, or "
                 f"train again in another run_dir."
             )
-    files = RunFiles(directory, config, method, steps, evaluations, read_events(directory))
+    events, times = read_events(directory), read_step_times(directory)
+    files = RunFiles(directory, config, method, steps, evaluations, events, times)
     if not 0 <= steps[-1]["step"] < config.steps:
         raise UserError(
             f"{directory / FILE}: step {steps[-1]['step']} is beyond steps={config.steps} of "
             f"config.yaml; the two are of different runs: restore the one that belongs here."
         )
     for i, phase in enumerate(method.phases[: method.phase_at(steps[-1]["step"]) + 1]):
-        if not files.lines_of(i) and not files.left_out(phase):
+        is_before = phase.until_step <= config.first_step  # of a branch: the parent trained it
+        if not is_before and not files.lines_of(i) and not files.left_out(phase):
             raise UserError(
                 f"{directory / FILE} has no line of phase {phase.name!r} (steps {phase.from_step} "
                 f"to {phase.until_step - 1}) though it has later ones; restore the whole file, or "

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from est_ds.config.sections import RunConfig
+from est_ds.config.start import Start
 from est_ds.cost.flops import Size, gradient_share
 from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
@@ -60,6 +61,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.steps * tokens:,} = {config.steps:,} steps x {config.batch.global_:,} "
             f"sequences x {config.data.sequence:,}",
         ),
+        *([("begins", _begins(config.start))] if config.start else []),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         *_stacking(estimate),
@@ -78,6 +80,13 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
+
+
+def _begins(start: Start) -> str:
+    return (
+        f"at step {start.step:,}, {start.tokens:,} tokens behind it, with a checkpoint of another "
+        f"run (parent.yaml); all figures here are of the whole schedule, from step 0"
+    )
 
 
 def _stacking(estimate: Estimate) -> list[tuple[str, str]]:

@@ -42,9 +42,10 @@ HELD_OUT = (
 )
 TRAINING = "Loss of each logged step's subnetwork, as a running median."
 OVER = (
-    "FLOPs and seconds are those of the training steps. Seconds are as logged: of runs that had "
-    "other hardware, layouts or neighbours they say nothing of the methods. What is above the "
-    "losses of the first fifth is not shown at first; a double click shows it."
+    "FLOPs and seconds are those of the training steps; a branch counts from where it began. "
+    "Seconds are as logged: of runs that had other hardware, layouts or neighbours they say "
+    "nothing of the methods. What is above the losses of the first fifth is not shown at first; a "
+    "double click shows it."
 )
 NO_VERDICT = (
     "One run of each says little: seeds differ, learning rates fit one better than another, and "
@@ -111,8 +112,9 @@ def _cells(run: RunFiles) -> list[str]:
 
 def _line(run: RunFiles, of: Look, done: Sequence[int], losses: Sequence[float]) -> Line:
     """A curve at so many steps done."""
-    logged = [0, *(entry["step"] + 1 for entry in run.steps)]
-    x = {"tokens": [n * run.tokens_per_step for n in done]}
+    first = run.config.first_step
+    logged = [first, *(entry["step"] + 1 for entry in run.steps)]
+    x = {"tokens": [(n - first) * run.tokens_per_step for n in done]}
     for cost, field in (("flops", "flops_active"), ("seconds", "step_s")):
         x[cost] = np.interp(done, logged, np.append(0, cumulative(run, field))).tolist()
     return Line(str(run.directory), "", of, x, list(losses))

@@ -82,15 +82,17 @@ def shade_phases(
     Args:
         notes: what stands behind the name of each phase that has begun, where there is room.
     """
-    axes.set_xlim(0, until)
+    first = phases[0].from_step
+    axes.set_xlim(first, until)
     axes.grid(False, axis="x")
     for i, phase in enumerate(p for p in phases if p.from_step < until):
         end = min(phase.until_step, until)
         axes.axvspan(phase.from_step, end, color=PHASE_SHADES[i % 2], lw=0, zorder=-2)
-        if phase.from_step:
+        if phase.from_step > first:
             axes.axvline(phase.from_step, color=GREY, lw=0.7, ls=(0, (2, 2)), zorder=-1)
         texts = [phase.name] if notes is None else [f"{phase.name}: {notes[i]}", notes[i]]
-        fitting = [t for t in texts if LETTER_WIDTH * len(t) < (end - phase.from_step) / until]
+        share = (end - phase.from_step) / (until - first)
+        fitting = [t for t in texts if LETTER_WIDTH * len(t) < share]
         if fitting:
             axes.annotate(
                 fitting[0],

@@ -10,10 +10,10 @@ from typing import Any
 
 from est_ds.data.manifest import Manifest, read_manifest
 from est_ds.report.files import RunFiles, read_run
-from est_ds.report.times import Timed, Timing, timed
+from est_ds.report.times import Between, Timed, Timing, middle, timed
 from est_ds.run.metrics import Steps, steps_of
-
-Between = tuple[float, float]
+from est_ds.run.parent import Parent, read_parent
+from est_ds.run.step_times import StepTimes, Turns
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class PhaseSummary:
         until_step: the step after the last one trained so far.
         timing: of its steps in the summary's layout, start-up left out; None if none is left.
         tokens_per_s: at the median step time.
-        time_ratio: median step time over that of the full model; None if one is not measured.
-        ratio_between: 95 % interval of it; None of too few steps.
+        time_ratio: step time over that of the full model: the median of the rounds in which they
+            were measured in turns, or median over median; None if one is not measured.
+        ratio_between: 95 % interval of it; None of too few steps or rounds.
+        in_turns: its steps that were measured in turns, if they were.
         blocks_ratio: FLOPs of its steps over the dense ones, `blocks`.
         model_ratio: the same, `model`.
         keeps_everything: its steps compute the full model.
@@ -40,6 +42,7 @@ class PhaseSummary:
     tokens_per_s: float | None
     time_ratio: float | None
     ratio_between: Between | None
+    in_turns: Turns | None
     blocks_ratio: float
     model_ratio: float
     keeps_everything: bool
@@ -64,7 +67,7 @@ class Summary:
     """A run so far.
 
     Attributes:
-        tokens: trained by all replicas together.
+        tokens: trained by all replicas together, of a branch also those before it.
         eval_loss: held-out loss at `eval_step`, nats per token; None before
             the first evaluation. Of several held-out corpora it is the mean.
         eval_losses: by the name of the corpus, where held-out corpora have names.
@@ -82,13 +85,16 @@ class Summary:
         full_step_s: median step time over the phases that keep everything; None if no such
             step was timed.
         full_from: first step of the first phase that keeps everything; None if there is none.
-        saved_time: fraction of the time saved against the same steps at `full_step_s` each,
-            every phase at its median step time; evaluations and checkpoints do not count. None if
-            a phase was not timed.
-        saved_between: 95 % interval of it; None of too few steps.
+        turns: step times that were measured in turns at the end; None of a run that was not.
+        saved_time: fraction of the time saved against the same steps of the full model, by `turns`,
+            or else by the median step time of every phase and `full_step_s`; evaluations and
+            checkpoints do not count. None if a phase was not timed.
+        saved_between: 95 % interval of it; None of too few steps or rounds.
+        saved_cpu: the same of processor seconds, by `turns`; None without, and on a GPU.
         efficiency: `saved_time / saved_model`; None if nothing was to be saved.
         skipped: steps that were left out, their loss or gradient being no number or a spike.
         spikes: steps whose loss was a spike, and that were trained.
+        parent: of a branch; its steps are not in the phases, and its tokens are in `tokens`.
     """
 
     run_dir: str
@@ -113,11 +119,14 @@ class Summary:
     timed: Timed
     full_step_s: float | None
     full_from: int | None
+    turns: StepTimes | None
     saved_time: float | None
     saved_between: Between | None
+    saved_cpu: float | None
     efficiency: float | None
     skipped: tuple[int, ...]
     spikes: tuple[int, ...]
+    parent: Parent | None
 
     @property
     def time_s(self) -> float | None:
@@ -163,8 +172,8 @@ def summary_of(run: RunFiles) -> Summary:
     counted = sum(p.num_steps for p in phases)
     saved_blocks = 1.0 - sum(p.num_steps * p.blocks_ratio for p in phases) / counted
     saved_model = 1.0 - sum(p.num_steps * p.model_ratio for p in phases) / counted
-    saved_time, saved_between = _saved_time(phases)
-    saves = saved_time is not None and not math.isclose(saved_model, 0.0, abs_tol=1e-12)
+    saving = _saving(phases, run.step_times)
+    saves = saving.time is not None and not math.isclose(saved_model, 0.0, abs_tol=1e-12)
     data = run.config.data
     valid_entropy, valid_bits = _unigram_entropy({p: 1.0 for p in data.held_out.values()})
     train_entropy, train_bits = _unigram_entropy({p.corpus: p.weight for p in data.parts})
@@ -174,7 +183,7 @@ def summary_of(run: RunFiles) -> Summary:
         method=run.config.method["name"],
         num_steps=run.steps_done,
         total_steps=run.config.steps,
-        tokens=(run.steps_done - len(skipped)) * run.tokens_per_step,
+        tokens=run.config.tokens_after(run.steps_done - len(skipped)),
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),
@@ -195,11 +204,14 @@ def summary_of(run: RunFiles) -> Summary:
         timed=times,
         full_step_s=full_timing.median_s if full_timing else None,
         full_from=run.method.phases[full[0]].from_step if full else None,
-        saved_time=saved_time,
-        saved_between=saved_between,
-        efficiency=saved_time / saved_model if saves else None,
+        turns=saving.turns,
+        saved_time=saving.time,
+        saved_between=saving.between,
+        saved_cpu=saving.cpu,
+        efficiency=saving.time / saved_model if saves else None,
         skipped=skipped,
         spikes=tuple(e["step"] for e in run.events if "spike" in e),
+        parent=read_parent(run.directory),
     )
 
 
@@ -210,23 +222,65 @@ def _phase(run: RunFiles, i: int, times: Timed, full: Timing | None, keeps: bool
         return sum(e[f"{figure}_active"] for e in lines) / sum(e[f"{figure}_dense"] for e in lines)
 
     own = times.timing(lines)
-    both = own is not None and full is not None
-    between = None
-    if both and own.between_s and full.between_s:
-        between = own.between_s[0] / full.between_s[1], own.between_s[1] / full.between_s[0]
+    time_ratio, between = _time_ratio(own, full)
+    in_turns = run.step_times.of_phase(i) if run.step_times else None
+    if run.step_times and in_turns:
+        time_ratio, between = middle(run.step_times.ratios(in_turns))
     return PhaseSummary(
         name=phase.name,
-        from_step=phase.from_step,
+        from_step=max(phase.from_step, run.config.first_step),
         until_step=min(run.steps_done, phase.until_step),
         timing=own,
         tokens_per_s=run.tokens_per_step / own.median_s if own else None,
-        time_ratio=own.median_s / full.median_s if both else None,
+        time_ratio=time_ratio,
         ratio_between=between,
+        in_turns=in_turns,
         blocks_ratio=ratio("blocks"),
         model_ratio=ratio("flops"),
         keeps_everything=keeps,
         steps=steps_of(lines),
     )
+
+
+def _time_ratio(own: Timing | None, full: Timing | None) -> tuple[float | None, Between | None]:
+    """Median over median of steps that were not measured in turns, and its 95 % interval."""
+    if own is None or full is None:
+        return None, None
+    between = None
+    if own.between_s and full.between_s:
+        between = own.between_s[0] / full.between_s[1], own.between_s[1] / full.between_s[0]
+    return own.median_s / full.median_s, between
+
+
+@dataclass(frozen=True)
+class _Saving:
+    """The `turns`, `saved_time`, `saved_between` and `saved_cpu` of a summary."""
+
+    turns: StepTimes | None
+    time: float | None
+    between: Between | None
+    cpu: float | None
+
+
+def _saving(phases: tuple[PhaseSummary, ...], turns: StepTimes | None) -> _Saving:
+    """By what was measured in turns, if that is every phase that saves something."""
+    of_phases = [p.in_turns for p in phases if not p.keeps_everything]
+    if not turns or not of_phases or None in of_phases:
+        return _Saving(None, *_saved_time(phases), None)
+    on_cpu = turns.baseline.device_s is None
+    cpu = middle(_saved(phases, turns, "cpu_s"))[0] if on_cpu else None
+    return _Saving(turns, *middle(_saved(phases, turns, "step_s")), cpu)
+
+
+def _saved(phases: tuple[PhaseSummary, ...], turns: StepTimes, of: str) -> list[float]:
+    """Of every round, the fraction saved against as many steps of the full model."""
+    counted = sum(p.num_steps for p in phases)
+    saved = [0.0] * turns.num_rounds
+    for phase in phases:
+        if phase.in_turns and not phase.keeps_everything:
+            for number, ratio in enumerate(turns.ratios(phase.in_turns, of)):
+                saved[number] += phase.num_steps * (1.0 - ratio) / counted
+    return saved
 
 
 def _saved_time(phases: tuple[PhaseSummary, ...]) -> tuple[float | None, Between | None]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from est_ds.report.summary import PhaseSummary, Summary, summarise
 from est_ds.report.times import Timing, layout_text
 from est_ds.run.metrics import depth_text
+from est_ds.run.step_times import StepTimes
 
 # Names of runs and phases are shown as they are.
 QUIET: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
@@ -88,7 +89,9 @@ def title(summary: Summary) -> str:
 
 def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     """What the run did, as (name, text)."""
+    parent = summary.parent
     rows = [
+        *([("branch of", f"{parent.run_dir} at step {parent.step:,}")] if parent else []),
         ("tokens trained", f"{summary.tokens:,}"),
         ("held-out loss", _loss(summary)),
         ("unigram entropy", _entropy(summary)),
@@ -109,6 +112,8 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
         ("FLOPs saved", f"{summary.saved_blocks:.1%} blocks, {summary.saved_model:.1%} model"),
         ("time saved", _time(summary)),
     ]
+    if summary.turns:
+        rows.append(("machine", _machine(summary.turns, summary.saved_cpu)))
     if summary.efficiency is not None and summary.saving_tells:
         low, high = (bound / summary.saved_model for bound in summary.saved_between)
         text = f"{summary.efficiency:.2f} (time saved / model FLOPs saved)"
@@ -122,6 +127,8 @@ def notes(summary: Summary) -> list[str]:
         "Steps count from 1, in metrics.jsonl from 0. Times are medians of the timed",
         "steps; spread: their 95 % interval. Ratios are to a step of the full model.",
     ]
+    if summary.turns:
+        found.append("Those of time were measured in turns at the end: medians of the rounds.")
     if any(p.time_ratio is not None and not p.ratio_tells for p in summary.phases):
         found.append("?: too few steps, or times that spread further than what the FLOPs save.")
     return found
@@ -236,7 +243,27 @@ def _absent(summary: Summary) -> str:
     return f"not known: no step of {', '.join(phases)} was timed in this layout"
 
 
+def _machine(turns: StepTimes, saved_cpu: float | None) -> str:
+    """How busy the machine was in the rounds, and what processor seconds say."""
+    used = f"other processes used {turns.others:.2g} of {turns.processors} processors"
+    text = f"busy in these rounds: {used}" if turns.is_busy else f"quiet: {used}"
+    return text if saved_cpu is None else f"{text}; {saved_cpu:.1%} of processor seconds saved"
+
+
+def _in_turns(summary: Summary, turns: StepTimes) -> str:
+    assert summary.saved_time is not None
+    rounds = f"in {turns.num_rounds} rounds of turns at the end of the run"
+    if summary.saved_between is None:
+        return f"not known: an interval takes 6 rounds; {summary.saved_time:.1%} {rounds}"
+    low, high = summary.saved_between
+    if not summary.saving_tells:
+        return f"not known: between {low:.1%} and {high:.1%} {rounds}"
+    return f"{summary.saved_time:.1%} measured {rounds}; 95 % interval {low:.1%} to {high:.1%}"
+
+
 def _time(summary: Summary) -> str:
+    if summary.turns:
+        return _in_turns(summary, summary.turns)
     if summary.full_from is None:
         return "unknown: no phase trains the full model; compare with a dense run"
     if summary.num_steps <= summary.full_from:
@@ -248,7 +275,7 @@ def _time(summary: Summary) -> str:
     low, high = summary.saved_between
     if not summary.saving_tells:
         return f"not known: between {low:.1%} and {high:.1%}, as far as the step times spread"
-    full_s = summary.num_steps * summary.full_step_s
+    full_s = sum(p.num_steps for p in summary.phases) * summary.full_step_s
     return (
         f"{summary.saved_time:.1%} measured: {seconds(summary.time_s)}, and "
         f"{seconds(full_s)} at full-model steps; 95 % interval {low:.1%} to {high:.1%}"

@@ -17,6 +17,7 @@ START_UP_STEPS = 3
 # Neighbours take alike times on a machine that others use too: an interval is of so many parts.
 PARTS = 20
 CONFIDENCE = 0.95
+Between = tuple[float, float]
 OPTIONS = ("offload", "activation_checkpointing", "compile")
 
 
@@ -32,28 +33,30 @@ class Timing:
 
     count: int
     median_s: float
-    between_s: tuple[float, float] | None
+    between_s: Between | None
 
 
 def timing(times: list[float]) -> Timing | None:
-    """Median and interval of times in their order; None of none.
+    """Median and interval of times in their order; None of none."""
+    return Timing(len(times), *middle(times)) if times else None
+
+
+def middle(values: list[float]) -> tuple[float, Between | None]:
+    """Median of values in their order, and an interval that holds it with a probability of 95 % or
+    more; None of fewer than 6.
 
     The interval is that of order statistics (it takes no distribution for granted): of n medians of
     consecutive parts the k-th smallest and the k-th largest, with the largest k for which n coins
     show fewer than k heads, or fewer than k tails, in 5 % of all throws.
     """
-    if not times:
-        return None
-    parts = np.array_split(np.array(times), min(len(times), PARTS))
-    medians, middle = sorted(median(part.tolist()) for part in parts), median(times)
+    parts = np.array_split(np.array(values), min(len(values), PARTS))
+    medians, found = sorted(median(part.tolist()) for part in parts), median(values)
     k = _rank(len(medians))
-    if not k:
-        return Timing(len(times), middle, None)
-    return Timing(len(times), middle, (min(medians[k - 1], middle), max(medians[-k], middle)))
+    return found, (min(medians[k - 1], found), max(medians[-k], found)) if k else None
 
 
 def _rank(count: int) -> int:
-    """The k of `timing`; 0 if there is none."""
+    """The k of `middle`; 0 if there is none."""
     k, outside = 0, 2 * comb(count, 0) / 2**count
     while outside <= 1 - CONFIDENCE:
         k += 1

@@ -86,7 +86,8 @@ def _check_same_run(config: RunConfig) -> None:
         raise UserError(
             f"run_dir={config.run_dir!r} holds a run of another config: {shown}. These fields of a "
             f"run never change, so that it is neither extended nor altered: train another one in "
-            f"another run_dir (run_dir=NEW), or resume this one as it is: est-ds train "
+            f"another run_dir (run_dir=NEW), begin one with a checkpoint of it (est-ds branch "
+            f"{config.run_dir} --at STEP --run-dir NEW), or resume this one as it is: est-ds train "
             f"{config.run_dir}"
         )
     checkpoints = directory / "checkpoints"
@@ -127,9 +128,13 @@ def lock_run_dir(config: RunConfig) -> TextIO:
         ) from None
 
 
-def write_config(config: RunConfig) -> None:
-    """Saves the resolved config in the run directory, whole or not at all."""
-    directory = Path(config.run_dir)
+def write_config(config: RunConfig, directory: Path | None = None) -> None:
+    """Saves the resolved config in the run directory, whole or not at all.
+
+    Args:
+        directory: where the run directory is until it gets its name; `run_dir` if None.
+    """
+    directory = directory or Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     # Absolute, so that the run can be resumed from any working directory.
     absolute = config.model_copy(update={"data": _with_absolute_paths(config.data)})
@@ -169,17 +174,34 @@ def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
         defaults: false leaves out those that have their default.
     """
     flat = _flat(config.model_dump(by_alias=True, exclude_defaults=not defaults))
+    free = _free_to_change(config)
+    return {k: v for k, v in flat.items() if not _matches(k, free)}
+
+
+def _free_to_change(config: RunConfig) -> set[str]:
+    """Patterns of the fields that a run may change."""
     free = set(FREE_TO_CHANGE)
-    if flat.get("method.draw") == "micro_batch" or dropout_of(hf_config(config.model)):
+    if config.method.get("draw") == "micro_batch" or dropout_of(hf_config(config.model)):
         free.discard("batch.micro")  # each has a plan, or masks, of its own
-    return {k: v for k, v in flat.items() if not any(fnmatch(k, pattern) for pattern in free)}
+    return free
+
+
+def _matches(field: str, patterns: set[str]) -> bool:
+    return any(fnmatch(field, pattern) for pattern in patterns)
+
+
+def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ, by their dotted names, each with both values (None: it is not there)."""
+    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
+    keys = sorted(former.keys() | now.keys())
+    return {k: (former.get(k), now.get(k)) for k in keys if former.get(k) != now.get(k)}
 
 
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
-    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
+    free = _free_to_change(here)
     return [
-        f"{key} is {former.get(key)!r} there and {now.get(key)!r} here"
-        for key in sorted(fixed_fields(there).keys() | fixed_fields(here).keys())
-        if former.get(key) != now.get(key)
+        f"{key} is {former!r} there and {now!r} here"
+        for key, (former, now) in changed_fields(there, here).items()
+        if not _matches(key, free)
     ]

@@ -28,6 +28,12 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     return [e for e in _lines(run_dir) if "skipped" in e or "spike" in e]
 
 
+def read_boundaries(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of the sides of phase boundaries, in order: `step` is the first of the phase after,
+    `boundary` the side, `before` or `after` (`training.boundaries`)."""
+    return [e for e in _lines(run_dir) if "boundary" in e]
+
+
 @dataclass(frozen=True)
 class Steps:
     """What the lines of some steps say of how they went.

@@ -127,6 +127,7 @@ def _data(
         seed=config.seed_of("data"),
         weights=corpus_weights(config),
         shuffled=data.shuffle == "documents",
+        reading=config.start.reading if config.start else None,
     )
     batches = Batches(train, sampling, ordering)
     choice = config.evaluate.choice
@@ -156,8 +157,8 @@ def _refuse_copies(corpora: list[Corpus], held_out: dict[str, Corpus]) -> None:
         other = seen.setdefault(corpus.fingerprint, corpus.prefix)
         if other != corpus.prefix:
             raise UserError(
-                f"data.train: {corpus.prefix} has the same contents as {other}, so that its "
-                f"sequences would come twice an epoch; list one of them, with both weights."
+                f"data.train: {corpus.prefix} has the same contents as {other}, so every sequence "
+                f"would come twice in an epoch; list one of them, with the sum of the weights."
             )
 
 

@@ -223,13 +223,13 @@ def _warnings(runs: Runs, wanted: Wanted, results: Results) -> list[str]:
     file, found = runs.file, []
     if not file.study.intervals:
         found.append("one seed: no interval, no verdict; a pilot shows what to look at next")
+    if untuned := [arm.name for arm in file.arms.values() if not arm.grid[0]]:
+        found.append(
+            f"nothing was tuned (tune) for {', '.join(untuned)}; at the baseline's learning rate "
+            f"an arm may look worse than it is"
+        )
     for arm in file.arms.values():
-        if not arm.grid[0]:
-            found.append(
-                f"arm {arm.name}: nothing was tuned for it (tune); at the baseline's learning rate "
-                f"an arm may look worse than it is"
-            )
-        elif (chosen := wanted.chosen[arm.name]) is not None:
+        if arm.grid[0] and (chosen := wanted.chosen[arm.name]) is not None:
             found += _edges(arm.name, arm.grid, chosen)
     devices = sorted({r.device for r in results.runs.values() if r.device})
     if len(devices) > 1:

@@ -8,9 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from est_ds.disk import replace_bytes
 from est_ds.errors import Failure
 from est_ds.ranks.versions import versions
-from est_ds.run.metrics import read_metrics
+from est_ds.run.metrics import read_boundaries, read_metrics
+from est_ds.run.windows import windows_file
 from est_ds.studies.results import RunResult
 from est_ds.studies.runs import StudyRun
 
@@ -47,6 +49,7 @@ def collect(run: StudyRun, parameters: int, diverged: bool) -> RunResult:
         curve=[(e["step"] + 1, e["eval_loss"]) for e in evaluations if e["eval_loss"] is not None],
         first_loss=steps[0]["loss"] if steps and steps[0]["step"] == 0 else None,
         data=(steps[0]["data_digest"], steps[-1]["data_digest"]) if steps else None,
+        boundaries=read_boundaries(directory),
         step_s=median(timed) if timed else None,
         device=_device(steps),
         versions=versions(),
@@ -56,6 +59,14 @@ def collect(run: StudyRun, parameters: int, diverged: bool) -> RunResult:
 
 def _device(steps: list[dict[str, Any]]) -> str:
     return ((steps[-1].get("layout") or {}) if steps else {}).get("device", "")
+
+
+def keep_windows(run: StudyRun, target: Path) -> None:
+    """Copies the held-out losses by window of the last evaluation, whole or not at all."""
+    source = windows_file(Path(run.config.run_dir), run.steps)
+    if source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(target, source.read_bytes())
 
 
 def clear(run: StudyRun) -> None:

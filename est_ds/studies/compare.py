@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.disk import hold
-from est_ds.errors import UserError, did_you_mean
+from est_ds.errors import Failure, UserError, did_you_mean
 from est_ds.launch.signals import Signals
 from est_ds.studies.answers import Answers, answer
-from est_ds.studies.collect import clear, collect
+from est_ds.studies.collect import clear, collect, keep_windows
+from est_ds.studies.measure import measure
 from est_ds.studies.page import write_page
 from est_ds.studies.queue import Places, Running, Watcher, processes_of, steps_done, train_all
 from est_ds.studies.results import Header, Results, read_results
@@ -27,7 +28,7 @@ from est_ds.studies.runs import (
     wanted_runs,
 )
 from est_ds.studies.study_file import StudyFile, load_study
-from est_ds.studies.text import answers_json, answers_text, plan_text, verdicts
+from est_ds.studies.text import answers_json, answers_text, plan_text, times_text, verdicts
 from est_ds.training.progress import clock
 
 LOCK = ".lock"
@@ -44,6 +45,7 @@ class Wish:
         add_seeds: further seeds.
         json: print JSON and nothing else.
         dry_run: say what would be trained.
+        time_only: measure step times, and train nothing.
     """
 
     jobs: int | None = None
@@ -51,6 +53,7 @@ class Wish:
     add_seeds: int = 0
     json: bool = False
     dry_run: bool = False
+    time_only: bool = False
 
 
 def compare(path: str, wish: Wish) -> int:
@@ -81,9 +84,11 @@ def compare(path: str, wish: Wish) -> int:
     with lock:
         study.results = read_results(study.file.results, repair=True)
         study.results.begin(study.header)
-        if study.todo():
+        if wish.time_only or study.needs_times:
+            study.measure()
+        if not wish.time_only and study.todo():
             study.say_plan()
-        code = study.train()
+        code = 0 if wish.time_only else study.train()
     study.show()
     return code
 
@@ -181,6 +186,28 @@ class Session:
         places = len(self.places.environments)
         self.say(plan_text(self.runs, todo, done, self.results, places))
 
+    @property
+    def needs_times(self) -> bool:
+        """Whether runs wait for step times that were not measured."""
+        asked = "seconds" in self.file.study.budgets
+        return asked and not self.file.arms.keys() <= self.results.time_ratios.keys()
+
+    def measure(self) -> None:
+        """Measures the step times of all arms, while nothing trains.
+
+        Raises:
+            Failure: they could not be measured.
+        """
+        self.say("measuring step times of all arms in turns")
+        log = self.file.folder / "times.log"
+        with log.open("w") as f:
+            try:
+                times = measure(self.runs, self.places.processes, f)
+            except Failure as e:
+                raise Failure(f"{e} What the processes said: {log}") from None
+        self.results.add_times(times)
+        self.say(times_text(times))
+
     def train(self) -> int:
         """Trains what is not done; 0, or 1 if a run failed, or what a signal asks for."""
         watcher = Watcher(self.todo, self._done, self._failed, self._beat)
@@ -192,6 +219,7 @@ class Session:
 
     def _done(self, run: StudyRun, whole: bool) -> None:
         result = collect(run, self.runs.parameters(run), diverged=not whole)
+        keep_windows(run, self.results.windows(run.key))
         self.results.add(result)
         if not self.file.study.keep_checkpoints:
             clear(run)

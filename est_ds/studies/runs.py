@@ -21,6 +21,9 @@ from est_ds.run.directory import fixed_fields
 from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.studies.study_file import DEFAULTS, Arm, StudyFile, Values, override_texts
 
+# The baseline's budgets are multiples of a 200th of its steps, so that arms of nearly equal cost
+# are compared with the same runs: at most a quarter of a percent off.
+GRAIN = 200
 # Of the highest rate of a run; a run that ends above it is not decayed.
 DECAYED = 0.25
 # What a held-out loss depends on, beside the fields that a run never changes.
@@ -112,20 +115,22 @@ class Runs:
             steps * dense.blocks * (1 - part.blocks), steps * dense.model * (1 - part.model)
         )
 
-    def _config(
-        self, arm: str, values: Values, steps: int | None, seed: tuple[str, ...]
-    ) -> RunConfig:
-        overrides = [
+    def overrides(self, arm: str, values: Values, steps: int | None = None) -> list[str]:
+        """What an arm changes of the base, but for its seed."""
+        return [
             *DEFAULTS,
             *self.file.arms[arm].overrides,
             *override_texts(values),
             *(() if steps is None else (f"steps={steps}",)),
-            *seed,
             # Some folder: `evaluate.choice` of a run file depends on whether it has begun.
             f"run_dir={self.file.folder / 'unbegun'}",
         ]
+
+    def _config(
+        self, arm: str, values: Values, steps: int | None, seed: tuple[str, ...]
+    ) -> RunConfig:
         try:
-            return load_run(self.file.base, overrides)
+            return load_run(self.file.base, [*self.overrides(arm, values, steps), *seed])
         except UserError as e:
             raise UserError(f"arm {arm!r}: {e}") from None
 
@@ -217,7 +222,7 @@ def wanted_runs(runs: Runs, chooser: Chooser) -> Wanted:
     own = chosen[baseline.name]
     if own is not None:
         dense = runs.run(baseline.name, first, own)
-        curve = [max(1, round(part * dense.steps)) for part in file.study.dense_curve]
+        curve = [_grained(part * dense.steps, dense) for part in file.study.dense_curve]
         for arm in arms[1:]:
             if (values := chosen[arm.name]) is not None:
                 run = runs.run(arm.name, first, values)
@@ -245,7 +250,12 @@ def _matched(
     steps["flops"] = run.flops.model / (dense.flops.model / dense.steps)
     if run.arm in time_ratios:
         steps["seconds"] = run.steps * time_ratios[run.arm]
-    return {b: max(1, round(steps[b])) for b in file.study.budgets if b in steps}
+    return {b: _grained(steps[b], dense) for b in file.study.budgets if b in steps}
+
+
+def _grained(steps: float, dense: StudyRun) -> int:
+    grain = max(1, dense.steps // GRAIN)
+    return max(1, round(steps / grain) * grain)
 
 
 def check_study(runs: Runs) -> None:

@@ -26,7 +26,13 @@ Values = tuple[tuple[str, str], ...]  # of fields, as JSON, in the order of the 
 PATHS = ("study_dir", "base", "results")
 # Fields of a run that the study sets itself, or that say nothing about training.
 TAKEN = ("run_dir", "seed", "seeds", "resume")
-DEFAULTS = ("checkpoint.keep_last=1", "checkpoint.keep_best=false")
+DEFAULTS = (
+    "checkpoint.keep_last=1",
+    "checkpoint.keep_best=false",
+    "evaluate.windows=true",
+    "evaluate.boundaries=true",
+    "log.step_times=false",  # the study measures the arms in turns
+)
 
 
 class SeedLists(Strict):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from est_ds.report.text import PLAIN, rendered, seconds
 from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
-from est_ds.studies.results import Results
+from est_ds.studies.results import Results, Times
 from est_ds.studies.runs import Runs, StudyRun
 from est_ds.studies.statistics import Gain, Interval
 from est_ds.studies.study_file import Values
@@ -69,11 +69,11 @@ def answers_text(runs: Runs, answers: Answers) -> str:
 
 
 def _arms_table(answers: Answers) -> Table:
-    table = _table("arm", "seeds", "held-out loss", "model\nFLOPs", "blocks\nFLOPs", "step\ntime")
-    for name in ("gain in\nFLOPs", "gain in\nseconds", "tuned"):
+    table = _table("arm", "seeds", "held-out\nloss", "model\nFLOPs", "blocks\nFLOPs", "step\ntime")
+    for name in ("gain in FLOPs", "gain in seconds", "tuned"):
         table.add_column(name, vertical="bottom", overflow="fold")
     for arm in answers.arms:
-        loss = interval_text(arm.loss, "") if arm.loss else "-"
+        loss = f"{arm.loss.mean:.4f}" if arm.loss else "-"
         ratios = (arm.flops_ratio, arm.blocks_ratio, arm.time_ratio)
         cells = (arm.name, str(len(arm.losses)), loss, *(ratio_text(r) for r in ratios))
         gains = (gain_text(arm.gain), gain_text(arm.gain_seconds))
@@ -82,20 +82,30 @@ def _arms_table(answers: Answers) -> Table:
 
 
 def _budget_table(answers: Answers, budget: str) -> Table:
-    table = _table("arm", "baseline's\nsteps", "pairs", "difference", "p (Holm)", "could see")
+    table = _table(
+        "arm",
+        "baseline's\nsteps",
+        "pairs",
+        "difference",
+        "95 % interval",
+        "p\n(Holm)",
+        "could\nsee",
+    )
     table.add_column("verdict", vertical="bottom")
     for arm in answers.arms[1:]:
         compared = arm.budgets.get(budget)
         if compared is None:
-            table.add_row(arm.name, *("-" for _ in range(6)))
+            table.add_row(arm.name, *("-" for _ in range(7)))
             continue
         difference = compared.difference
         if difference is None:
-            cells = ("0", "-", "-", "-")
+            cells = ("0", "-", "-", "-", "-")
         else:
             seen = "-" if difference.detectable is None else f"{difference.detectable:.4f}"
             p = "-" if compared.corrected is None else f"{compared.corrected:.3f}"
-            cells = (str(difference.pairs), interval_text(difference.interval), p, seen)
+            ends = difference.interval
+            between = "-" if ends.low is None else f"{ends.low:+.4f} to {ends.high:+.4f}"
+            cells = (str(difference.pairs), f"{ends.mean:+.4f}", between, p, seen)
         table.add_row(arm.name, f"{compared.steps:,}", *cells, verdict_text(compared))
     return table
 
@@ -115,10 +125,10 @@ def ratio_text(value: float | None) -> str:
 def notes(answers: Answers) -> list[str]:
     """What explains the tables."""
     return [
-        "Below 0 the arm is better. In brackets: 95 % intervals, by Student's t over the seeds.",
+        "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
         "Could see: the smallest true difference that as many seeds show with a chance of 80 %.",
-        f"The verdict of the study is that at equal {BUDGETS[answers.decides]}. A gain of 1.1: the "
-        f"baseline needs 1.1 times as much for that loss.",
+        "A gain of 1.1: the baseline needs 1.1 times as much for that loss.",
+        f"The verdict of the study is that at equal {BUDGETS[answers.decides]}.",
     ]
 
 
@@ -203,15 +213,34 @@ def _hours(runs: Runs, todo: list[StudyRun], results: Results, places: int) -> s
 
 
 def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
-    """How long runs take one after the other, by the step times measured, with their starts."""
-    if results.times is None:
-        return None
-    times, total = results.times.arms, 0.0
+    """How long runs take one after the other, with their starts: by the step times measured, or
+    by those of the runs that are done; None where neither are there."""
+    total, per_flop = 0.0, _s_per_flop(results)
     for run in todo:
-        if run.arm not in times:
+        if results.times and run.arm in results.times.arms:
+            total += run.steps * results.times.arms[run.arm].step_s + START_S
+        elif per_flop is not None:
+            total += run.flops.model * per_flop + START_S
+        else:
             return None
-        total += run.steps * times[run.arm].step_s + START_S
     return total
+
+
+def _s_per_flop(results: Results) -> float | None:
+    done = [r for r in results.runs.values() if r.step_s is not None]
+    return sum(r.steps * r.step_s for r in done) / sum(r.flops for r in done) if done else None
+
+
+def times_text(times: Times) -> str:
+    """Step times of the arms, and how busy the machine was."""
+    lines = [f"step times in turns, {times.device}, {times.processes} processes a run:"]
+    for name, arm in times.arms.items():
+        cpu = "" if arm.cpu_ratio is None else f", processor time {arm.cpu_ratio:.3f}"
+        spread = "" if arm.spread is None else f" (+- {arm.spread:.1%})"
+        lines.append(f"  {name}: {arm.ratio:.3f} of the baseline's{spread}{cpu}")
+    if times.busy is not None:
+        lines.append(f"other programs kept {times.busy:.1f} processors busy meanwhile")
+    return "\n".join(lines)
 
 
 START_S = 20.0  # of a run: the launcher, the imports, the last evaluation

@@ -23,10 +23,12 @@ from est_ds.ranks.world import World
 from est_ds.run.directory import lock_run_dir, write_config
 from est_ds.run.prepare import Run
 from est_ds.training.agreement import check_agreement, check_hashes
+from est_ds.training.boundaries import is_boundary, side
 from est_ds.training.divergence import History
 from est_ds.training.evaluate import evaluate
 from est_ds.training.record import Recorder, Trained, measured_layers
 from est_ds.training.state import check_state, first_steps, run_state
+from est_ds.training.turns import measure_phases
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,7 @@ def _train(
     store = Store(run.directory / "checkpoints")
     resumed = choose_checkpoint(store, config.resume)
     start = resumed.step if resumed else 0
-    if resumed:
-        check_state(run, resumed.state)
+    check_state(run, resumed)
     if world.is_first:
         write_config(config)
     engine = build(run, world, run.directory / "tensorboard")
@@ -97,7 +98,7 @@ def _train(
         saver.check_space()
         before.begin()
         _begin(job, start, resumed)
-        step = start
+        step, began = start, time.monotonic()
         while step < config.steps:
             watchdog.mark(step, "training")
             if train_step(job, step):
@@ -105,6 +106,8 @@ def _train(
                 after_step(job, step)
             else:
                 step = go_back(job, step)
+        if config.log.step_times and start < config.steps:
+            _measure(job, time.monotonic() - began)
 
 
 def _begin(job: Job, start: int, resumed: Index | None) -> None:
@@ -115,26 +118,48 @@ def _begin(job: Job, start: int, resumed: Index | None) -> None:
         job.saver.save(0, run_state(job.run, 0, job.history), None)
 
 
+def _begin_phase(job: Job, step: int) -> None:
+    """Grows the model where a phase begins so; compares the sides of a boundary where asked to.
+
+    Raises:
+        Preempted: a notice came before they were compared.
+    """
+    run, engine, before = job.run, job.engine, None
+    compares = run.config.evaluate.boundaries and is_boundary(run, step)
+    growth = run.method.growth(step)
+    # A checkpoint before it has just been written, or loaded: neither crash nor notice loses any.
+    if compares:
+        job.watchdog.mark(step, "evaluating")
+        before = side(run, engine, step, "before")
+    if growth and (before or not compares):
+        engine.grow(growth)
+    if compares:
+        after = before and side(run, engine, step, "after", None if growth else before.full)
+        if not before or not after:
+            job.saver.finish()
+            raise Preempted(step)
+        job.recorder.at_boundary(step, before, after)
+
+
 def train_step(job: Job, step: int) -> bool:
     """Trains a step, or leaves it out as the policy says; False if the run must go back."""
     run, engine, history = job.run, job.engine, job.history
-    if growth := run.method.growth(step):
-        # A checkpoint before it has just been written, or loaded: a crash loses nothing.
-        engine.grow(growth)
+    _begin_phase(job, step)
     plans, trained = run.plans(step), None
     if history.begin(step):
         rate = run.learning_rate(step)
         engine.set_learning_rate(rate)
         layers = measured_layers(run, step)
         before = engine.layer_weights(layers) if layers else None
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         with engine.subnetwork.active(plans):
             loss = engine.train_batch(job.loader.micro_batches(step))
-        step_s = time.perf_counter() - began
+        step_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         if history.judge(step, loss, engine.grad_norm) == "roll back":
             return False
         moved = before.rms_to(engine.layer_weights(layers)) if before else None
-        trained = Trained(plans, loss, rate, engine.grad_norm, step_s, history.spike, moved)
+        norm = engine.grad_norm
+        trained = Trained(plans, loss, rate, norm, step_s, cpu_s, history.spike, moved)
     # Of this phase: not to be counted in the next.
     shares = engine.pipe_shares() if step + 1 == run.method.phase_of(step).until_step else None
     if reason := history.skipped.get(step):
@@ -157,10 +182,10 @@ def after_step(job: Job, done: int) -> None:
     evaluation_due = is_last or done % config.evaluate.every == 0
     if evaluation_due and (is_last or not notice):
         job.watchdog.mark(done, "evaluating")
-        losses = evaluate(run, job.engine, done - 1, None if is_last else noticed)
-        notice = losses is None
-        if losses is not None:
-            eval_loss = job.recorder.evaluated(done - 1, losses)
+        found = evaluate(run, job.engine, done - 1, None if is_last else noticed)
+        notice = found is None
+        if found is not None:
+            eval_loss = job.recorder.evaluated(done - 1, found)
     job.saver.poll()
     is_end = done == run.method.phase_of(done - 1).until_step
     if done % config.checkpoint.every == 0 or is_end or notice:
@@ -173,6 +198,21 @@ def after_step(job: Job, done: int) -> None:
     if notice and not is_last:
         job.saver.finish()
         raise Preempted(done)
+
+
+def _measure(job: Job, trained_s: float) -> None:
+    """Times the phases in turns; the run is done and saved, and the engine is not needed any more.
+
+    Args:
+        trained_s: how long the steps of this start took.
+    """
+    job.saver.finish()
+    steps = job.run.config.steps
+    times = measure_phases(
+        job.run, job.engine, trained_s, lambda: job.watchdog.mark(steps, "measuring step times")
+    )
+    if times:
+        job.recorder.measured(times)
 
 
 def go_back(job: Job, step: int) -> int:

@@ -22,6 +22,10 @@ from est_ds.plans.plan import StepPlans
 from est_ds.ranks.world import World, say
 from est_ds.run.metrics import MetricsFile, depth_text, nats, phase_note, read_phase
 from est_ds.run.prepare import Run
+from est_ds.run.step_times import FILE, StepTimes
+from est_ds.run.windows import write_windows
+from est_ds.training.boundaries import Side
+from est_ds.training.evaluate import HeldOut
 from est_ds.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ class Trained:
         loss: nats per token, the mean of all replicas.
         rate: learning rate.
         grad_norm: of all parameters, before clipping.
+        step_cpu_s: processor seconds of this process.
         spike: what the loss was, if it was a spike.
         moved: root mean square of what the step added to the weights of the layers, decay
             included (`engine.moved`); None where it was not measured.
@@ -48,6 +53,7 @@ class Trained:
     rate: float
     grad_norm: float
     step_s: float
+    step_cpu_s: float
     spike: str | None = None
     moved: float | None = None
 
@@ -84,7 +90,7 @@ class Recorder:
         is_first = World.from_environment().is_first
         self._metrics = None
         if is_first:
-            self._metrics = MetricsFile(run.directory, start, _layout(run, engine))
+            self._metrics = MetricsFile(run.directory, start, layout_of(run, engine))
         self._progress = Progress(run.config.steps, start, _remaining(run, start), is_first)
         self._start = start
 
@@ -143,9 +149,11 @@ class Recorder:
         self.note(f"step {step} is left out: {reason}")
         self._write({"step": step, "skipped": reason})
 
-    def evaluated(self, step: int, losses: dict[str, float]) -> float:
+    def evaluated(self, step: int, found: HeldOut) -> float:
         """Shows and logs held-out losses after a step; returns their mean."""
-        run, mean = self._run, sum(losses.values()) / len(losses)
+        run, losses, mean = self._run, found.losses, found.mean
+        if self._metrics and found.windows:
+            write_windows(run.directory, step + 1, found.windows)
         bits = {name: run.valid[name].bits_per_byte(loss) for name, loss in losses.items()}
         mean_bits = None if None in bits.values() else sum(bits.values()) / len(bits)
         by_name = {} if isinstance(run.config.data.valid, str) else losses
@@ -161,6 +169,22 @@ class Recorder:
         self.note(f"step {step + 1}: held-out loss of {model} {nats(mean, mean_bits)}{each}")
         self._engine.write_events(events, step + 1)
         return mean
+
+    def at_boundary(self, step: int, before: Side, after: Side) -> None:
+        """Shows and logs held-out losses on both sides of a boundary, before `step` is trained."""
+        shown = []
+        for part in (before, after):
+            self._write({"step": step, **part.entry})
+            shown.append(f"{part.full:.4f}, subnetworks of {part.phase} {part.subnetwork:.4f}")
+        self.note(f"held-out loss before step {step + 1}: full model {'; '.join(shown)}")
+
+    def measured(self, times: StepTimes) -> None:
+        """Saves what was measured in turns at the end."""
+        times.write(self._run.directory / FILE)
+        self.note(
+            f"step times measured in turns, {times.num_rounds} rounds; other processes used "
+            f"{times.others:.2g} of {times.processors} processors"
+        )
 
     def went_back(self, step: int) -> None:
         """Says that training goes on from an earlier step, and drops the lines from there on."""
@@ -188,8 +212,9 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
         "lr": step.rate,
         "grad_norm": step.grad_norm,
         "clipped": 0.0 < clip < step.grad_norm,
-        "tokens": (number + 1) * run.tokens_per_step,
+        "tokens": run.config.tokens_after(number + 1),
         "step_s": step.step_s,
+        "step_cpu_s": step.step_cpu_s,
         "tokens_per_s": run.tokens_per_step / step.step_s,
         "flops_active": mean(flops.model for flops in active),
         "flops_dense": dense.model,
@@ -254,7 +279,7 @@ def _corpora(run: Run) -> list[str]:
     ]
 
 
-def _layout(run: Run, engine: Engine) -> dict[str, Any]:
+def layout_of(run: Run, engine: Engine) -> dict[str, Any]:
     """What the times of this start's steps depend on besides their plans."""
     config, on_gpu = run.config, torch.cuda.is_available()
     set_too = {

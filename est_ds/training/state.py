@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.state import Next, State
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
@@ -20,7 +21,7 @@ def run_state(run: Run, done: int, history: History, evaluation_due: bool = Fals
         versions=versions(),
         corpus=run.train.fingerprint,
         held_out={name: windows.corpus.fingerprint for name, windows in run.valid.items()},
-        tokens=done * run.tokens_per_step,
+        tokens=run.config.tokens_after(done),
         next=_next(run, done),
         divergence=history.seen,
         evaluation_due=evaluation_due,
@@ -43,12 +44,17 @@ def _next(run: Run, step: int) -> Next | None:
     )
 
 
-def check_state(run: Run, state: State) -> None:
+def check_state(run: Run, resumed: Index | None) -> None:
     """Refuses a checkpoint that the run does not go on from as the one that wrote it would have.
 
     Raises:
-        UserError: its config, its corpora or its next step are others.
+        UserError: its config, its corpora or its next step are others; or there is none, and the
+            run begins with one.
     """
+    if resumed is None:
+        _check_begins_at_0(run)
+        return
+    state = resumed.state
     if differing := differences(checked(RunConfig, state.config), run.config):
         raise UserError(
             f"the checkpoint is of a run of another config: {'; '.join(differing[:3])} (there: the "
@@ -62,12 +68,22 @@ def check_state(run: Run, state: State) -> None:
                 f"(fingerprint {run.valid[name].corpus.fingerprint}, not {fingerprint}); point it "
                 f"to that corpus, or give the new one another name."
             )
-    then, now = state.next, _next(run, state.tokens // run.tokens_per_step)
+    then, now = state.next, _next(run, resumed.step)
     if then != now:
+        wrote = ", ".join(f"{name} {version}" for name, version in state.versions.items())
         raise UserError(
-            f"the checkpoint's next step was to be ({then}), and is now ({now}): the checkpoint is "
-            f"of {state.versions}, and this version goes on otherwise; use that version, or start "
-            f"a new run_dir."
+            f"the run would not go on as it began: the next step after the checkpoint was to be "
+            f"({then}), and with the versions here it is ({now}); install the versions that wrote "
+            f"the checkpoint ({wrote}), or start a new run_dir."
+        )
+
+
+def _check_begins_at_0(run: Run) -> None:
+    if run.config.start is not None:
+        raise UserError(
+            f"start.step={run.config.start.step}: the run begins with a checkpoint of that step, "
+            f"and {str(run.directory / 'checkpoints')!r} holds none: put it back, or make the run "
+            f"again with est-ds branch."
         )
 
 

@@ -52,8 +52,8 @@ def default_cut(phases: tuple[Phase, ...], steps: int) -> int:
 def _in_steps(config: RunConfig, steps: int) -> RunConfig:
     if not 2 <= steps <= config.steps:
         raise UserError(
-            f"--steps={steps}: a run of {config.steps} steps can be cut in two in 2 to "
-            f"{config.steps} of them."
+            f"--steps={steps}: the short version must have at least 2 steps, and no more than the "
+            f"{config.steps} of the run; use 2 to {config.steps}."
         )
     tree = config.model_dump(mode="json", by_alias=True)
     if steps != config.steps:
@@ -66,8 +66,9 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
             for field in {"warmup", "decay", "until"} & section.keys():
                 section[field] = _fraction(section[field], config.steps)
     tree["steps"] = steps
-    tree["evaluate"]["every"] = steps
-    tree["log"]["every"] = 1
+    tree["start"] = None  # the short run is no branch
+    tree["evaluate"] |= {"every": steps, "windows": False, "boundaries": False}
+    tree["log"] = {"every": 1, "step_times": False}
     tree["resume"] = "auto"
     tree["deepspeed"] = {k: v for k, v in tree["deepspeed"].items() if k not in MONITORS}
     return checked(RunConfig, tree)

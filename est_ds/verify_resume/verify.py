@@ -181,8 +181,9 @@ def verify_resume(
 def _checked(folder: Path, config: RunConfig, then: RunConfig, wanted: Wanted) -> ResumeCheck:
     if differing := differences(config, then):
         raise UserError(
-            f"--then makes it another run ({differing[0]}); it may change parallel.*, batch.micro "
-            f"(unless plans or masks go by it), activation_checkpointing, compile and deepspeed.*."
+            f"--then changes what is trained ({differing[0]}); it may change parallel.*, "
+            f"activation_checkpointing, compile, deepspeed.*, and batch.micro if neither "
+            f"method.draw=micro_batch nor dropout depends on it."
         )
     short = shortened(config, wanted.steps)
     cut = wanted.cut or default_cut(make_design(short).method.phases, short.steps)

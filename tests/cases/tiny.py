@@ -32,6 +32,7 @@ TINY_RUN = {
     "schedule": {"name": "cosine", "warmup": 2},
     "checkpoint": {"every": 5, "keep_last": 0},
     "evaluate": {"every": 10, "sequences": 10},
+    "log": {"step_times": False},
 }
 
 SMALL = {"name": "small", "until": 5, "layers": 0.5, "heads": 0.5, "columns": 0.5}

@@ -161,9 +161,9 @@ class Ul2(Objective):
         if min(kept, sizes.noise) < max(1, sizes.spans):
             raise UserError(
                 f"data.sequence={self.sequence} is too short for the denoiser "
-                f"{_words(denoiser)}: its {sizes.spans or 1} spans need as many tokens kept and as "
-                f"many taken out, and there are {kept} and {sizes.noise}; use a longer "
-                f"data.sequence."
+                f"{_words(denoiser)}: it makes {sizes.spans or 1} spans, which need at least one "
+                f"token each to take out and one to keep, but it has {sizes.noise} to take out "
+                f"and {kept} to keep; use a longer data.sequence."
             )
         return sizes
 

@@ -66,8 +66,9 @@ class TokenDrop(Method):
             )
         if self.masked:
             raise UserError(
-                "method.compute=masked does not work with method.name='token_drop': what skips a "
-                "layer is no key of its attention, and no factor of zero makes it so; use sliced."
+                "method.compute=masked does not work with method.name='token_drop': nothing may "
+                "attend to a position that skips the layer, and multiplying its output by zero "
+                "does not prevent that; use method.compute=sliced."
             )
         assert shape.sequence is not None  # of the run
         self.sequence: int = shape.sequence

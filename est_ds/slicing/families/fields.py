@@ -178,8 +178,8 @@ def _check_ids(section: dict[str, Any], plain: dict[str, Any]) -> None:
                 continue  # the library says what is wrong with it
             if not 0 <= token < vocabulary:
                 raise UserError(
-                    f"model.{key}={value} is no id of model.vocab_size={vocabulary}; use 0 to "
-                    f"{vocabulary - 1}, or null for none."
+                    f"model.{key}={value} is outside the vocabulary (model.vocab_size="
+                    f"{vocabulary}); use 0 to {vocabulary - 1}, or null for none."
                 )
 
 
@@ -206,8 +206,8 @@ def _todays_rope(section: dict[str, Any]) -> None:
         if rope.setdefault(key, value) != value:
             raise UserError(
                 f"model.{key if key == 'rope_theta' else 'rope_scaling.' + key}={value!r} differs "
-                f"from model.rope_parameters.{key}={rope[key]!r}, which stands for it today; "
-                f"keep one of them."
+                f"from model.rope_parameters.{key}={rope[key]!r}, the newer name of the same "
+                f"field; keep one of them."
             )
     if not rope:
         section.pop("rope_parameters", None)
@@ -239,8 +239,8 @@ def refuse_overruled(section: dict[str, Any], config: Any) -> None:
     for key, value in section.items():
         if value is not None and key not in openly and getattr(config, key) != value:
             raise UserError(
-                f"model.{key}={value!r} cannot take effect: Hugging Face makes it "
-                f"{getattr(config, key)!r} by other fields; remove it, or change those."
+                f"model.{key}={value!r} cannot take effect: other fields of the section make "
+                f"Hugging Face set it to {getattr(config, key)!r}; remove it, or change those."
             )
 
 

@@ -89,8 +89,9 @@ class Gpt2(Family):
         num_layers = len(size.layers)
         if config.scale_attn_by_inverse_layer_idx and size.layers != tuple(range(num_layers)):
             raise UserError(
-                "model.scale_attn_by_inverse_layer_idx=True divides by a layer's place, which "
-                "others would take; keep the first layers."
+                "model.scale_attn_by_inverse_layer_idx=True divides the attention scores of a "
+                "layer by its number, and layers behind a gap would get another number; keep the "
+                "first layers, without a gap."
             )
         return {"n_layer": num_layers, "n_inner": size.columns}
 

@@ -32,7 +32,8 @@ class Llama(Family):
         head_dim = getattr(config, "head_dim", None) or hidden // heads
         if head_dim % 2:
             raise UserError(
-                f"model: heads of width {head_dim}; rotary positions turn pairs: use an even one."
+                f"model: a head has width {head_dim}, and rotary positions need an even width; "
+                f"change model.head_dim, or model.hidden_size / model.num_attention_heads."
             )
         attention = Attention(heads, config.num_key_value_heads, head_dim, hidden)
         mlp = Mlp(config.intermediate_size, hidden, matrices=3)

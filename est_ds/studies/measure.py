@@ -1,0 +1,69 @@
+"""Step times of the arms of a study, measured in turns with the baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from statistics import median, quantiles
+from typing import TextIO
+
+from est_ds.run.step_times import StepTimes
+from est_ds.studies.results import ArmTimes, Times
+from est_ds.studies.runs import Runs
+from est_ds.training.time_runs import Timed, measure_runs
+
+LIMIT_S = 20.0  # rounds of an arm
+
+
+def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
+    """Measures every phase of every arm in turns with the full model of the baseline.
+
+    Args:
+        processes: of a run.
+        log: takes what the processes say.
+
+    Raises:
+        Failure: they could not be measured.
+    """
+    file, baseline = runs.file, runs.file.baseline.name
+    others = [name for name in file.arms if name != baseline]
+    # The baseline too, which need not be the full model in all phases.
+    timed = [_timed(runs, baseline, "full model"), *(_timed(runs, a) for a in (baseline, *others))]
+    found = measure_runs(timed, processes, LIMIT_S, log)
+    unit = median(found[baseline].run_ratios(baseline))
+    times = next(iter(found.values()))
+    return Times(
+        device=times.layout["device"],
+        processes=processes,
+        arms={name: _arm_times(found[name], name, found[baseline], unit) for name in found},
+        busy=max(t.others for t in found.values()),
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _timed(runs: Runs, arm: str, name: str | None = None) -> Timed:
+    values = runs.file.arms[arm].grid[0]
+    return Timed(name or arm, str(runs.file.base), tuple(runs.overrides(arm, values)))
+
+
+def _arm_times(times: StepTimes, arm: str, baseline: StepTimes, unit: float) -> ArmTimes:
+    ratios = times.run_ratios(arm)
+    middle = median(ratios)
+    on_gpu = times.baseline.device_s is not None
+    return ArmTimes(
+        ratio=middle / unit,
+        cpu_ratio=None if on_gpu else _cpu(times, arm) / _cpu(baseline, baseline.turns[-1].run),
+        step_s=middle * median(times.baseline.step_s),
+        spread=_spread(ratios),
+    )
+
+
+def _cpu(times: StepTimes, arm: str) -> float:
+    return median(times.run_ratios(arm, "cpu_s"))
+
+
+def _spread(ratios: Sequence[float]) -> float | None:
+    if len(ratios) < 3:
+        return None
+    low, _, high = quantiles(ratios, n=4)
+    return (high - low) / 2 / median(ratios)

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     _add_doctor(doctor)
     _add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
-    verb("report", _report, "draw the page of a run directory: tables and plots", overrides=False)
+    _add_report(verbs.add_parser("report", help="draw the page of a run, or of several together"))
     return parser
 
 
@@ -232,6 +232,18 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="train N further seeds; they then belong to the study's results",
+    )
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.description = (
+        "Draws the page of a run directory, tables and plots, as report.html in it. Of several it "
+        "draws one page with their curves over tokens, FLOPs and seconds."
+    )
+    report.set_defaults(verb=_report, parser=report)
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
+    report.add_argument(
+        "--out", metavar="FILE", help="write the page of several runs there (default: report.html)"
     )
 
 
@@ -399,7 +411,18 @@ def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.report.page import write_report
 
-    print(f"the report is {write_report(parsed.run)}")
+    if len(parsed.runs) > 1:
+        from est_ds.report.several import write_several
+
+        print(f"the report is {write_several(parsed.runs, parsed.out or 'report.html')}")
+        return
+    [run] = parsed.runs
+    if parsed.out is not None:
+        raise UserError(
+            f"--out={parsed.out} has no effect on a single run, whose page is report.html in its "
+            f"directory; remove it, or give several runs."
+        )
+    print(f"the report is {write_report(run)}")
 
 
 def _summary(run_dir: str) -> None:

@@ -25,7 +25,7 @@ def loss_figure(run: RunFiles, summary: Summary) -> Figure:
     figure, axes = style.new_figure("Loss", "nats per token", height=3.6)
     done, losses = _done(run.steps), _column(run, "loss")
     shown = _thinned(len(done))
-    smooth = _running_median(losses)
+    smooth = running_median(losses)
     axes.plot(done[shown], losses[shown], color=BLUE, lw=0.8, alpha=0.35)
     axes.plot(done[shown], smooth[shown], color=BLUE, label="training (active subnetwork)")
     if run.evaluations:
@@ -80,11 +80,8 @@ def flops_figure(run: RunFiles, summary: Summary) -> Figure:
     """Cumulative `model` FLOPs of the steps done, against dense training."""
     figure, axes = style.new_figure("FLOPs", "cumulative FLOPs")
     ends = _done(run.steps)
-    # A line stands for the steps since the line before it.
     x = np.append(run.config.first_step, ends)
-    since = np.diff(x)
-    active = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_active"))])
-    dense = np.concatenate([[0.0], np.cumsum(since * _column(run, "flops_dense"))])
+    active, dense = (np.append(0, cumulative(run, f"flops_{of}")) for of in ("active", "dense"))
     shown = _thinned(len(active))
     unit, text = style.power_of_thousand(dense[-1])
     x, active, dense = x[shown], active[shown] / unit, dense[shown] / unit
@@ -112,6 +109,13 @@ def learning_rate_figure(run: RunFiles, summary: Summary) -> Figure:
     return figure
 
 
+def cumulative(run: RunFiles, field: str) -> np.ndarray:
+    """Sum of a field of single steps up to every training line, float64 [lines]; of a branch, since
+    it began."""
+    # A line stands for the steps since the line before it.
+    return np.cumsum(np.diff(_done(run.steps), prepend=run.config.first_step) * _column(run, field))
+
+
 def _column(run: RunFiles, field: str) -> np.ndarray:
     """A field of all training lines, float64 [lines]."""
     return np.array([entry[field] for entry in run.steps], dtype=np.float64)
@@ -132,7 +136,7 @@ def _thinned(count: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).astype(int))
 
 
-def _running_median(values: np.ndarray) -> np.ndarray:
+def running_median(values: np.ndarray) -> np.ndarray:
     """Median over a fortieth of the values, at least five, fewer at both ends."""
     half = max(2, len(values) // 80)
     windows: list[Any] = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]

@@ -11,11 +11,10 @@ from string import Template
 
 from matplotlib.figure import Figure
 
-from est_ds.disk import replace_text
-from est_ds.errors import UserError
 from est_ds.ranks.versions import versions
 from est_ds.report import figures
 from est_ds.report.files import RunFiles, read_run
+from est_ds.report.frame import framed, row, table, write_whole
 from est_ds.report.style import styled
 from est_ds.report.summary import Summary, summary_of
 from est_ds.report.text import PHASE_COLUMNS, fact_rows, notes, phase_row, title
@@ -45,36 +44,7 @@ FIGURES = (
     (figures.learning_rate_figure, "As logged."),
 )
 
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"/>
-<meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>$title</title>
-<style>
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d232b; background: #fff;
-  max-width: 54rem; margin: 2.5rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #d8dde3; }
-.lead { color: #5b6672; margin: .2rem 0 1.6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .9rem .28rem 0; text-align: left; vertical-align: top; }
-.phases { width: 100%; }
-.phases th, .phases td { text-align: right; border-bottom: 1px solid #e6e9ed; }
-.phases th:first-child, .phases td:first-child { text-align: left; }
-.phases th { vertical-align: bottom; font-weight: 600; }
-.facts th { font-weight: 400; color: #5b6672; white-space: nowrap; }
-figure { margin: 1.6rem 0 0; break-inside: avoid; }
-figure img { width: 100%; height: auto; display: block; }
-figcaption, .note { color: #5b6672; font-size: .86rem; }
-pre { background: #f5f7f9; padding: .9rem 1.1rem; font-size: .8rem; line-height: 1.4;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-@media print { body { font-size: 10pt; margin: 0; max-width: none; } h2 { break-after: avoid; } }
-</style>
-</head>
-<body>
-<h1>$heading</h1>
+BODY = Template("""<h1>$heading</h1>
 <p class="lead">$lead</p>
 <table class="facts">$facts</table>
 <h2>Phases</h2>
@@ -86,10 +56,7 @@ $figures
 <pre>$config</pre>
 <h2>Versions</h2>
 <table class="facts">$versions</table>
-<p class="note">Of the installation that drew this page.</p>
-</body>
-</html>
-""")
+<p class="note">Of the installation that drew this page.</p>""")
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
@@ -105,13 +72,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     run = read_run(run_dir)
     file = run.directory / FILE
     page = render(run, summary_of(run))
-    try:
-        replace_text(file, page)
-    except OSError as e:
-        raise UserError(
-            f"report {str(file)!r} cannot be written: {e.strerror or e}; make the run directory "
-            f"writable, or give a copy of it."
-        ) from None
+    write_whole(file, page, "make the run directory writable, or give a copy of it")
     return file
 
 
@@ -119,23 +80,17 @@ def render(run: RunFiles, summary: Summary) -> str:
     """The page as text; well-formed XML too."""
     heads = [name.replace("\n", " ") for name in PHASE_COLUMNS]
     rows = [phase_row(phase) for phase in summary.phases]
-    head = _row(heads, "th", "th")
-    return PAGE.substitute(
-        title=escape(f"{summary.run_dir}: est_ds report"),
+    body = BODY.substitute(
         heading=escape(summary.run_dir),
         lead=escape(title(summary).removeprefix(f"{summary.run_dir}: ")),
-        facts="".join(_row(row, "th", "td") for row in fact_rows(summary)),
-        phases=f"<thead>{head}</thead><tbody>{''.join(_row(r, 'td', 'td') for r in rows)}</tbody>",
+        facts="".join(row(cells, "th", "td") for cells in fact_rows(summary)),
+        phases=table(heads, rows),
         notes=escape(" ".join(notes(summary))),
         figures="\n".join(_figure(draw(run, summary), text) for draw, text in FIGURES),
         config=escape((run.directory / "config.yaml").read_text()),
-        versions="".join(_row(row, "th", "td") for row in versions().items()),
+        versions="".join(row(cells, "th", "td") for cells in versions().items()),
     )
-
-
-def _row(cells: tuple[str, ...] | list[str], first: str, rest: str) -> str:
-    tags = [first] + [rest] * (len(cells) - 1)
-    return f"<tr>{''.join(f'<{t}>{escape(cell)}</{t}>' for t, cell in zip(tags, cells))}</tr>\n"
+    return framed(f"{summary.run_dir}: est_ds report", body)
 
 
 def _figure(figure: Figure, caption: str) -> str:

@@ -174,14 +174,20 @@ def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
         defaults: false leaves out those that have their default.
     """
     flat = _flat(config.model_dump(by_alias=True, exclude_defaults=not defaults))
-    return {k: v for k, v in flat.items() if not _may_change(k, config)}
+    free = _free_to_change(config)
+    return {k: v for k, v in flat.items() if not _matches(k, free)}
 
 
-def _may_change(field: str, config: RunConfig) -> bool:
+def _free_to_change(config: RunConfig) -> set[str]:
+    """Patterns of the fields that a run may change."""
     free = set(FREE_TO_CHANGE)
     if config.method.get("draw") == "micro_batch" or dropout_of(hf_config(config.model)):
         free.discard("batch.micro")  # each has a plan, or masks, of its own
-    return any(fnmatch(field, pattern) for pattern in free)
+    return free
+
+
+def _matches(field: str, patterns: set[str]) -> bool:
+    return any(fnmatch(field, pattern) for pattern in patterns)
 
 
 def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -193,8 +199,9 @@ def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, An
 
 def differences(there: RunConfig, here: RunConfig) -> list[str]:
     """Fields that make one run another than the other, each with both values."""
+    free = _free_to_change(here)
     return [
         f"{key} is {former!r} there and {now!r} here"
         for key, (former, now) in changed_fields(there, here).items()
-        if not _may_change(key, here)
+        if not _matches(key, free)
     ]

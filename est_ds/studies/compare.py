@@ -14,6 +14,7 @@ from est_ds.launch.signals import Signals
 from est_ds.studies.answers import Answers, answer
 from est_ds.studies.collect import clear, collect, keep_windows
 from est_ds.studies.measure import measure
+from est_ds.studies.page import write_page
 from est_ds.studies.queue import Places, Running, Watcher, processes_of, steps_done, train_all
 from est_ds.studies.results import Header, Results, read_results
 from est_ds.studies.runs import (
@@ -261,4 +262,5 @@ class Session:
                 print(f"{name}: {said}")
         for run, why in self.failed.values():
             self.say(f"failed: {run.name}: {why}")
+        self.say(f"the page is {write_page(self.runs, found, self.results)}")
         return found

@@ -64,7 +64,7 @@ def answers_text(runs: Runs, answers: Answers) -> str:
     for budget in runs.file.study.budgets:
         parts += ["", f"At equal {BUDGETS[budget]} (loss less the baseline's, nats a token):"]
         parts.append(_budget_table(answers, budget))
-    parts += ["", *_notes(answers), *(f"warning: {warning}" for warning in answers.warnings)]
+    parts += ["", *notes(answers), *(f"warning: {warning}" for warning in answers.warnings)]
     return rendered(f"{runs.file.folder}: arms against {answers.arms[0].name}", *parts, width=100)
 
 
@@ -75,7 +75,7 @@ def _arms_table(answers: Answers) -> Table:
     for arm in answers.arms:
         loss = f"{arm.loss.mean:.4f}" if arm.loss else "-"
         ratios = (arm.flops_ratio, arm.blocks_ratio, arm.time_ratio)
-        cells = (arm.name, str(len(arm.losses)), loss, *(_ratio(r) for r in ratios))
+        cells = (arm.name, str(len(arm.losses)), loss, *(ratio_text(r) for r in ratios))
         gains = (gain_text(arm.gain), gain_text(arm.gain_seconds))
         table.add_row(*cells, *gains, values_text(arm.values))
     return table
@@ -117,11 +117,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _ratio(value: float | None) -> str:
+def ratio_text(value: float | None) -> str:
+    """A ratio, where it is known."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def _notes(answers: Answers) -> list[str]:
+def notes(answers: Answers) -> list[str]:
+    """What explains the tables."""
     return [
         "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
         "Could see: the smallest true difference that as many seeds show with a chance of 80 %.",
@@ -133,6 +135,55 @@ def _notes(answers: Answers) -> list[str]:
 def verdicts(answers: Answers) -> list[tuple[str, str]]:
     """Every arm with its verdict, at the budget that decides."""
     return [(arm.name, verdict_text(arm.budgets.get(answers.decides))) for arm in answers.arms[1:]]
+
+
+# More arms than a few of one verdict are named together.
+FEW = 3
+TOGETHER: dict[str | None, str] = {
+    "costs": "cost",
+    "no difference": "make no difference",
+    "undecided": "are undecided",
+    None: "have no verdict yet",
+}
+
+
+def headline(answers: Answers) -> str:
+    """The verdicts in a sentence."""
+    said: dict[str | None, list[str]] = {}
+    for arm in answers.arms[1:]:
+        sentence = _said(arm, arm.budgets.get(answers.decides))
+        said.setdefault(_verdict(answers, arm), []).append(sentence)
+    decided = said.get("pays", ["nothing pays"] if said.keys() - {None} else [])
+    for verdict, together in TOGETHER.items():
+        found = said.get(verdict, [])
+        if len(found) > FEW:
+            names = [arm.name for arm in answers.arms[1:] if _verdict(answers, arm) == verdict]
+            found = [f"{len(found)} arms {together} ({', '.join(names)})"]
+        decided = [*decided, *found]
+    at_equal = f"At equal {BUDGETS[answers.decides]}"
+    return f"{at_equal} {'; '.join(decided)}." if decided else "There is no arm but the baseline."
+
+
+def _verdict(answers: Answers, arm: ArmAnswer) -> str | None:
+    compared = arm.budgets.get(answers.decides)
+    return compared.verdict if compared else None
+
+
+def _said(arm: ArmAnswer, compared: Compared | None) -> str:
+    """A verdict as part of a sentence."""
+    difference = compared.difference if compared else None
+    if compared and compared.diverged:
+        return f"{arm.name} {verdict_text(compared)}"
+    if not compared or not difference:
+        return f"{arm.name} is not known yet"
+    by = f"{interval_text(difference.interval)} nats a token"
+    if compared.verdict is None:
+        return f"{arm.name} is at {by} (one seed)"
+    if compared.verdict == "no difference":
+        return f"{arm.name} makes no difference"
+    if compared.verdict == "undecided":
+        return f"{arm.name} is {verdict_text(compared)}: {by}"
+    return f"{arm.name} {compared.verdict} ({by})"
 
 
 def plan_text(

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from est_ds.config.kinds import PathText
 from est_ds.config.run_file import SECTIONS, expanded
@@ -87,7 +87,11 @@ class Study(Strict):
     set: dict[str, Any] = {}
     baseline: str
     arms: Annotated[dict[ArmName, dict[str, Any]], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)] | SeedLists = [0, 1, 2]
+    seeds: Annotated[
+        Annotated[list[Seed], Field(min_length=1), Tag("<list>")]
+        | Annotated[SeedLists, Tag("<lists>")],
+        Discriminator(lambda value: "<list>" if isinstance(value, list) else "<lists>"),
+    ] = [0, 1, 2]
     tune: Grid = {}
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("tokens", "flops")
     dense_curve: tuple[Annotated[float, Field(gt=0.0, le=10.0)], ...] = ()

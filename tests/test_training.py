@@ -128,6 +128,7 @@ def test_run_directory_holds_what_the_contract_says(trained):
     assert [e["step"] for e in steps] == list(range(20))
     assert set(steps[0]) >= {
         *("step", "phase", "loss", "lr", "grad_norm", "tokens", "step_s", "tokens_per_s"),
+        *("clipped", "step_cpu_s"),
         *("flops_active", "flops_dense", "kept_layers", "plan_digest", "data_digest"),
     }
     assert steps[-1]["tokens"] == 20 * 8 * 64

@@ -6,12 +6,12 @@ subnetworks they are for. A model that grows has those before and after its grow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from est_ds.engine.base import Engine
 from est_ds.plans.plan import Plan
-from est_ds.ranks.preempt import noticed
 from est_ds.run.prepare import Run
 from est_ds.training.evaluate import held_out
 
@@ -54,37 +54,49 @@ def is_boundary(run: Run, step: int) -> bool:
     return 0 < step == run.method.phase_of(step).from_step
 
 
-def side(run: Run, engine: Engine, step: int, name: str, full: float | None = None) -> Side | None:
-    """Returns the losses on a side of the boundary at `step`, at the engine's weights; None after
-    a notice. Every rank calls it.
+@dataclass(frozen=True)
+class Boundary:
+    """A boundary, at the weights that the engine has when a side is asked for.
 
-    Args:
-        name: `before` or `after`.
-        full: the full model's loss, where it is known.
+    Attributes:
+        step: the first of the phase after.
+        interrupted: asked by every rank from time to time; once it says so, a side is None.
     """
-    steps = _steps(run, step, name)
-    whole = run.method.whole(steps[0])
-    if full is None:
-        full = _loss(run, engine, whole)
-    losses = []
-    for plan in (run.method.plan(s) for s in steps):
-        same = plan.is_full if whole is None else plan.digest == whole.digest
-        losses.append(full if same else _loss(run, engine, plan))
-    known = [loss for loss in losses if loss is not None]
-    if full is None or len(known) < len(losses):
-        return None
-    phase = run.method.phase_of(steps[0]).name
-    return Side(name, phase, full, sum(known) / len(known), len(known))
 
+    run: Run
+    engine: Engine
+    step: int
+    interrupted: Callable[[], bool]
 
-def _steps(run: Run, step: int, name: str) -> range:
-    """The steps whose plans stand for a side."""
-    number = PLANS if run.method.draws else 1
-    if name == "before":
-        return range(max(run.method.phase_of(step - 1).from_step, step - number), step)
-    return range(step, min(run.method.phase_of(step).until_step, step + number))
+    def side(self, name: str, full: float | None = None) -> Side | None:
+        """Returns the losses on a side. Every rank calls it.
 
+        Args:
+            name: `before` or `after`.
+            full: the full model's loss, where it is known.
+        """
+        method, steps = self.run.method, self._steps(name)
+        whole = method.whole(steps[0])
+        if full is None:
+            full = self._loss(whole)
+        losses = []
+        for plan in (method.plan(s) for s in steps):
+            same = plan.is_full if whole is None else plan.digest == whole.digest
+            losses.append(full if same else self._loss(plan))
+        known = [loss for loss in losses if loss is not None]
+        if full is None or len(known) < len(losses):
+            return None
+        phase = method.phase_of(steps[0]).name
+        return Side(name, phase, full, sum(known) / len(known), len(known))
 
-def _loss(run: Run, engine: Engine, plan: Plan | None) -> float | None:
-    losses = held_out(run, engine, plan, noticed)
-    return None if losses is None else sum(losses.values()) / len(losses)
+    def _steps(self, name: str) -> range:
+        """The steps whose plans stand for a side."""
+        method, step = self.run.method, self.step
+        number = PLANS if method.draws else 1
+        if name == "before":
+            return range(max(method.phase_of(step - 1).from_step, step - number), step)
+        return range(step, min(method.phase_of(step).until_step, step + number))
+
+    def _loss(self, plan: Plan | None) -> float | None:
+        losses = held_out(self.run, self.engine, plan, self.interrupted)
+        return None if losses is None else sum(losses.values()) / len(losses)

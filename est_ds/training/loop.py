@@ -23,7 +23,7 @@ from est_ds.ranks.world import World
 from est_ds.run.directory import lock_run_dir, write_config
 from est_ds.run.prepare import Run
 from est_ds.training.agreement import check_agreement, check_hashes
-from est_ds.training.boundaries import is_boundary, side
+from est_ds.training.boundaries import Boundary, is_boundary
 from est_ds.training.divergence import History
 from est_ds.training.evaluate import evaluate
 from est_ds.training.record import Recorder, Trained, measured_layers
@@ -125,16 +125,21 @@ def _begin_phase(job: Job, step: int) -> None:
         Preempted: a notice came before they were compared.
     """
     run, engine, before = job.run, job.engine, None
+
+    def interrupted() -> bool:  # the sides take many evaluations, each of which goes on
+        job.watchdog.mark(step, "evaluating")
+        return noticed()
+
     compares = run.config.evaluate.boundaries and is_boundary(run, step)
+    boundary = Boundary(run, engine, step, interrupted)
     growth = run.method.growth(step)
     # A checkpoint before it has just been written, or loaded: neither crash nor notice loses any.
     if compares:
-        job.watchdog.mark(step, "evaluating")
-        before = side(run, engine, step, "before")
+        before = boundary.side("before")
     if growth and (before or not compares):
         engine.grow(growth)
     if compares:
-        after = before and side(run, engine, step, "after", None if growth else before.full)
+        after = before and boundary.side("after", None if growth else before.full)
         if not before or not after:
             job.saver.finish()
             raise Preempted(step)

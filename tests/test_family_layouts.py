@@ -129,6 +129,15 @@ def test_copies_that_differ_end_the_run_before_it_is_saved(two_stages):
     assert not list((folder / "without" / "checkpoints").iterdir())
 
 
+def test_parameters_that_another_module_reads_are_gathered_for_it(synthetic_run, tmp_path):
+    """A Mamba2's norm is read by its mixer, in the forward that the backward recomputes too."""
+    model, layout = "mamba2, tied", "data 2, ZeRO 3, checkpointing"
+    [run_dir] = train_in(tmp_path, synthetic_run, [(layout, model, overrides_of(model, "fp32"))])
+    expected = reference_of(synthetic_run, tmp_path, model, "fp32")
+    found = differences(run_dir, expected)
+    assert all(x <= bound for x, bound in zip(found, BOUNDS["fp32"])), found
+
+
 @pytest.fixture(scope="module", params=BOUNDS)
 def table(request, synthetic_run, tmp_path_factory):
     """Run directories by model and layout, and what they must equal by model."""

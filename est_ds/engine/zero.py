@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from est_ds.engine.settings import deepspeed_config
 from est_ds.ranks.world import World
 from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.slicing.dropout import address_dropout
+from est_ds.slicing.families.base import Family
 from est_ds.slicing.subnetwork import Subnetwork
 
 
@@ -59,6 +60,8 @@ class ZeroEngine(base.Engine):
             gather_whole(self.layers.values())
         named = dict(model.named_parameters())
         self.deepspeed = base.start_deepspeed(model, design, settings, named)
+        if config.parallel.zero == 3:
+            _gather_for_readers(family, self.layers.values())
         if design.method.by_micro_batch and config.parallel.zero in (1, 2):
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self.compile_layers()
@@ -131,6 +134,16 @@ def _draw_sharded(model: nn.Module, design: Design, settings: dict[str, Any]) ->
             parameter.data = parameter.data.to(dtype)  # and not the buffers
         with start.quiet():
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
+
+def _gather_for_readers(family: Family, layers: Iterable[nn.Module]) -> None:
+    """Has ZeRO 3 gather parameters for the other modules that read them. DeepSpeed finds out by
+    itself, but not in a recomputed forward, nor where it had gathered them for something else."""
+    import deepspeed
+
+    for layer in layers:
+        for reader, parameter in family.read_elsewhere(layer):
+            deepspeed.zero.register_external_parameter(reader, parameter)
 
 
 def _moved(part: Tensor | tuple[Tensor, ...], device: torch.device) -> Tensor | tuple[Tensor, ...]:

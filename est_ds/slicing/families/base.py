@@ -242,6 +242,11 @@ class Family(ABC):
         """The parameters of a layer that are not used where it is skipped."""
         return list(layer.parameters())
 
+    def read_elsewhere(self, layer: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+        """The parameters of a layer that the forward of another module than their own reads, each
+        behind that module: ZeRO 3 must gather them for it."""
+        return []
+
     def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The arguments of the whole model.
 

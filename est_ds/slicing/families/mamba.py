@@ -93,6 +93,11 @@ class Mamba(Family):
     def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
         return ()
 
+    def read_elsewhere(self, layer: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:
+        """Some only to hand them to the fused kernels, if there were any."""
+        inner = [module for module in layer.mixer.children() if module is not layer.mixer.in_proj]
+        return [(layer.mixer, p) for module in inner for p in module.parameters()]
+
     def pieces(self, config: Any) -> list[Piece]:
         layers = [
             Piece((f"backbone.layers.{i}",), _layer, layer=i)

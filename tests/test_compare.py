@@ -171,7 +171,8 @@ def test_two_arms_of_one_method_do_not_differ_and_a_worse_one_costs(write_study)
 
     file = write_study(arms=arms, dense_curve=[0.5, 1.0, 1.5])
     _, _, _, answers = answered(file, loss)
-    dense, same, broken = answers.arms
+    by_name = {arm.name: arm for arm in answers.arms}
+    dense, same, broken = (by_name[name] for name in arms)
     for budget in ("tokens", "flops"):
         assert same.budgets[budget].verdict == "no difference"
         assert broken.budgets[budget].verdict == "costs"

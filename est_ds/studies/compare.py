@@ -112,7 +112,7 @@ def _open(path: str, wish: Wish) -> Session:
     if results.header:
         results.begin(header)  # compares, and writes nothing
     session = Session(file, wish, runs, results, header)
-    if header.corpora is None and session.todo():
+    if header.corpora is None and not wish.dry_run and session.todo():
         for part in _first_config(runs).data.parts:
             Corpus.open(part.corpus)  # says what is missing
     return session

@@ -223,6 +223,9 @@ def test_results_alone_redraw_everything_and_seeds_that_were_added_stay(write_st
     difference = document["arms"]["layers"]["budgets"]["flops"]["difference"]
     assert difference["pairs"] == 5 and set(difference["interval"]) == {"mean", "low", "high"}
     assert document["arms"]["dense"]["budgets"] == {}
+    # The page too, which no run directory is needed for.
+    page = study.folder / "study.html"
+    assert found.stderr == f"the page is {page}\n" and "layers" in page.read_text()
 
 
 def identity_of(file: Path) -> str:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from cases.tiny import TINY_MODEL
+from conftest import refused
+from est_ds.cli import main
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.data.manifest import Manifest, manifest_path, read_manifest
@@ -21,6 +23,7 @@ from est_ds.run import step_times
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import FILE, MetricsFile
 from est_ds.run.step_times import StepTimes, Turns
+from pages import Page
 
 PHASES = [
     {"name": "small", "until": 4, "layers": 0.5, "heads": 0.5, "columns": 0.5},
@@ -443,3 +446,41 @@ def test_page_is_well_formed_and_complete_without_network(tmp_path):
 
 def test_page_of_a_run_of_one_step_is_drawn(tmp_path):
     write_report(make_run(tmp_path, num_steps=1, evaluate=False))
+
+
+def test_several_runs_stand_on_one_page_over_what_they_cost(tmp_path, capsys):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", method={"name": "full"})]
+    write_manifest(str(tmp_path / "b" / "valid"), entropy=5.5)
+    out = tmp_path / "both.html"
+    main(["report", *map(str, runs), "--out", str(out)])
+    assert capsys.readouterr().out == f"the report is {out}\n"
+    page = Page(out.read_text())
+    assert page.rows().keys() == {"run", *map(str, runs)}
+    # Each has its corpora in a folder of its own.
+    assert "runs differ in data.valid: their losses cannot be compared" in page.text
+    plot = page.plot("held-out")
+    assert [trace["name"] for trace in plot.traces] == list(map(str, runs))
+    assert [trace["y"] for trace in plot.traces] == [[pytest.approx(4.6), pytest.approx(4.1)]] * 2
+    # By hand: evaluated after 5 and 10 steps, of 512 tokens each; STEP_S and ACTIVE summed.
+    assert plot.button("tokens")[0]["x"] == [[2560, 5120]] * 2
+    flops = [[4 * 40 + 60, 4 * 40 + 2 * 60 + 4 * 100], [500, 1000]]
+    assert plot.button("FLOPs")[0]["x"] == flops
+    seconds = [[pytest.approx(9.0 + 1.0 + 1.2 + 1.1 + 2.0), pytest.approx(sum(STEP_S))]] * 2
+    assert plot.button("seconds")[0]["x"] == seconds
+    assert len(page.plot("training").traces[0]["y"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a/run", "a/../a/run"], "'a/../a/run' is given twice"),
+        (["a/run", "b/run"], "run directory 'b/run' has no config.yaml"),
+        (["a/run", "--out", "x.html"], "--out=x.html has no effect on a single run"),
+        (["a/run", "c/run", "--out", "no/x.html"], "report 'no/x.html' cannot be written"),
+    ],
+)
+def test_what_several_runs_cannot_be_is_refused(tmp_path, monkeypatch, capsys, words, expected):
+    make_run(tmp_path / "a"), make_run(tmp_path / "c")
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(capsys, "report", *words)
+    assert not list(tmp_path.glob("*.html"))

@@ -32,6 +32,7 @@ STYLE = (
     frame.STYLE
     + """
 body { max-width: 62rem; }
+figcaption { margin-top: .4rem; }
 .wide { overflow-x: auto; }
 .rows { width: 100%; font-size: .86rem; }
 .rows th, .rows td { text-align: right; border-bottom: 1px solid #e6e9ed; padding-right: .7rem; }

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from conftest import est_ds, refused, run_command
+from est_ds.run.metrics import read_metrics
 from est_ds.run.windows import read_windows
 from est_ds.studies.answers import answer
 from est_ds.studies.results import ArmTimes, Header, RunResult, Times, read_results
@@ -258,8 +259,13 @@ def test_a_study_that_is_killed_goes_on_and_trains_no_finished_run_again(write_s
     found = read_results(results)
     by_arm = {r.arm: r for r in found.runs.values()}
     assert len(results.read_text().splitlines()) == 3 and by_arm.keys() == {"dense", "faster"}
-    # Equal tokens: the same batches, and the same loss before the first step.
-    assert by_arm["dense"].data == by_arm["faster"].data
+    # Equal tokens: the same batches, step by step, and the same loss before the first step.
+    read = [
+        [step["data_digest"] for step in read_metrics(tmp_path / "study" / arm / "seed_0")[0]]
+        for arm in arms
+    ]
+    assert read[0] == read[1] and len(set(read[0])) == 8
+    assert by_arm["dense"].data == by_arm["faster"].data == (read[0][0], read[0][-1])
     assert by_arm["dense"].first_loss == by_arm["faster"].first_loss
     assert by_arm["dense"].loss != by_arm["faster"].loss
     log = (tmp_path / "study" / "dense" / "seed_0" / "train.log").read_text()

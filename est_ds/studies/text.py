@@ -207,7 +207,7 @@ def plan_text(
 def _hours(runs: Runs, todo: list[StudyRun], results: Results, places: int) -> str:
     needed_s = expected_s(todo, results)
     if needed_s is None:
-        return "hours not known before step times are measured (est-ds compare STUDY --time-only)"
+        return "hours not known before a run is done, or step times are measured (--time-only)"
     beside = f", {places} runs beside each other" if places > 1 else ""
     return f"about {seconds(needed_s / places)}{beside}"
 

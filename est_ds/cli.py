@@ -333,7 +333,7 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
             _summary(config.run_dir)
         leave_processes()
     where = where_to(config, parsed)
-    checkpoints = Store(prepare(config, where.processes).directory / "checkpoints")
+    checkpoints = Store.of(prepare(config, where.processes).directory)
     if checkpoints.latest == config.steps:
         print(f"{config.run_dir} is done: all {config.steps} steps are behind it.")
         if where.is_first:

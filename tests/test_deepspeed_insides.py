@@ -27,7 +27,9 @@ def test_an_inside_of_deepspeed_is_there(inside):
     what = f"{inside.owner} ({inside.used})"
     assert owner is not None, f"DeepSpeed has no {what} any more"
     if inside.parameters is None:
-        is_set = f"self.{inside.name}" in inspect.getsource(owner)
+        whose = "" if inspect.ismodule(owner) else "self"
+        is_set = f"{whose}.{inside.name}" in inspect.getsource(owner)
+        is_set = is_set or inside.name in getattr(owner, "__annotations__", {})
         assert is_set or hasattr(owner, inside.name), f"{what} has no {inside.name} any more"
         return
     method = getattr(owner, inside.name, None)

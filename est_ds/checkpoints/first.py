@@ -95,7 +95,7 @@ def _clear(partial: Path) -> None:
 
 
 def _fill(partial: Path, config: RunConfig, first: First) -> int:
-    store = Store(partial / "checkpoints")
+    store = Store.of(partial)
     checkpoint = store.path(first.index.step)
     checkpoint.mkdir(parents=True)
     try:

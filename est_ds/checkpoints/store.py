@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,11 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @classmethod
+    def of(cls, run_dir: str | os.PathLike) -> Store:
+        """Those of a run directory."""
+        return cls(Path(run_dir) / "checkpoints")
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, in order; a folder gets its name when it is complete."""
@@ -114,6 +120,10 @@ class Store:
             shutil.rmtree(dropped)
         self.path(step).rename(dropped)
         shutil.rmtree(dropped) if dropped.is_dir() else dropped.unlink()
+
+    def remove_all(self) -> None:
+        """Removes every checkpoint, with the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def clean(self) -> None:
         """Removes what a killed process left half-written or half-removed."""

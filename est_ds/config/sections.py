@@ -403,6 +403,13 @@ class RunConfig(Strict):
     def tokens_per_step(self) -> int:
         return self.batch.global_ * self.data.sequence
 
+    def at(self, field: str) -> Any:
+        """The value of a field by its dotted name."""
+        value: Any = self
+        for name in field.split("."):
+            value = getattr(value, name)
+        return value
+
     def seed_of(self, part: Literal["model", "data", "method"]) -> int:
         """The seed of a part: its own, or that of all."""
         own = getattr(self.seeds, part)

@@ -25,6 +25,8 @@ PIPELINE = "deepspeed.runtime.pipe.module.PipelineModule"
 ZERO_1_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 WRITER = "tensorboard.summary.writer.event_file_writer._AsyncWriterThread"
+FRAGMENT = "deepspeed.utils.tensor_fragment.tensor_fragment"
+LINKAGE = "deepspeed.utils.mixed_precision_linkage"
 COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator"
 
 
@@ -71,6 +73,10 @@ INSIDES = (
     Inside(ZERO_1_2, "single_partition_of_fp32_groups", None, "fragments: weights and moments"),
     Inside(ZERO_1_2, "update_lp_params", (), "fragments: weights that were written are used"),
     Inside(ZERO_1_2, "norm_for_param_grads", None, "patches: stale norms"),
+    Inside(LINKAGE, "_hp_mapping", None, "fragments: where a parameter lies"),
+    Inside(FRAGMENT, "hp_fragment_address", None, "fragments: where a parameter lies"),
+    Inside(FRAGMENT, "lp_fragment_address", None, "fragments: where a parameter lies"),
+    Inside(FRAGMENT, "param_group_index", None, "fragments: where a parameter lies"),
     Inside(ZERO_3, "grad_position", None, "fragments: where a parameter lies"),
     Inside(ZERO_3, "get_param_id", ("param",), "fragments: where a parameter lies"),
     Inside(ZERO_3, "fp32_partitioned_groups_flat", None, "fragments: weights and moments"),

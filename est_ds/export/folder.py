@@ -139,7 +139,7 @@ def export(config: RunConfig, wish: Wish) -> Exported:
 
 def _open(config: RunConfig, wish: Wish) -> _Source:
     design = make_design(config)
-    store = Store(Path(config.run_dir) / "checkpoints")
+    store = Store.of(config.run_dir)
     step = store.find(wish.checkpoint)
     check_run_dir(config)
     plan = plan_to_keep(wish.keep, design.method, step)

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from est_ds.checkpoints.store import Store
 from est_ds.config.sections import Batch, RunConfig
@@ -103,7 +102,7 @@ def _start(arguments: list[str], where: Launch, config: RunConfig, signals: Sign
 
 def _saved(config: RunConfig) -> int:
     """The step of the latest checkpoint."""
-    return Store(Path(config.run_dir) / "checkpoints").latest or 0
+    return Store.of(config.run_dir).latest or 0
 
 
 def _place(where: Launch, config: RunConfig, signals: Signals) -> Launch | None:

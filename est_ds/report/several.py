@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -133,14 +132,7 @@ def _training(run: RunFiles, of: Look) -> Line:
 
 def _differ(runs: Sequence[RunFiles]) -> list[str]:
     """Fields that make held-out losses incomparable."""
-    differ = [field for field in LOSS_OF if len({repr(_at(run, field)) for run in runs}) > 1]
+    differ = [field for field in LOSS_OF if len({repr(run.config.at(field)) for run in runs}) > 1]
     if not differ:
         return []
     return [f"runs differ in {', '.join(differ)}: their losses cannot be compared"]
-
-
-def _at(run: RunFiles, field: str) -> Any:
-    value: Any = run.config
-    for name in field.split("."):
-        value = getattr(value, name)
-    return value

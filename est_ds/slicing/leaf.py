@@ -150,31 +150,31 @@ class NormOfKept(Held):
 
 
 @dataclass(frozen=True)
-class Run:
-    """Rows of a weight that several runs share.
+class Rows:
+    """Neighbouring rows of a weight, which other rows may follow.
 
     Attributes:
-        rows: their number.
+        number: how many they are.
         size: rows of one unit; 0: no unit's, and always kept.
     """
 
-    rows: int
+    number: int
     size: int
 
     def kept(self, units: Tensor) -> Tensor:
         """The kept ones, from 0 on."""
         if not self.size:
-            return torch.arange(self.rows, device=units.device)
+            return torch.arange(self.number, device=units.device)
         of_unit = torch.arange(self.size, device=units.device)
         return (units[:, None] * self.size + of_unit).flatten()
 
 
-def rows_of(units: Tensor, runs: tuple[Run, ...]) -> Tensor:
-    """The rows of kept units in a weight of several runs, and those that are always kept."""
+def rows_of(units: Tensor, stretches: tuple[Rows, ...]) -> Tensor:
+    """The rows of kept units in a weight whose rows are these, and those that are always kept."""
     found, first = [], 0
-    for run in runs:
-        found.append(first + run.kept(units))
-        first += run.rows
+    for rows in stretches:
+        found.append(first + rows.kept(units))
+        first += rows.number
     return torch.cat(found)
 
 

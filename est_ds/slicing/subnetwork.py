@@ -184,8 +184,8 @@ class Subnetwork:
             module.est_slice = Slice(units, size)
         for module, size in slot.inner_columns:
             module.est_slice = Slice(units, size, kept.scale)
-        for module, runs in slot.mixed_rows + slot.held:
-            module.est_slice = Slice(rows_of(units, runs), 1)
+        for module, stretches in slot.mixed_rows + slot.held:
+            module.est_slice = Slice(rows_of(units, stretches), 1)
         for module, _ in slot.informed:
             module.est_slice = Slice(units, 1)
         if isinstance(part, Attention):

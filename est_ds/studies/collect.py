@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from est_ds.checkpoints.store import Store
 from est_ds.disk import replace_bytes
 from est_ds.errors import Failure
 from est_ds.ranks.versions import versions
@@ -71,4 +71,4 @@ def keep_windows(run: StudyRun, target: Path) -> None:
 
 def clear(run: StudyRun) -> None:
     """Removes the checkpoints of a run whose result is on disk."""
-    shutil.rmtree(Path(run.config.run_dir) / "checkpoints", ignore_errors=True)
+    Store.of(run.config.run_dir).remove_all()

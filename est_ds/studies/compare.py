@@ -28,7 +28,7 @@ from est_ds.studies.runs import (
     wanted_runs,
 )
 from est_ds.studies.study_file import StudyFile, load_study
-from est_ds.studies.text import answers_json, answers_text, plan_text, times_text, verdicts
+from est_ds.studies.text import answers_json, answers_text, times_text, todo_text, verdicts
 from est_ds.training.progress import clock
 
 LOCK = ".lock"
@@ -67,7 +67,7 @@ def compare(path: str, wish: Wish) -> int:
     """
     study = _open(path, wish)
     if wish.dry_run:
-        study.say_plan()
+        study.say_todo()
         return 0
     try:
         lock = hold(study.file.folder / LOCK)
@@ -87,7 +87,7 @@ def compare(path: str, wish: Wish) -> int:
         if wish.time_only or study.needs_times:
             study.measure()
         if not wish.time_only and study.todo():
-            study.say_plan()
+            study.say_todo()
         code = 0 if wish.time_only else study.train()
     study.show()
     return code
@@ -113,14 +113,9 @@ def _open(path: str, wish: Wish) -> Session:
         results.begin(header)  # compares, and writes nothing
     session = Session(file, wish, runs, results, header)
     if header.corpora is None and not wish.dry_run and session.todo():
-        for part in _first_config(runs).data.parts:
+        for part in runs.first.config.data.parts:
             Corpus.open(part.corpus)  # says what is missing
     return session
-
-
-def _first_config(runs: Runs):
-    baseline = runs.file.baseline
-    return runs.run(baseline.name, next(iter(runs.file.seeds)), baseline.grid[0]).config
 
 
 def _header(runs: Runs) -> Header:
@@ -128,7 +123,7 @@ def _header(runs: Runs) -> Header:
     file = runs.file
     bare = [*file.baseline.overrides, f"run_dir={file.folder / 'unbegun'}"]
     config = load_run(file.base, bare)
-    return Header(study=key_of(config), corpora=fingerprints(_first_config(runs)))
+    return Header(study=key_of(config), corpora=fingerprints(runs.first.config))
 
 
 @dataclass
@@ -169,22 +164,17 @@ class Session:
 
     @property
     def places(self) -> Places:
-        return Places.on_this_machine(processes_of(self._some_run()), self.wish.jobs)
-
-    def _some_run(self) -> StudyRun:
-        baseline = self.file.baseline
-        return self.runs.run(baseline.name, next(iter(self.file.seeds)), baseline.grid[0])
+        return Places.on_this_machine(processes_of(self.runs.first), self.wish.jobs)
 
     def say(self, text: str) -> None:
         """Prints what is no answer."""
         print(text, file=sys.stderr if self.wish.json else sys.stdout, flush=True)
 
-    def say_plan(self) -> None:
+    def say_todo(self) -> None:
         """Prints what is to be trained."""
-        todo = self.todo(guess=True)
-        done = len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
         places = len(self.places.environments)
-        self.say(plan_text(self.runs, todo, done, self.results, places))
+        todo = self.todo(guess=True)
+        self.say(todo_text(self.runs, todo, self._done_so_far, self.results, places))
 
     @property
     def needs_times(self) -> bool:
@@ -232,9 +222,13 @@ class Session:
         self.say(f"{self._count()} {run.name}: failed: {why}")
 
     def _count(self) -> str:
-        todo = len(self.todo(guess=True))
-        done = len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
-        return f"[{done}/{done + todo + len(self.failed)}]"
+        done = self._done_so_far
+        return f"[{done}/{done + len(self.todo(guess=True)) + len(self.failed)}]"
+
+    @property
+    def _done_so_far(self) -> int:
+        """Runs of the study that are done, trained by this call or before."""
+        return len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
 
     def _left(self) -> str:
         """The time left, by what this call has trained so far."""

@@ -12,8 +12,6 @@ from est_ds.studies.results import ArmTimes, Times
 from est_ds.studies.runs import Runs
 from est_ds.training.time_runs import Timed, measure_runs
 
-LIMIT_S = 20.0  # rounds of an arm
-
 
 def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
     """Measures every phase of every arm in turns with the full model of the baseline.
@@ -29,7 +27,7 @@ def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
     others = [name for name in file.arms if name != baseline]
     # The baseline too, which need not be the full model in all phases.
     timed = [_timed(runs, baseline, "full model"), *(_timed(runs, a) for a in (baseline, *others))]
-    found = measure_runs(timed, processes, LIMIT_S, log)
+    found = measure_runs(timed, processes, log=log)
     unit = median(found[baseline].run_ratios(baseline))
     times = next(iter(found.values()))
     return Times(

@@ -153,9 +153,7 @@ def _verdict(seen: Seen, arm: ArmAnswer) -> list[str]:
 def _figures(seen: Seen) -> Iterator[tuple[str, str]]:
     """Headings with figures, of those that have something to show."""
     name = seen.baseline.name
-    timed = (
-        f" {SECONDS}" if seen.step_s else " Seconds are not known: step times were not measured."
-    )
+    timed = f" {SECONDS if seen.step_s else NO_SECONDS}"
     figure, out = plots.end_points(seen)
     if figure.data:
         fit = FIT if seen.answers.curves else NO_FIT

@@ -169,7 +169,7 @@ def finished(run: StudyRun) -> bool:
     directory = Path(run.config.run_dir)
     return (
         (directory / "config.yaml").exists()
-        and Store(directory / "checkpoints").latest == run.steps
+        and Store.of(directory).latest == run.steps
         and key_of(load_run(directory)) == run.key
     )
 

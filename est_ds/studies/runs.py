@@ -69,6 +69,12 @@ class Runs:
         self._flops = cache(self._flops_of)
         self._parameters = cache(self._parameters_of)
 
+    @property
+    def first(self) -> StudyRun:
+        """The baseline's, with the first seed and the first values of its grid."""
+        baseline = self.file.baseline
+        return self.run(baseline.name, next(iter(self.file.seeds)), baseline.grid[0])
+
     def _run(self, arm: str, seed: int, values: Values, steps: int | None = None) -> StudyRun:
         """A run of an arm.
 
@@ -277,7 +283,7 @@ def check_study(runs: Runs) -> None:
 
 def _check_alike(arm: str, config: RunConfig, base: RunConfig) -> None:
     for field in SHARED:
-        here, there = _at(config, field), _at(base, field)
+        here, there = config.at(field), base.at(field)
         if here != there:
             raise UserError(
                 f"arm {arm!r}: {field}={_shown(here)} differs from the baseline's {_shown(there)}, "
@@ -290,13 +296,6 @@ def _check_alike(arm: str, config: RunConfig, base: RunConfig) -> None:
             f"{base.batch.global_}, so that equal steps are not equal tokens; set it for all arms "
             f"(under `set`), or make another study."
         )
-
-
-def _at(config: RunConfig, field: str) -> Any:
-    value: Any = config
-    for name in field.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _shown(value: Any) -> str:

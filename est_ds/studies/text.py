@@ -126,7 +126,7 @@ def notes(answers: Answers) -> list[str]:
     """What explains the tables."""
     return [
         "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
-        "Could see: the smallest true difference that as many seeds show with a chance of 80 %.",
+        "Could see: the true difference that this number of seeds detects with a chance of 80 %.",
         "A gain of 1.1: the baseline needs 1.1 times as much for that loss.",
         f"The verdict of the study is that at equal {BUDGETS[answers.decides]}.",
     ]
@@ -186,7 +186,7 @@ def _said(arm: ArmAnswer, compared: Compared | None) -> str:
     return f"{arm.name} {compared.verdict} ({by})"
 
 
-def plan_text(
+def todo_text(
     runs: Runs, todo: Iterable[StudyRun], done: int, results: Results, places: int
 ) -> str:
     """What is to be trained, before it starts."""

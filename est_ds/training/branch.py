@@ -97,7 +97,7 @@ def _is_asked_for(field: str) -> bool:
 def _trunk(run: str, at: str) -> Trunk:
     directory = Path(load_run(run).run_dir)
     config = load_run(directory)
-    store = Store(directory / "checkpoints")
+    store = Store.of(directory)
     step = store.find(at)
     folder = store.path(step)
     try:

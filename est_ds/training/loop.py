@@ -80,7 +80,7 @@ def _train(
     run: Run, build: Callable[..., Engine], watchdog: Watchdog, before: BeforeTraining
 ) -> None:
     config, world = run.config, World.from_environment()
-    store = Store(run.directory / "checkpoints")
+    store = Store.of(run.directory)
     resumed = choose_checkpoint(store, config.resume)
     start = resumed.step if resumed else 0
     check_state(run, resumed)

@@ -113,7 +113,7 @@ def _differences(
         steps, evaluations = read_metrics(run)
         runs.append(({e["step"]: e for e in steps}, {e["step"]: e for e in evaluations}))
     (steps, evaluations), (other_steps, other_evaluations) = runs
-    stores = [Store(run / "checkpoints") for run in (expected, found)]
+    stores = [Store.of(run) for run in (expected, found)]
     saved = set(stores[0].steps()) & set(stores[1].steps())
     for step in range(max([*steps, *other_steps, *(s - 1 for s in saved)], default=-1) + 1):
         allowed = Bounds() if step < exact_until else bounds

@@ -92,7 +92,7 @@ class ResumeCheck:
         Returns:
             Steps that it had logged by then.
         """
-        store = Store(self.interrupted / "checkpoints")
+        store = Store.of(self.interrupted)
 
         def is_past_the_cut() -> bool:
             logged, _ = read_metrics(self.interrupted)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
-from est_ds.slicing.leaf import Run, Skippable, SkippableLayer
+from est_ds.slicing.leaf import Rows, Skippable, SkippableLayer
 
 Sized = tuple[nn.Module, int]  # a leaf, and how many of its rows or columns one unit has
 
-Mixed = tuple[nn.Module, tuple[Run, ...]]  # a leaf, and what its rows are
+Mixed = tuple[nn.Module, tuple[Rows, ...]]  # a leaf, and what its rows are
 
 
 class Follower:

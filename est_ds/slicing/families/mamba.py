@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from est_ds.errors import UserError
 from est_ds.plans.shape import ModelShape, StateSpace
 from est_ds.slicing.families.base import Family, Follower, Piece, Size, Slot, tied_to
-from est_ds.slicing.leaf import Run, SkippableLayer, SkippableMlp
+from est_ds.slicing.leaf import Rows, SkippableLayer, SkippableMlp
 
 WORDS = "backbone.embeddings.weight"
 # Of which there must be at least one.
@@ -159,7 +159,7 @@ def _check(config: Any) -> None:
 
 def _slot_of_channels(mixer: nn.Module) -> Slot:
     """Of a Mamba."""
-    inner = Run(mixer.intermediate_size, 1)
+    inner = Rows(mixer.intermediate_size, 1)
     return Slot(
         mixed_rows=((mixer.in_proj, (inner, inner)),),  # channels, and their gates
         inner_columns=((mixer.x_proj, 1),),
@@ -172,8 +172,8 @@ def _slot_of_channels(mixer: nn.Module) -> Slot:
 def _slot_of_heads(mixer: nn.Module) -> Slot:
     """Of a Mamba2."""
     size, groups = mixer.head_dim, mixer.n_groups
-    steps, channels = Run(mixer.num_heads, 1), Run(mixer.intermediate_size, size)
-    shared = Run(2 * groups * mixer.ssm_state_size, 0)  # B and C of every group
+    steps, channels = Rows(mixer.num_heads, 1), Rows(mixer.intermediate_size, size)
+    shared = Rows(2 * groups * mixer.ssm_state_size, 0)  # B and C of every group
     return Slot(
         mixed_rows=((mixer.in_proj, (channels, channels, shared, steps)),),  # gates first
         held=((mixer, (steps,)), (mixer.conv1d, (channels, shared))),
@@ -182,7 +182,7 @@ def _slot_of_heads(mixer: nn.Module) -> Slot:
         followers=(
             Follower(mixer, "num_heads", lambda heads, _: heads),
             Follower(mixer, "intermediate_size", lambda heads, _: heads * size),
-            Follower(mixer, "conv_dim", lambda heads, _: heads * size + shared.rows),
+            Follower(mixer, "conv_dim", lambda heads, _: heads * size + shared.number),
             Follower(mixer.norm, "group_size", lambda heads, _: heads * size // groups),
         ),
         skippable=((mixer, SkippableMlp),),

@@ -231,7 +231,7 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
         type=_positive,
         default=0,
         metavar="N",
-        help="train N further seeds; they then belong to the study's results",
+        help="train N seeds beyond those of the file; they then belong to the study's results",
     )
 
 

@@ -13,6 +13,7 @@ from est_ds.studies.answers import Answers, answer
 from est_ds.studies.results import ArmTimes, Header, Results, RunResult, Times, read_results
 from est_ds.studies.runs import Chooser, Runs, StudyRun, wanted_runs
 from est_ds.studies.study_file import load_study
+from est_ds.studies.times import known_ratios
 
 BASE = {
     "run_dir": "unset",
@@ -64,7 +65,13 @@ def make_study(folder: Path, **changes) -> SimpleNamespace:
 def measure(study: SimpleNamespace) -> None:
     """Adds step times."""
     arms = {
-        arm: ArmTimes(ratio=ratio, cpu_ratio=ratio, step_s=0.5 * ratio, spread=0.01)
+        arm: ArmTimes(
+            run=study.runs.timed_key(arm),
+            ratio=ratio,
+            cpu_ratio=ratio,
+            step_s=0.5 * ratio,
+            spread=0.01,
+        )
         for arm, ratio in RATIOS.items()
         if arm in study.runs.file.arms
     }
@@ -77,7 +84,8 @@ def train(study: SimpleNamespace, most: int | None = None) -> None:
     """Finishes runs, all that are wanted or so many."""
     results = study.results
     while most is None or len(results.runs) < most:
-        wanted = wanted_runs(study.runs, Chooser(results.losses, results.time_ratios))
+        ratios = known_ratios(study.runs, results.times)
+        wanted = wanted_runs(study.runs, Chooser(results.losses, ratios))
         todo = [run for run in wanted.runs if run.key not in results.runs]
         if not todo:
             return
@@ -136,5 +144,6 @@ def _boundaries(runs: Runs, run: StudyRun, loss: float) -> list[dict]:
 def answers_of(study: SimpleNamespace) -> Answers:
     """What the results on disk say."""
     results = read_results(study.runs.file.results)
-    wanted = wanted_runs(study.runs, Chooser(results.losses, results.time_ratios))
+    ratios = known_ratios(study.runs, results.times)
+    wanted = wanted_runs(study.runs, Chooser(results.losses, ratios))
     return answer(study.runs, wanted, results)

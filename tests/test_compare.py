@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
-from conftest import est_ds, refused, run_command
+from conftest import ROOT, est_ds, refused
 from est_ds.run.metrics import read_metrics
 from est_ds.run.windows import read_windows
 from est_ds.studies.answers import answer
 from est_ds.studies.results import ArmTimes, Header, RunResult, Times, read_results
-from est_ds.studies.runs import Chooser, Runs, StudyRun, wanted_runs
+from est_ds.studies.runs import Chooser, Runs, StudyRun, check_study, wanted_runs
 from est_ds.studies.study_file import load_study
 from est_ds.studies.text import answers_text
+from est_ds.studies.times import known_ratios
 
 LAYERS = {"name": "raptr", "phases": [{"until": 0.5, "layers": 2}, {"until": 1.0}]}
 HALF_LAYERS = {"name": "layer_drop", "drop": 0.5}
@@ -76,7 +78,7 @@ def answered(file: Path, loss_of, times: Times | None = None):
     if times:
         results.add_times(times)
     while True:  # until no run waits for a grid any more
-        chooser = Chooser(results.losses, results.time_ratios)
+        chooser = Chooser(results.losses, known_ratios(runs, results.times))
         wanted = wanted_runs(runs, chooser)
         todo = [run for run in wanted.runs if run.key not in results.runs]
         if not todo:
@@ -85,10 +87,28 @@ def answered(file: Path, loss_of, times: Times | None = None):
             results.add(result_of(run, loss_of(run)))
 
 
+def times_of(file: Path, arms: dict[str, tuple[float, float]]) -> Times:
+    """Step times of arms, each with its ratio and spread, on a machine that was busy."""
+    runs = Runs(load_study(file))
+    measured = {
+        arm: ArmTimes(
+            run=runs.timed_key(arm), ratio=ratio, cpu_ratio=ratio, step_s=0.2 * ratio, spread=spread
+        )
+        for arm, (ratio, spread) in arms.items()
+    }
+    return Times(device="cpu", processes=1, arms=measured, busy=1.0, measured="")
+
+
 def dense_loss(run: StudyRun) -> float:
     """A curve of losses with an offset for every seed."""
     return 3.0 + 2.0 * (run.flops.model / 1e9) ** -0.5 + 0.02 * run.seed
 
+
+STUDIES = [
+    file
+    for file in sorted((ROOT / "configs" / "study").glob("*.yaml"))
+    if "arms" in yaml.safe_load(file.read_text())
+]
 
 # What a study trains.
 
@@ -132,24 +152,15 @@ def test_two_arms_of_one_config_are_one_run(write_study):
 
 def test_seeds_of_weights_data_and_draws_may_be_apart(write_study):
     seeds = {"model": [5, 6], "data": 7, "method": [8, 9]}
-    file = load_study(write_study(seeds=seeds)).more_seeds(2)
+    file = load_study(write_study(seeds=seeds)).with_seeds({2, 3})
     configs = [Runs(file).run("layers", seed, ()).config.seeds for seed in file.seeds]
     found = [(s.model, s.data, s.method) for s in configs]
     assert found == [(5, 7, 8), (6, 7, 9), (7, 7, 10), (8, 7, 11)]
 
 
 def test_seconds_make_budgets_of_step_times(write_study):
-    times = Times(
-        device="cpu",
-        processes=1,
-        arms={
-            "dense": ArmTimes(ratio=1.0, cpu_ratio=1.0, step_s=0.2, spread=0.0),
-            "layers": ArmTimes(ratio=0.75, cpu_ratio=0.75, step_s=0.15, spread=0.0),
-        },
-        busy=1.0,
-        measured="",
-    )
     file = write_study(budgets=["seconds"], dense_curve=[0.5, 1.0, 1.5])
+    times = times_of(file, {"dense": (1.0, 0.0), "layers": (0.75, 0.0)})
     runs, wanted, results, answers = answered(file, dense_loss, times)
     assert wanted.matched["layers"] == {"seconds": 6}
     arm = answers.arms[1]
@@ -159,7 +170,73 @@ def test_seconds_make_budgets_of_step_times(write_study):
     assert any("1.0 processors busy" in warning for warning in answers.warnings)
 
 
+def test_step_times_of_an_arm_that_has_changed_are_not_its_own(write_study):
+    arms = {"dense": DENSE, "same": DENSE, "half": {"method": HALF_LAYERS}}
+    file = write_study(budgets=["seconds"], arms=arms)
+    times = times_of(file, {"dense": (1.0, 0.0), "same": (1.03, 0.0), "half": (0.6, 0.0)})
+    # An arm of the baseline's config has its time, whatever was measured.
+    assert known_ratios(Runs(load_study(file)), times) == {"dense": 1.0, "same": 1.0, "half": 0.6}
+    arms["half"] = {"method": {**HALF_LAYERS, "drop": 0.75}}
+    changed = Runs(load_study(write_study(budgets=["seconds"], arms=arms)))
+    assert known_ratios(changed, times) == {"dense": 1.0, "same": 1.0}
+
+
+def test_step_times_that_spread_give_no_verdict_at_equal_seconds(write_study):
+    file = write_study(budgets=["tokens", "seconds"])
+    times = times_of(file, {"dense": (1.0, 0.0), "layers": (0.75, 0.46)})
+    noise = {0: 0.001, 1: -0.002, 2: 0.0015}
+    _, _, _, answers = answered(
+        file, lambda run: dense_loss(run) + (1.0 + noise[run.seed]) * (run.arm == "layers"), times
+    )
+    budgets = answers.arms[1].budgets
+    assert (budgets["tokens"].verdict, budgets["seconds"].verdict) == ("costs", None)
+    assert any("its step times spread by 46%" in warning for warning in answers.warnings)
+
+
 # What it says.
+
+
+def test_seeds_that_all_differ_alike_give_no_verdict(write_study):
+    """As where an arm draws nothing, and only the seed of the draws changes."""
+    file = write_study(seeds={"model": 0, "data": 0, "method": [0, 1, 2]})
+    runs, _, _, answers = answered(file, lambda run: 3.0 - 0.1 * (run.arm == "layers"))
+    compared = answers.arms[1].budgets["tokens"]
+    assert (compared.verdict, compared.difference.p) == (None, None)
+    assert any("all seeds differ alike" in warning for warning in answers.warnings)
+    assert "pays" not in answers_text(runs, answers).split("warning")[0]
+
+
+def test_a_baseline_that_diverges_gives_no_verdict(write_study):
+    file = write_study()
+
+    def loss(run: StudyRun) -> float | None:
+        return None if (run.arm, run.seed) == ("dense", 1) else 3.0 + 0.01 * run.seed**2
+
+    _, _, _, answers = answered(file, loss)
+    assert answers.arms[1].budgets["tokens"].verdict is None
+    assert any("the baseline diverged with seed 1" in warning for warning in answers.warnings)
+
+
+def test_what_could_be_seen_goes_by_the_number_of_arms(write_study):
+    arms = {"dense": DENSE} | {
+        f"arm_{i}": {**DENSE, "optimizer.lr": 1e-4 * (i + 1)} for i in range(4)
+    }
+    rng = np.random.default_rng(0)
+    noise: dict[str, float] = {}
+
+    def loss(run: StudyRun) -> float:
+        return 3.0 + noise.setdefault(run.key, rng.normal(0.0, 0.01))
+
+    _, _, _, answers = answered(write_study(arms=arms, budgets=["tokens"]), loss)
+    for arm in answers.arms[1:]:
+        difference = arm.budgets["tokens"].difference
+        # The power at 5 % over four arms is 80 % there.
+        effect = difference.detectable / difference.spread * 3**0.5
+        edge = stats.t.ppf(1 - 0.05 / 4 / 2, 2)
+        # P(T > edge) = E[Phi(effect - edge sqrt(V / 2))] over V of chi square with two degrees.
+        shares = (np.arange(20_000) + 0.5) / 20_000
+        over = stats.norm.cdf(effect - edge * np.sqrt(stats.chi2.ppf(shares, 2) / 2))
+        assert over.mean() == pytest.approx(0.8, abs=1e-3)
 
 
 def test_two_arms_of_one_method_do_not_differ_and_a_worse_one_costs(write_study):
@@ -208,7 +285,7 @@ def test_arms_that_read_other_batches_are_told(write_study):
 
 def test_results_alone_redraw_everything_and_seeds_that_were_added_stay(write_study, tmp_path):
     file = write_study()
-    study = load_study(file).more_seeds(2)
+    study = load_study(file).with_seeds({3, 4})
     runs = Runs(study)
     results = read_results(study.results)
     done = est_ds("compare", file, "--dry-run")
@@ -379,6 +456,22 @@ REFUSED = {
         {"arms": {"dense": {**DENSE, "optimizer.rate": 3e-3}}},
         "arm 'dense': unknown key 'optimizer.rate'",
     ),
+    "equal seeds": (
+        {"seeds": {"model": [0, 0], "data": 0, "method": 0}},
+        "seeds: the 2th and the 1th train the same run",
+    ),
+    "a number of seeds": ({"seeds": 3}, "seeds=3: input should be a valid list"),
+    "an arm that is a folder": ({"arms": {"dense": DENSE, "..": DENSE}}, "arms"),
+    "tuned steps": ({"tune": {"steps": [4, 8]}}, "arms.dense: tune has steps"),
+    "tuned twice alike": ({"tune": {"optimizer.lr": [1e-3, 1e-3]}}, "optimizer.lr twice"),
+    "tuned time": (
+        {
+            "tune": {"method.drop": [0.1, 0.2]},
+            "budgets": ["seconds"],
+            "arms": {"dense": {"method": {"name": "layer_drop"}}},
+        },
+        "tune has method.drop, which may change the time of a step",
+    ),
     "no base": ({"base": "absent.yaml"}, "absent.yaml"),
 }
 
@@ -392,6 +485,7 @@ def test_bad_studies_are_one_clear_error(case, write_study, tmp_path, capsys):
 
 def test_bad_command_lines_and_results_are_one_clear_error(write_study, tmp_path, capsys):
     file = write_study()
+    assert "--jobs=100" in refused(capsys, "compare", file, "--jobs", "100", "--dry-run")
     assert "--only='lairs' is no arm" in refused(capsys, "compare", file, "--only", "lairs")
     results = tmp_path / "study" / "results.jsonl"
     results.parent.mkdir()
@@ -406,13 +500,22 @@ def test_bad_command_lines_and_results_are_one_clear_error(write_study, tmp_path
     ):
         results.write_text(json.dumps({"study": wrong}) + "\n")
         assert expected in refused(capsys, "compare", file)
+    results.write_text("text")
+    assert "is no file of results" in refused(capsys, "compare", file)
+    results.write_bytes(b"\xff\n")
+    assert "it is no text in UTF-8" in refused(capsys, "compare", file)
     results.write_text("text\n")
     assert "line 1 is no result of a study" in refused(capsys, "compare", file)
 
 
-def test_the_shipped_studies_fit(tmp_path):
-    for file in sorted(Path("configs/study").glob("*.yaml")):
-        if "arms" not in yaml.safe_load(file.read_text()):
-            continue
-        done = run_command(sys.executable, "-m", "est_ds.cli", "compare", file, "--dry-run")
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_shipped_study_fits(file):
+    runs = Runs(load_study(file))
+    check_study(runs)
+    committed = read_results(runs.file.results)
+    assert committed.header is None or committed.runs.keys() <= keys_of(runs, committed.losses)
+
+
+def keys_of(runs: Runs, losses: dict[str, float]) -> set[str]:
+    """The runs that a study wants, as far as its results choose them."""
+    return set(wanted_runs(runs, Chooser(losses, {})).by_key)

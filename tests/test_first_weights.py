@@ -209,7 +209,8 @@ def test_weight_decay_is_of_the_parameters_that_it_says(tiny_run, tmp_path):
         zero, none = torch.zeros_like(decayed), name == "model.embed_tokens.weight"
         for other, sign in (("all", -1 * (weight.ndim < 2)), ("no_embeddings", 1 * none)):
             apart = found[other][name] - found["matrices"][name]
-            torch.testing.assert_close(apart, sign * decayed + zero, rtol=1e-4, atol=1e-7)
+            # Weights of norms are about 1, where neighbouring numbers are 1.2e-7 apart.
+            torch.testing.assert_close(apart, sign * decayed + zero, rtol=1e-4, atol=2e-7)
 
 
 def test_a_family_without_one_width_for_all_draws_by_its_own():

@@ -40,7 +40,7 @@ LAYOUTS = {
     "pipe 2, ZeRO 1, bf16": ["parallel={pipe: 2, zero: 1, processes: 2}", "precision=bf16"],
 }
 KINDS = ("training", "saving", "evaluating", "phase boundary", "starting")
-TIMES = ("step_s", "tokens_per_s", "pipe_imbalance", "pipe_waiting", "start")
+TIMES = ("step_s", "step_cpu_s", "tokens_per_s", "pipe_imbalance", "pipe_waiting", "start")
 
 
 def command(run: Path, run_dir: Path, layout: str) -> list[str]:

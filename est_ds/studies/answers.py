@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun, Wanted
@@ -15,6 +15,7 @@ from est_ds.studies.statistics import (
     Gain,
     Interval,
     compute_gain,
+    detectable,
     fit_curve,
     holm,
     paired_difference,
@@ -23,6 +24,10 @@ from est_ds.studies.statistics import (
     verdict,
 )
 from est_ds.studies.study_file import Values
+from est_ds.studies.times import known_ratios
+
+# Step times that spread further, over the rounds, say nothing of equal seconds.
+STEADY = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Compared:
         more_seeds: of an undecided one: how many more would show the difference seen, if it is
             the true one, with a chance of 80 %; None: over 1,000.
         diverged: seeds of the arm that diverged where the baseline did not.
+        unsure: why there is no verdict though there are several seeds; empty otherwise.
     """
 
     steps: int
@@ -45,6 +51,7 @@ class Compared:
     verdict: str | None = None
     more_seeds: int | None = None
     diverged: tuple[int, ...] = ()
+    unsure: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class ArmAnswer:
         losses: held-out loss by seed at the end of the arm's run.
         flops_ratio, blocks_ratio: FLOPs of its run over those of the baseline's.
         time_ratio: step time over the baseline's, measured in turns; None if it was not.
+        time_spread: of the ratio over the rounds (`results.ArmTimes`).
         budgets: by name; empty of the baseline.
         gain: in FLOPs; None without a curve of the baseline.
         gain_seconds: in seconds; None without step times.
@@ -68,6 +76,7 @@ class ArmAnswer:
     flops_ratio: float | None
     blocks_ratio: float | None
     time_ratio: float | None
+    time_spread: float | None
     budgets: dict[str, Compared]
     gain: Gain | None = None
     gain_seconds: Gain | None = None
@@ -102,7 +111,12 @@ def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
     arms = [_arm(found, name, curves) for name in names]
     for budget in file.study.budgets:
         _correct(arms[1:], budget)
-    warnings = (*_warnings(runs, wanted, results), *_of_data(found, names))
+    warnings = (
+        *_warnings(runs, wanted, results),
+        *_of_data(found, names),
+        *_unsure(arms[1:]),
+        *_of_curves(file.study.dense_curve, curves, dense),
+    )
     return Answers(tuple(arms), curves, tuple(dense), file.study.budgets[-1], warnings)
 
 
@@ -113,6 +127,10 @@ class _Found:
     runs: Runs
     wanted: Wanted
     results: Results
+
+    @property
+    def time_ratios(self) -> dict[str, float]:
+        return known_ratios(self.runs, self.results.times)
 
     def run(self, arm: str, seed: int, steps: int | None = None) -> StudyRun | None:
         values = self.wanted.chosen[arm]
@@ -158,7 +176,7 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
     file, losses = runs.file, _losses(results)
     first = next(iter(file.seeds))
     run, base = found.run(name, first), found.run(file.baseline.name, first)
-    times = found.results.time_ratios.get(name)
+    times, measured = found.time_ratios.get(name), found.results.times
     ratios = (None, None)
     if run and base:
         ratios = (run.flops.model / base.flops.model, run.flops.blocks / base.flops.blocks)
@@ -174,6 +192,7 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
         flops_ratio=ratios[0],
         blocks_ratio=ratios[1],
         time_ratio=times,
+        time_spread=measured.arms[name].spread if times and measured else None,
         budgets=budgets,
     )
     if name == file.baseline.name or not (curves.keys() & losses.keys()) or not run or not base:
@@ -194,34 +213,75 @@ def _compared(
     here, there = _losses(arm), _losses(baseline)
     diverged = tuple(seed for seed in arm if seed not in here and seed in there)
     difference = paired_difference(here, there) if here.keys() & there.keys() else None
-    return Compared(steps, difference, diverged=diverged)
+    lost = [seed for seed in baseline if seed not in there and seed in here]
+    unsure = ""
+    if lost:
+        unsure = f"the baseline diverged with seed {', '.join(map(str, lost))}"
+    elif difference and difference.pairs > 1 and difference.spread is None:
+        unsure = "all seeds differ alike, as runs do that are the same ones"
+    return Compared(steps, difference, diverged=diverged, unsure=unsure)
 
 
 def _correct(arms: list[ArmAnswer], budget: str) -> None:
     """Adds corrected p values and verdicts."""
     at = [arm.budgets[budget] if budget in arm.budgets else None for arm in arms]
     corrected = holm([c.difference.p if c and c.difference else None for c in at])
+    tests = sum(p is not None for p in corrected)
     for arm, compared, p in zip(arms, at, corrected):
         if compared is None:
             continue
-        arm.budgets[budget] = _judged(compared, p)
+        if budget == "seconds" and (arm.time_spread or 0.0) > STEADY:
+            unsure = f"its step times spread by {arm.time_spread:.0%}"
+            compared = replace(compared, unsure=compared.unsure or unsure)
+        arm.budgets[budget] = _judged(compared, p, tests)
 
 
-def _judged(compared: Compared, p: float | None) -> Compared:
-    difference, said, more = compared.difference, None, None
+def _judged(compared: Compared, p: float | None, tests: int) -> Compared:
+    """Adds the verdict; what could be seen, and how many seeds it takes, are by as many tests."""
+    difference = compared.difference
+    if difference and difference.spread:
+        seen = detectable(difference.spread, difference.pairs, max(1, tests))
+        difference = replace(difference, detectable=seen)
+    compared = replace(compared, difference=difference, corrected=p)
+    if compared.unsure:
+        return compared
     if compared.diverged:
-        said = "costs"
-    elif difference and difference.spread is not None:
-        said = verdict(difference, p)
-        if said == "undecided":
-            seeds = seeds_for(difference.interval.mean, difference.spread)
-            more = None if seeds is None else max(1, seeds - difference.pairs)
-    return Compared(compared.steps, difference, p, said, more, compared.diverged)
+        return replace(compared, verdict="costs")
+    if difference is None or difference.spread is None:
+        return compared
+    said, more = verdict(difference, p), None
+    if said == "undecided":
+        seeds = seeds_for(difference.interval.mean, difference.spread, max(1, tests))
+        more = None if seeds is None else max(1, seeds - difference.pairs)
+    return replace(compared, verdict=said, more_seeds=more)
+
+
+def _unsure(arms: list[ArmAnswer]) -> list[str]:
+    """Why arms have no verdict."""
+    return [
+        f"arm {arm.name} has no verdict at equal {budget}: {compared.unsure}"
+        for arm in arms
+        for budget, compared in arm.budgets.items()
+        if compared.unsure
+    ]
+
+
+def _of_curves(
+    wanted: Sequence[float], curves: Mapping[int, Curve], dense: list[RunResult]
+) -> list[str]:
+    """Why there is no gain though one was asked for."""
+    budgets = len({r.steps for r in dense})
+    if not wanted or curves or not dense:
+        return []
+    return [
+        f"no gain: no curve fits the baseline's runs of {budgets} budgets (it takes three, whose "
+        f"loss falls)"
+    ]
 
 
 def _warnings(runs: Runs, wanted: Wanted, results: Results) -> list[str]:
     file, found = runs.file, []
-    if not file.study.intervals:
+    if len(file.seeds) == 1:
         found.append("one seed: no interval, no verdict; a pilot shows what to look at next")
     if untuned := [arm.name for arm in file.arms.values() if not arm.grid[0]]:
         found.append(

@@ -29,6 +29,7 @@ from est_ds.studies.runs import (
 )
 from est_ds.studies.study_file import StudyFile, load_study
 from est_ds.studies.text import answers_json, answers_text, times_text, todo_text, verdicts
+from est_ds.studies.times import known_ratios
 from est_ds.training.progress import clock
 
 LOCK = ".lock"
@@ -88,6 +89,7 @@ def compare(path: str, wish: Wish) -> int:
             study.measure()
         if not wish.time_only and study.todo():
             study.say_todo()
+        study.clear_finished()
         code = 0 if wish.time_only else study.train()
     study.show()
     return code
@@ -103,9 +105,14 @@ def _open(path: str, wish: Wish) -> Session:
             f"--only={wish.only!r} is no arm of {path}; {did_you_mean(wish.only, arms)}use one of "
             f"{', '.join(arms)}."
         )
-    file = file.with_seeds({r.seed for r in results.runs.values() if r.arm in arms})
-    if wish.add_seeds:
-        file = file.more_seeds(wish.add_seeds)
+    if wish.add_seeds and not file.study.intervals:
+        raise UserError(
+            "--add-seeds has no effect on a pilot; remove intervals=false, and list two seeds."
+        )
+    own, added = max(file.seeds), {r.seed for r in results.runs.values() if r.arm in arms}
+    # Seeds of the results that the file does not list any more are left out.
+    file = file.with_seeds({seed for seed in added if seed > own})
+    file = file.with_seeds(set(range(own + 1, own + 1 + wish.add_seeds)))
     runs = Runs(file)
     check_study(runs)
     header = _header(runs)
@@ -113,8 +120,9 @@ def _open(path: str, wish: Wish) -> Session:
         results.begin(header)  # compares, and writes nothing
     session = Session(file, wish, runs, results, header)
     if header.corpora is None and not wish.dry_run and session.todo():
-        for part in runs.first.config.data.parts:
-            Corpus.open(part.corpus)  # says what is missing
+        data = runs.first.config.data
+        for prefix in (*(part.corpus for part in data.parts), *data.held_out.values()):
+            Corpus.open(prefix)  # says what is missing
     return session
 
 
@@ -145,7 +153,8 @@ class Session:
         return wanted_runs(self.runs, self._chooser(guess))
 
     def _chooser(self, guess: bool) -> Chooser:
-        return Chooser(self.results.losses, self.results.time_ratios, guess)
+        ratios = known_ratios(self.runs, self.results.times)
+        return Chooser(self.results.losses, ratios, guess)
 
     def todo(self, guess: bool = False) -> list[StudyRun]:
         """The runs that are to be trained, the next one first."""
@@ -180,7 +189,8 @@ class Session:
     def needs_times(self) -> bool:
         """Whether runs wait for step times that were not measured."""
         asked = "seconds" in self.file.study.budgets
-        return asked and not self.file.arms.keys() <= self.results.time_ratios.keys()
+        known = known_ratios(self.runs, self.results.times)
+        return asked and not self.file.arms.keys() <= known.keys()
 
     def measure(self) -> None:
         """Measures the step times of all arms, while nothing trains.
@@ -200,6 +210,7 @@ class Session:
 
     def train(self) -> int:
         """Trains what is not done; 0, or 1 if a run failed, or what a signal asks for."""
+        self.began = time.monotonic()
         watcher = Watcher(self.todo, self._done, self._failed, self._beat)
         with Signals() as signals:
             code = train_all(self.places, watcher, signals)
@@ -244,6 +255,13 @@ class Session:
         self._last_beat = time.monotonic()
         under_way = [f"{r.run.name} step {steps_done(r.run):,} of {r.run.steps:,}" for r in running]
         self.say(f"{self._count()} training {'; '.join(under_way)}")
+
+    def clear_finished(self) -> None:
+        """Removes what a killed call has left of runs whose results are on disk."""
+        if not self.file.study.keep_checkpoints:
+            for key, run in self.wanted().by_key.items():
+                if key in self.results.runs:
+                    clear(run)
 
     def show(self) -> Answers:
         """Prints what is known, whole or not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import median, quantiles
 from typing import TextIO
@@ -33,7 +33,7 @@ def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
     return Times(
         device=times.layout["device"],
         processes=processes,
-        arms={name: _arm_times(found[name], name, found[baseline], unit) for name in found},
+        arms={name: _arm_times(runs, found, name, unit) for name in found},
         busy=max(t.others for t in found.values()),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -44,13 +44,20 @@ def _timed(runs: Runs, arm: str, name: str | None = None) -> Timed:
     return Timed(name or arm, str(runs.file.base), tuple(runs.overrides(arm, values)))
 
 
-def _arm_times(times: StepTimes, arm: str, baseline: StepTimes, unit: float) -> ArmTimes:
+def _arm_times(runs: Runs, found: Mapping[str, StepTimes], arm: str, unit: float) -> ArmTimes:
+    """Step times of an arm.
+
+    Args:
+        unit: wall-clock ratio of the baseline's mean step to its full one.
+    """
+    times, baseline = found[arm], runs.file.baseline.name
     ratios = times.run_ratios(arm)
     middle = median(ratios)
     on_gpu = times.baseline.device_s is not None
     return ArmTimes(
+        run=runs.timed_key(arm),
         ratio=middle / unit,
-        cpu_ratio=None if on_gpu else _cpu(times, arm) / _cpu(baseline, baseline.turns[-1].run),
+        cpu_ratio=None if on_gpu else _cpu(times, arm) / _cpu(found[baseline], baseline),
         step_s=middle * median(times.baseline.step_s),
         spread=_spread(ratios),
     )

@@ -112,7 +112,7 @@ def render(seen: Seen) -> str:
 def _lead(seen: Seen) -> str:
     """How far the study is."""
     file, results = seen.runs.file, seen.results
-    wanted = wanted_runs(seen.runs, Chooser(results.losses, results.time_ratios, guess=True))
+    wanted = wanted_runs(seen.runs, Chooser(results.losses, seen.time_ratios, guess=True))
     done = len(wanted.by_key.keys() & results.runs.keys())
     run = wanted.runs[0]
     seeds = ", ".join(str(seed) for seed in file.seeds)

@@ -61,7 +61,12 @@ class Places:
         if torch.cuda.is_available():
             return cls(processes, _on_gpus(processes, jobs))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        jobs = jobs or max(1, (cores or 1) // processes)
+        most = max(1, (cores or 1) // processes)
+        if jobs and jobs > max(most, cores or 1):
+            raise UserError(
+                f"--jobs={jobs}: this machine has {cores} cores; use at most that many."
+            )
+        jobs = jobs or most
         threads = max(1, (cores or 1) // (jobs * processes))
         return cls(processes, ({"OMP_NUM_THREADS": str(threads)},) * jobs)
 

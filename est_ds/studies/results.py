@@ -20,6 +20,7 @@ from est_ds.disk import replace_text
 from est_ds.errors import UserError, naming
 
 FORMAT = 1
+_RESTORE = "restore the file, or choose another study_dir (or results)."
 
 
 class _Line(BaseModel):
@@ -82,12 +83,14 @@ class ArmTimes(_Line):
     """Step times of an arm in turns with the baseline's.
 
     Attributes:
+        run: what was timed (`Runs.timed_key`).
         ratio: wall-clock time of an arm's mean step over that of the baseline.
         cpu_ratio: the same of processor time; None on a GPU.
         step_s: wall-clock time of the arm's mean step.
         spread: half of the middle half of the rounds' ratios, over their median.
     """
 
+    run: str
     ratio: float
     cpu_ratio: float | None
     step_s: float
@@ -122,10 +125,6 @@ class Results:
         """Held-out loss by key; infinite of a run that diverged."""
         return {k: math.inf if r.loss is None else r.loss for k, r in self.runs.items()}
 
-    @property
-    def time_ratios(self) -> dict[str, float]:
-        return {arm: t.ratio for arm, t in self.times.arms.items()} if self.times else {}
-
     def begin(self, header: Header) -> None:
         """Writes line one of a new file, or compares it.
 
@@ -133,8 +132,14 @@ class Results:
             UserError: the file is of another study, or other corpora.
         """
         if self.header is None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.file, _text("study", header))
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(self.file, _text("study", header))
+            except OSError as e:
+                raise UserError(
+                    f"results {str(self.file)!r} cannot be written ({e.strerror}); mend that, or "
+                    f"choose another results."
+                ) from None
             self.header = header
             return
         if self.header.study != header.study:
@@ -183,8 +188,14 @@ def read_results(file: Path, repair: bool = False) -> Results:
     results = Results(file)
     if not file.exists():
         return results
-    text = file.read_text()
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", None) or "it is no text in UTF-8"
+        raise UserError(f"results {str(file)!r} cannot be read: {why}; {_RESTORE}") from None
     whole = text[: text.rfind("\n") + 1]
+    if text and not whole and not '{"study": '.startswith(text[:10]):
+        raise UserError(f"{file} is no file of results; {_RESTORE}")
     for number, line in enumerate(whole.splitlines(), 1):
         _read_line(results, number, line)
     if results.header is None:
@@ -194,9 +205,6 @@ def read_results(file: Path, repair: bool = False) -> Results:
     if repair and whole != text:
         replace_text(file, whole)
     return results
-
-
-_RESTORE = "restore the file, or choose another study_dir (or results)."
 
 
 def _read_line(results: Results, number: int, line: str) -> None:

@@ -103,8 +103,9 @@ class Runs:
         Raises:
             UserError: its fields do not fit.
         """
+        config = self._config(arm, values, steps, ())
         try:
-            return make_design(self._config(arm, values, steps, ()))
+            return make_design(config)
         except UserError as e:
             raise UserError(f"arm {arm!r}: {e}") from None
 
@@ -120,6 +121,11 @@ class Runs:
         return Flops(
             steps * dense.blocks * (1 - part.blocks), steps * dense.model * (1 - part.model)
         )
+
+    def timed_key(self, arm: str) -> str:
+        """Names what is timed of an arm: its run without a seed, with the first values of its grid
+        (`check_study` refuses grids that change the time of a step)."""
+        return key_of(self._config(arm, self.file.arms[arm].grid[0], None, ()))
 
     def overrides(self, arm: str, values: Values, steps: int | None = None) -> list[str]:
         """What an arm changes of the base, but for its seed."""
@@ -278,7 +284,39 @@ def check_study(runs: Runs) -> None:
             design = runs.design(arm.name, values)
             _check_alike(arm.name, design.config, base.config)
             _check_decayed(arm.name, design)
-    wanted_runs(runs, Chooser({}, {}, guess=True))  # raises
+    _check_seeds(runs)
+    if "seconds" in file.study.budgets:
+        _check_grids(file)
+    try:
+        wanted_runs(runs, Chooser({}, {}, guess=True))
+    except UserError as e:
+        raise UserError(
+            f"{e} (The baseline also trains fewer steps, for equal FLOPs and for dense_curve: give "
+            f"warm-up, decay and phases as fractions.)"
+        ) from None
+
+
+def _check_seeds(runs: Runs) -> None:
+    """Refuses seeds that train the baseline's run again."""
+    file, seen = runs.file, {}
+    for seed in file.seeds:
+        key = runs.run(file.baseline.name, seed, file.baseline.grid[0]).key
+        if (other := seen.setdefault(key, seed)) != seed:
+            raise UserError(
+                f"seeds: the {seed + 1}th and the {other + 1}th train the same run, since no list "
+                f"differs there; give them other numbers."
+            )
+
+
+def _check_grids(file: StudyFile) -> None:
+    """Refuses to tune what changes the time of a step, where seconds are compared."""
+    for arm in file.arms.values():
+        for field, _ in arm.grid[0]:
+            if field.partition(".")[0] not in ("optimizer", "schedule"):
+                raise UserError(
+                    f"arm {arm.name!r}: tune has {field}, which may change the time of a step, and "
+                    f"budgets has seconds; make arms of its values, or leave one of the two out."
+                )
 
 
 def _check_alike(arm: str, config: RunConfig, base: RunConfig) -> None:

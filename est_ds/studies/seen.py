@@ -13,6 +13,7 @@ from est_ds.report.interactive import Look, look
 from est_ds.studies.answers import Answers, ArmAnswer
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun
+from est_ds.studies.times import known_ratios
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,16 @@ class Seen:
     @cached_property
     def step_s(self) -> dict[str, float]:
         """Seconds a step by arm, as measured in turns: the baseline's, times the arm's ratio."""
-        times = self.results.times.arms if self.results.times else {}
-        base = times.get(self.baseline.name)
-        return {arm: base.step_s * t.ratio for arm, t in times.items()} if base else {}
+        times, ratios = self.results.times, self.time_ratios
+        if times is None or not ratios:
+            return {}
+        base_s = times.arms[self.baseline.name].step_s
+        return {arm: base_s * ratio for arm, ratio in ratios.items()}
+
+    @cached_property
+    def time_ratios(self) -> dict[str, float]:
+        """Step times over the baseline's, of arms that have not changed since."""
+        return known_ratios(self.runs, self.results.times)
 
     @cached_property
     def costs(self) -> list[str]:

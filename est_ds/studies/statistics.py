@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special, stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
@@ -48,7 +47,8 @@ class Difference:
         pairs: number of seeds.
         spread: standard deviation of the differences; None of a single one.
         p: of the paired t test; None of a single pair.
-        detectable: the smallest true difference that as many seeds show with a chance of 80 %.
+        detectable: the smallest true difference that this number of seeds shows with a chance of
+            80 %, by a test of this arm alone.
     """
 
     interval: Interval
@@ -78,7 +78,10 @@ def paired_difference(arm: Seeds, baseline: Seeds) -> Difference:
     if not differences.any():  # the same runs twice, of which a t test says nothing
         return Difference(interval, len(shared), 0.0, 1.0, 0.0)
     spread = float(differences.std(ddof=1))
-    t = float(differences.mean()) / spread * math.sqrt(len(shared)) if spread else math.inf
+    if spread <= ROUNDING * abs(float(differences.mean())):
+        # The same runs several times under other numbers, of which no interval can be told.
+        return Difference(Interval(interval.mean), len(shared), None, None, None)
+    t = float(differences.mean()) / spread * math.sqrt(len(shared))
     p = 2 * float(special.stdtr(len(shared) - 1, -abs(t)))
     return Difference(interval, len(shared), spread, p, detectable(spread, len(shared)))
 
@@ -110,33 +113,47 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> I
     return Interval(float(values.mean()), float(found.low), float(found.high))
 
 
-def detectable(spread: float, pairs: int) -> float:
+def detectable(spread: float, pairs: int, tests: int = 1) -> float:
     """Returns the smallest true difference that is found with a chance of 80 %.
 
     Args:
         spread: standard deviation of paired differences.
         pairs: number of seeds, at least 2.
+        tests: how many arms are tested; Holm's first step, which no arm can be sure to be spared,
+            tests at 5 % over their number.
     """
-    return _detectable_effect(pairs) * spread
+    return _detectable_effect(pairs, tests) * spread
 
 
 @cache
-def _detectable_effect(pairs: int) -> float:
-    effect = TTestPower().solve_power(
-        effect_size=None, nobs=pairs, alpha=ALPHA, power=POWER, alternative="two-sided"
-    )
-    return float(np.squeeze(effect))
+def _detectable_effect(pairs: int, tests: int) -> float:
+    low, high = 0.0, 1.0
+    while _power(high, pairs, tests) < POWER:
+        high *= 2
+    return float(optimize.brentq(lambda e: _power(e, pairs, tests) - POWER, low, high))
 
 
-def seeds_for(difference: float, spread: float) -> int | None:
-    """Returns how many seeds show a true difference with a chance of 80 %; None: over 1,000."""
+def _power(effect: float, pairs: int, tests: int) -> float:
+    """Chance that a paired t test finds a difference of so many standard deviations, and with the
+    right sign: by the noncentral t. (`TTestPower` of statsmodels 0.15 adds the other tail, which is
+    not a number for many effects.)"""
+    edge = float(special.stdtrit(pairs - 1, 1 - ALPHA / tests / 2))
+    return float(stats.nct.sf(edge, pairs - 1, effect * math.sqrt(pairs)))
+
+
+def seeds_for(difference: float, spread: float, tests: int = 1) -> int | None:
+    """Returns how many seeds show a true difference with a chance of 80 %; None: over 1,000.
+
+    Args:
+        tests: as of `detectable`.
+    """
     if difference == 0:
         return None
     if spread == 0:
         return 2
 
     def suffice(seeds: int) -> bool:
-        return TTestPower().power(abs(difference) / spread, seeds, ALPHA) >= POWER
+        return _power(abs(difference) / spread, seeds, tests) >= POWER
 
     too_few, enough = 1, 2
     while not suffice(enough):

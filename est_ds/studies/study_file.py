@@ -19,7 +19,7 @@ from est_ds.config.yaml12 import read_mapping
 from est_ds.errors import UserError, did_you_mean
 
 Budget = Literal["tokens", "flops", "seconds"]
-ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=60)]
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=60)]
 Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 Values = tuple[tuple[str, str], ...]  # of fields, as JSON, in the order of the grid
 
@@ -90,7 +90,7 @@ class Study(Strict):
     seeds: Annotated[
         Annotated[list[Seed], Field(min_length=1), Tag("<list>")]
         | Annotated[SeedLists, Tag("<lists>")],
-        Discriminator(lambda value: "<list>" if isinstance(value, list) else "<lists>"),
+        Discriminator(lambda value: "<lists>" if isinstance(value, dict) else "<list>"),
     ] = [0, 1, 2]
     tune: Grid = {}
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("tokens", "flops")
@@ -171,11 +171,6 @@ class StudyFile:
         added = {seed: _seed(self.study.seeds, seed) for seed in sorted(seeds - self.seeds.keys())}
         return StudyFile(self.file, self.study, self.base, self.arms, self.seeds | added)
 
-    def more_seeds(self, number: int) -> StudyFile:
-        """The same with this many further seeds, the numbers after the largest."""
-        begin = max(self.seeds) + 1
-        return self.with_seeds(set(range(begin, begin + number)))
-
 
 def load_study(path: str | os.PathLike) -> StudyFile:
     """Reads a study file.
@@ -219,7 +214,14 @@ def _arm(study: Study, name: str, folder: Path, common: tuple[str, ...]) -> Arm:
             )
         grid = own
     overrides = _overrides(section, folder, f"arms.{name}")
-    for field in grid:
+    for field, tried in grid.items():
+        if field in ("steps", "tokens"):
+            raise UserError(
+                f"arms.{name}: tune has {field}, of which the largest would always be chosen; see "
+                f"dense_curve, or make arms of them."
+            )
+        if len({_text(value) for value in tried}) < len(tried):
+            raise UserError(f"arms.{name}: tune has a value of {field} twice; list it once.")
         _refuse_taken(field, f"arms.{name}.tune" if "tune" in study.arms[name] else "tune")
         for override in overrides:
             if override.partition("=")[0] == field:

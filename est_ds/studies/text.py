@@ -127,6 +127,7 @@ def notes(answers: Answers) -> list[str]:
     return [
         "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
         "Could see: the true difference that this number of seeds detects with a chance of 80 %.",
+        "Verdicts, p and could see are by the number of arms (Holm), intervals and gains are not.",
         "A gain of 1.1: the baseline needs 1.1 times as much for that loss.",
         f"The verdict of the study is that at equal {BUDGETS[answers.decides]}.",
     ]
@@ -153,7 +154,7 @@ def headline(answers: Answers) -> str:
     for arm in answers.arms[1:]:
         sentence = _said(arm, arm.budgets.get(answers.decides))
         said.setdefault(_verdict(answers, arm), []).append(sentence)
-    decided = said.get("pays", ["nothing pays"] if said.keys() - {None} else [])
+    decided = said.get("pays", ["nothing is shown to pay"] if said.keys() - {None} else [])
     for verdict, together in TOGETHER.items():
         found = said.get(verdict, [])
         if len(found) > FEW:

@@ -101,11 +101,14 @@ def test_weights_are_distributed_as_the_library_draws_them(case):
             continue
         if name == "lm_head.weight" and case is CASES["t5_gated"]:
             tensor = tensor * wide.d_model**-0.5  # t5x's: variance 1 / fan-in
-        # Five standard errors of the ratio of two deviations and of the difference of two means.
+        # Five standard errors of the ratio of two deviations and of the mean.
         n = tensor.numel()
         assert abs((ours[name].std() / tensor.std()).item() - 1) < 5 / n**0.5, name
-        apart = ours[name].mean() - tensor.mean()
-        assert abs(apart.item()) < 5 * (2 / n) ** 0.5 * tensor.std().item(), name
+        if name.endswith(("dt_bias", "dt_proj.bias")):  # not around zero
+            apart = ours[name].mean() - tensor.mean()
+            assert abs(apart.item()) < 5 * (2 / n) ** 0.5 * tensor.std().item(), name
+        else:
+            assert abs(ours[name].mean().item()) < 5 * tensor.std().item() / n**0.5, name
 
 
 @every_case

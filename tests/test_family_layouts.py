@@ -35,10 +35,10 @@ LAYOUTS_OF = {
     "bf16": [name for name in (*LAYOUTS, *MORE_LAYOUTS) if "ZeRO 0" not in name][1:],
 }
 # Relative, of the losses, of the norms of the gradients, and of the first norm, where weights are
-# equal. Of T5 in bf16 plain torch itself is 3e-4, 3e-2 and 3e-3 from float64: the norms of two ways
-# to add up, each as far from it, may be twice that from each other.
+# equal. In bf16 plain torch itself is that far from float64: 3e-4, 3e-2 and 3e-3 for T5.
 BOUNDS = {"fp32": (1e-6, 1e-5, 1e-6), "bf16": (1e-3, 2e-2, 3e-3)}
-T5_NORM = {"fp32": 1e-5, "bf16": 6e-2}
+# Of the first norm of tied weights in bf16; plain torch's of a Mamba is 3.0e-4 from float64.
+FIRST, FIRST_OF_MAMBA = 1e-4, 3e-4
 
 
 def overrides_of(model: str, precision: str) -> list[str]:
@@ -107,7 +107,7 @@ def test_tied_weights_in_bf16_on_two_pipe_stages(two_stages, synthetic_run):
         loss, norm, first = differences(folder / name_of(model, "bf16"), expected)
         assert loss <= BOUNDS["bf16"][0] and norm <= BOUNDS["bf16"][1], (model, loss, norm)
         # Not zero: one process adds up a tied weight's gradients in bf16.
-        assert first <= 3e-4, (model, first)
+        assert first <= (FIRST_OF_MAMBA if "mamba" in model else FIRST), (model, first)
 
 
 def test_the_norm_counts_every_gradient_once(two_stages, synthetic_run):
@@ -152,7 +152,7 @@ def table(request, synthetic_run, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_every_layout_equals_plain_adamw(model, table):
+def test_every_layout_equals_plain_adamw(model, table, synthetic_run, tmp_path):
     precision, directories, expected = table
     rows = {
         layout: differences(directories[model, layout], expected[model])
@@ -161,7 +161,13 @@ def test_every_layout_equals_plain_adamw(model, table):
     for layout, (loss, norm, first) in rows.items():
         figures = f"loss {loss:.1e} | norm {norm:.1e} | first {first:.1e}"
         print(f"{precision} | {model} | {layout} | {figures}")
-    loss, norm, first = BOUNDS[precision]
-    bounds = (loss, T5_NORM[precision] if model.startswith("t5") else norm, first)
-    far = {k: v for k, v in rows.items() if any(x > b for x, b in zip(v, bounds))}
+    far = {k: v for k, v in rows.items() if any(x > b for x, b in zip(v, BOUNDS[precision]))}
+    if far and model.startswith("t5"):
+        # Its norms in plain torch are 3e-2 from float64; a layout may be nearer to that than to it.
+        exact = reference_of(synthetic_run, tmp_path, model, precision, double=True)
+        from_exact = {layout: differences(directories[model, layout], exact) for layout in far}
+        print(f"from float64: {from_exact}")
+        far = {
+            k: v for k, v in from_exact.items() if any(x > b for x, b in zip(v, BOUNDS[precision]))
+        }
     assert not far

@@ -104,15 +104,8 @@ def result_of(runs: Runs, run: StudyRun) -> RunResult:
     done = [*range(every, run.steps, every), run.steps]
     curve = [(n, float(loss + 1.5 * (1 - n / run.steps) ** 2)) for n in done]
     return RunResult(
-        run=run.key,
-        arm=run.arm,
-        seed=run.seed,
-        values=dict(run.values),
-        steps=run.steps,
-        tokens=run.tokens,
+        **run.facts,
         parameters=runs.parameters(run),
-        flops=run.flops.model,
-        blocks_flops=run.flops.blocks,
         loss=float(loss),
         bits_per_byte=float(loss) / 2.5,
         curve=curve,

@@ -167,6 +167,30 @@ def tiny_run(corpus, tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture
+def write_study(tiny_run, tmp_path):
+    """Writes a study of the tiny run; what is given replaces or (None) removes a field."""
+
+    from made_studies import DENSE, LAYERS  # here: forked processes load this file
+
+    def write(**changes) -> Path:
+        tree = {
+            "study_dir": str(tmp_path / "study"),
+            "base": str(tiny_run),
+            "set": {"steps": 8, "parallel": {"pipe": 1, "processes": 1}, "checkpoint.every": 4},
+            "baseline": "dense",
+            "arms": {"dense": DENSE, "layers": {"method": LAYERS}},
+            "seeds": [0, 1, 2],
+            "budgets": ["tokens", "flops"],
+        }
+        tree = {k: v for k, v in {**tree, **changes}.items() if v is not None}
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump(tree))
+        return file
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def tokenizer(corpus) -> Path:
     """Folder of a small sentencepiece tokenizer."""

@@ -210,7 +210,7 @@ def test_weight_decay_is_of_the_parameters_that_it_says(tiny_run, tmp_path):
         none = name == "model.embed_tokens.weight"
         for other, sign in (("all", -1 * (weight.ndim < 2)), ("no_embeddings", 1 * none)):
             apart = found[other][name] - found["matrices"][name]
-            # Or one float32 off, where its neighbours are farther apart: at the norms' weights of 1.
+            # Or one float32, where neighbours are farther apart: at the norms' weights of 1.
             wrong = (apart - sign * decayed).abs()
             spacing = torch.from_numpy(np.spacing(found[other][name].abs().numpy()))
             assert (wrong <= 1e-4 * abs(sign) * decayed.abs() + spacing.clamp(min=1e-7)).all(), name

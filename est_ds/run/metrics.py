@@ -78,6 +78,20 @@ def phase_note(steps: Steps) -> str:
     return ", ".join(said)
 
 
+def steps_logged(run_dir: Path) -> int:
+    """Steps that a run under way has logged, from the end of its file."""
+    try:
+        with (run_dir / FILE).open("rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - 8192))
+            lines = f.read().decode(errors="replace").splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        if line.startswith('{"step": ') and (number := line[9:].split(",")[0]).isdecimal():
+            return int(number) + 1
+    return 0
+
+
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / FILE
     found = []

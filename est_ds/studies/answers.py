@@ -204,7 +204,7 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
         per_step = base.flops.model / base.steps
         seconds = {seed: run.steps * times * per_step for seed in losses}
         gains["gain_seconds"] = compute_gain(curves, losses, seconds)
-    return ArmAnswer(**{**known.__dict__, **gains})
+    return replace(known, **gains)
 
 
 def _compared(

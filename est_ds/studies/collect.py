@@ -34,15 +34,8 @@ def collect(run: StudyRun, parameters: int, diverged: bool) -> RunResult:
         raise Failure(f"{directory}: metrics.jsonl has no evaluation after step {run.steps}")
     timed = [line["step_s"] for line in steps]
     return RunResult(
-        run=run.key,
-        arm=run.arm,
-        seed=run.seed,
-        values=dict(run.values),
-        steps=run.steps,
-        tokens=run.tokens,
+        **run.facts,
         parameters=parameters,
-        flops=run.flops.model,
-        blocks_flops=run.flops.blocks,
         loss=None if diverged else last["eval_loss"],
         losses=last.get("eval_losses", {}),
         bits_per_byte=last.get("eval_bits_per_byte"),

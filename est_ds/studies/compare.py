@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.disk import hold
 from est_ds.errors import Failure, UserError, did_you_mean
 from est_ds.launch.signals import Signals
+from est_ds.run.metrics import steps_logged
 from est_ds.studies.answers import Answers, answer
 from est_ds.studies.collect import clear, collect, keep_windows
 from est_ds.studies.measure import measure
 from est_ds.studies.page import write_page
-from est_ds.studies.queue import Places, Running, Watcher, processes_of, steps_done, train_all
+from est_ds.studies.queue import Places, Running, Watcher, processes_of, train_all
 from est_ds.studies.results import Header, Results, read_results
 from est_ds.studies.runs import (
     Chooser,
@@ -158,13 +160,7 @@ class Session:
 
     def todo(self, guess: bool = False) -> list[StudyRun]:
         """The runs that are to be trained, the next one first."""
-        only = self.wish.only
-        if only is None:
-            wanted = self.wanted(guess)
-        else:
-            arms = {name: self.file.arms[name] for name in (self.file.baseline.name, only)}
-            part = Runs(replace(self.file, arms=arms))
-            wanted = wanted_runs(part, self._chooser(guess))
+        wanted = wanted_runs(self.runs, self._chooser(guess), self.wish.only)
         return [
             run
             for run in wanted.runs
@@ -253,7 +249,10 @@ class Session:
         if time.monotonic() - self._last_beat < BEAT_S:
             return
         self._last_beat = time.monotonic()
-        under_way = [f"{r.run.name} step {steps_done(r.run):,} of {r.run.steps:,}" for r in running]
+        under_way = [
+            f"{r.run.name} step {steps_logged(Path(r.run.config.run_dir)):,} of {r.run.steps:,}"
+            for r in running
+        ]
         self.say(f"{self._count()} training {'; '.join(under_way)}")
 
     def clear_finished(self) -> None:

@@ -128,16 +128,18 @@ def train_all(places: Places, watcher: Watcher, signals: Signals) -> int:
     """
     running: list[Running] = []
     signals.end = lambda: _signal(running, signal.SIGINT)
-    notified = False
+    notified, changed = False, True
     try:
         while True:
-            running[:] = [r for r in running if not _ended(r, watcher)]
-            if signals.code is None:
-                _fill(places, running, watcher)
-            elif not notified:
+            left = [r for r in running if not _ended(r, watcher)]
+            changed = changed or len(left) < len(running)
+            running[:] = left
+            if signals.code is None and changed:
+                changed = _fill(places, running, watcher)
+            if signals.code is not None and not notified:
                 notified = True
                 _signal(running, signal.SIGTERM)
-            if not running:
+            if not running and (signals.code is not None or not changed):
                 return signals.code or 0
             watcher.beat(running)
             time.sleep(POLL_S)
@@ -146,27 +148,30 @@ def train_all(places: Places, watcher: Watcher, signals: Signals) -> int:
         _signal(running, signal.SIGKILL)
 
 
-def _fill(places: Places, running: list[Running], watcher: Watcher) -> None:
-    """Starts runs on the free places."""
+def _fill(places: Places, running: list[Running], watcher: Watcher) -> bool:
+    """Starts runs on the free places; returns whether others may now be able to start."""
     taken = {r.place for r in running}
     free = [place for place in range(len(places.environments)) if place not in taken]
     if not free:
-        return
-    under_way = {r.run.key for r in running}
+        return False
+    under_way, ended = {r.run.key for r in running}, False
     for run in watcher.todo():
         if not free:
-            return
+            break
         if run.key in under_way:
             continue
         under_way.add(run.key)
         if finished(run):
             watcher.done(run, True)
+            ended = True
             continue
         try:
             running.append(_start(run, free[0], places))
             free.pop(0)
         except (UserError, OSError) as e:
             watcher.failed(run, str(e))
+            ended = True
+    return ended
 
 
 def finished(run: StudyRun) -> bool:
@@ -248,18 +253,3 @@ def _signal(running: list[Running], number: int) -> None:
     for r in running:
         if r.process.poll() is None:
             r.process.send_signal(number)
-
-
-def steps_done(run: StudyRun) -> int:
-    """Steps that a run under way has logged, from the end of its metrics."""
-    file = Path(run.config.run_dir) / "metrics.jsonl"
-    try:
-        with file.open("rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - 8192))
-            lines = f.read().decode(errors="replace").splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        if line.startswith('{"step": ') and (number := line[9:].split(",")[0]).isdecimal():
-            return int(number) + 1
-    return 0

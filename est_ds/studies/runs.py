@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from est_ds.config.run_file import load_run
@@ -52,6 +51,20 @@ class StudyRun:
     name: str
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of its result before it is trained."""
+        return {
+            "run": self.key,
+            "arm": self.arm,
+            "seed": self.seed,
+            "values": dict(self.values),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "flops": self.flops.model,
+            "blocks_flops": self.flops.blocks,
+        }
+
+    @property
     def steps(self) -> int:
         return self.config.steps
 
@@ -68,6 +81,7 @@ class Runs:
         self.run = cache(self._run)
         self._flops = cache(self._flops_of)
         self._parameters = cache(self._parameters_of)
+        self.timed_key = cache(self._timed_key)
 
     @property
     def first(self) -> StudyRun:
@@ -122,7 +136,7 @@ class Runs:
             steps * dense.blocks * (1 - part.blocks), steps * dense.model * (1 - part.model)
         )
 
-    def timed_key(self, arm: str) -> str:
+    def _timed_key(self, arm: str) -> str:
         """Names what is timed of an arm: its run without a seed, with the first values of its grid
         (`check_study` refuses grids that change the time of a step)."""
         return key_of(self._config(arm, self.file.arms[arm].grid[0], None, ()))
@@ -218,15 +232,19 @@ class Chooser:
         return arm.grid[0] if self.guess else None
 
 
-def wanted_runs(runs: Runs, chooser: Chooser) -> Wanted:
+def wanted_runs(runs: Runs, chooser: Chooser, only: str | None = None) -> Wanted:
     """Lists the runs of a study: seed by seed, the baseline before the others.
+
+    Args:
+        only: an arm, which is listed with what it needs of the baseline; None: all.
 
     Raises:
         UserError: the fields of one do not fit.
     """
     file, baseline = runs.file, runs.file.baseline
     first = next(iter(file.seeds))
-    arms = [baseline, *(arm for arm in file.arms.values() if arm is not baseline)]
+    others = [arm for name, arm in file.arms.items() if only in (None, name)]
+    arms = [baseline, *(arm for arm in others if arm is not baseline)]
     chosen = {arm.name: chooser.best(runs, arm) for arm in arms}
     grid = [runs.run(arm.name, first, values) for arm in arms for values in arm.grid]
     matched: dict[str, dict[str, int]] = {arm.name: {} for arm in arms}
@@ -303,8 +321,8 @@ def _check_seeds(runs: Runs) -> None:
         key = runs.run(file.baseline.name, seed, file.baseline.grid[0]).key
         if (other := seen.setdefault(key, seed)) != seed:
             raise UserError(
-                f"seeds: the {seed + 1}th and the {other + 1}th train the same run, since no list "
-                f"differs there; give them other numbers."
+                f"seeds: seed {seed} would train the run of seed {other} again, since no list has "
+                f"other numbers there; change one, or leave the seed out."
             )
 
 
@@ -364,7 +382,7 @@ def fingerprints(config: RunConfig) -> dict[str, str] | None:
     prefixes |= {f"valid.{name}": prefix for name, prefix in data.held_out.items()}
     found = {}
     for name, prefix in prefixes.items():
-        corpus = Corpus.described(str(Path(prefix)))
+        corpus = Corpus.described(prefix)
         if corpus is None:
             return None
         found[name] = corpus.fingerprint

@@ -16,6 +16,7 @@ from est_ds.studies.runs import Runs, StudyRun
 from est_ds.studies.statistics import Gain, Interval
 from est_ds.studies.study_file import Values
 
+START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
 BUDGETS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
@@ -179,7 +180,7 @@ def _said(arm: ArmAnswer, compared: Compared | None) -> str:
         return f"{arm.name} is not known yet"
     by = f"{interval_text(difference.interval)} nats a token"
     if compared.verdict is None:
-        return f"{arm.name} is at {by} (one seed)"
+        return f"{arm.name} is at {by} ({compared.unsure or 'one seed'})"
     if compared.verdict == "no difference":
         return f"{arm.name} makes no difference"
     if compared.verdict == "undecided":
@@ -242,9 +243,6 @@ def times_text(times: Times) -> str:
     if times.busy is not None:
         lines.append(f"other programs kept {times.busy:.1f} processors busy meanwhile")
     return "\n".join(lines)
-
-
-START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
 
 
 def _disk_bytes(runs: Runs, todo: list[StudyRun], places: int) -> float:

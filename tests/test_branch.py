@@ -211,6 +211,8 @@ def test_directory_that_is_used_is_refused_and_stays(trunk, tmp_path, capsys):
         capsys, "branch", trunk, "--at", "4", "--run-dir", tmp_path / "thesis.txt" / "b"
     )
     assert "cannot be made" in error
+    error = refused(capsys, "branch", trunk, "--at", "4", "--run-dir", trunk / "b")
+    assert "lies in the parent's directory" in error and not (trunk / "b").exists()
 
 
 def test_tokenizer_of_the_same_size_is_another_one(trunk, tmp_path, capsys):

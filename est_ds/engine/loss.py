@@ -13,7 +13,7 @@ from est_ds.data.objectives.loss import IGNORED, Labels
 Loss = Callable[[Tensor, Labels], Tensor]
 
 
-class Rows:
+class RowLosses:
     """Losses and targets of rows, in the order in which their micro-batches came.
 
     Attributes:
@@ -35,7 +35,7 @@ class RowLoss:
 
     def __init__(self, loss: Loss) -> None:
         self._loss = loss
-        self._rows: Rows | None = None
+        self._rows: RowLosses | None = None
 
     def __call__(self, logits_BTV: Tensor, labels: Labels) -> Tensor:
         if self._rows is not None:
@@ -43,15 +43,15 @@ class RowLoss:
         return self._loss(logits_BTV, labels)
 
     @contextmanager
-    def noted(self) -> Iterator[Rows]:
+    def noted(self) -> Iterator[RowLosses]:
         """Notes the rows of the micro-batches whose loss this process computes within."""
-        rows = self._rows = Rows()
+        rows = self._rows = RowLosses()
         try:
             yield rows
         finally:
             self._rows = None
 
-    def _note(self, rows: Rows, logits_BTV: Tensor, labels: Labels) -> None:
+    def _note(self, rows: RowLosses, logits_BTV: Tensor, labels: Labels) -> None:
         labels_BT = labels[0] if isinstance(labels, tuple) else labels
         targets_B = (labels_BT != IGNORED).sum(1)
         each = zip(logits_BTV.split(1), labels_BT.split(1), targets_B.clamp(min=1).float())

@@ -78,6 +78,11 @@ def branch(run: str, at: str, new: str, overrides: list[str]) -> str:
             raise UserError(f"override {override!r:.80}: --run-dir and --at say that; remove it.")
     trunk = _trunk(run, at)
     check_unused(Path(new))
+    if Path(new).resolve().is_relative_to(trunk.directory.resolve()):
+        raise UserError(
+            f"--run-dir={new!r} lies in the parent's directory, which may be removed; choose one "
+            f"outside of {trunk.directory}."
+        )
     config = load_run(trunk.directory, overrides)
     config = config.model_copy(update={"run_dir": new, "start": None})
     changed = changed_fields(trunk.config, config)

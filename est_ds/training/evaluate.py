@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from est_ds.engine.base import Engine
-from est_ds.engine.loss import Rows
+from est_ds.engine.loss import RowLosses
 from est_ds.plans.plan import Plan
 from est_ds.ranks.gather import gathered_on_rank_0
 from est_ds.run.prepare import Run
@@ -78,7 +78,7 @@ def held_out(
     return losses
 
 
-def _windows(run: Run, engine: Engine, rows: Rows) -> dict[str, WindowLosses]:
+def _windows(run: Run, engine: Engine, rows: RowLosses) -> dict[str, WindowLosses]:
     """Puts the rows of all replicas in the order of the windows, on rank 0; nothing elsewhere."""
     everyone = gathered_on_rank_0((engine.replica, rows.losses, rows.targets))
     by_replica = {replica: (losses, targets) for replica, losses, targets in everyone if losses}

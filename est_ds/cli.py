@@ -211,10 +211,11 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
     study.set_defaults(verb=_compare, parser=study)
     study.add_argument("study", metavar="STUDY", help="a study file (YAML)")
     study.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    study.add_argument(
+    nothing = study.add_mutually_exclusive_group()
+    nothing.add_argument(
         "--dry-run", action="store_true", help="say what would be trained, and train nothing"
     )
-    study.add_argument(
+    nothing.add_argument(
         "--time-only",
         action="store_true",
         help="measure the step times of all arms in turns with the baseline's, and train nothing",

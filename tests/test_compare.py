@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, est_ds, refused
+from est_ds.cli import main
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import Flops
 from est_ds.launch.signals import Signals
@@ -39,6 +40,9 @@ def test_results_alone_redraw_everything_and_seeds_that_were_added_stay(write_st
     results = read_results(study.results)
     done = est_ds("compare", file, "--dry-run")
     assert "9 runs, 0 of them done" in done.stdout and not results.file.parent.exists()
+    left = json.loads(est_ds("compare", file, "--dry-run", "--json").stdout)
+    assert len(left["to_train"]) == 9 and left["seconds"] is None and left["done"] == 0
+    assert left["flops"] == pytest.approx(sum(run["flops"] for run in left["to_train"]))
     header = json.loads(identity_of(file))
     results.begin(Header(**header))
     for run in wanted_runs(runs, Chooser({}, {})).runs:
@@ -236,7 +240,15 @@ REFUSED = {
         },
         "tune has method.drop, which may change the time of a step",
     ),
-    "no base": ({"base": "absent.yaml"}, "absent.yaml"),
+    "no base": ({"base": "absent.yaml"}, "error: base='absent.yaml': "),
+    "set and tuned": (
+        {"set": {"optimizer.lr": 3e-3}, "tune": {"optimizer.lr": [1e-3]}},
+        "set: optimizer.lr=0.003 cannot take effect, since tune has optimizer.lr",
+    ),
+    "other places": (
+        {"arms": {"dense": DENSE, "wide": {**DENSE, "parallel.processes": 4}}},
+        "arm 'wide': parallel.processes=4 differs from the baseline's",
+    ),
 }
 
 
@@ -249,6 +261,9 @@ def test_bad_studies_are_one_clear_error(case, write_study, tmp_path, capsys):
 
 def test_bad_command_lines_and_results_are_one_clear_error(write_study, tmp_path, capsys):
     file = write_study()
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(file), "--dry-run", "--time-only"])
+    assert "--time-only: not allowed with argument --dry-run" in capsys.readouterr().err
     assert "--jobs=100" in refused(capsys, "compare", file, "--jobs", "100", "--dry-run")
     assert "--only='lairs' is no arm" in refused(capsys, "compare", file, "--only", "lairs")
     results = tmp_path / "study" / "results.jsonl"

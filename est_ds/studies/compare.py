@@ -30,8 +30,9 @@ from est_ds.studies.runs import (
     wanted_runs,
 )
 from est_ds.studies.study_file import StudyFile, load_study
-from est_ds.studies.text import answers_json, answers_text, times_text, todo_text, verdicts
+from est_ds.studies.text import answers_json, answers_text, times_text, verdicts
 from est_ds.studies.times import known_ratios
+from est_ds.studies.todo import Todo, make_todo, todo_json, todo_text
 from est_ds.training.progress import clock
 
 LOCK = ".lock"
@@ -70,7 +71,8 @@ def compare(path: str, wish: Wish) -> int:
     """
     study = _open(path, wish)
     if wish.dry_run:
-        study.say_todo()
+        todo = study.list_todo()
+        print(todo_json(todo) if wish.json else todo_text(todo))
         return 0
     try:
         lock = hold(study.file.folder / LOCK)
@@ -90,7 +92,7 @@ def compare(path: str, wish: Wish) -> int:
         if wish.time_only or study.needs_times:
             study.measure()
         if not wish.time_only and study.todo():
-            study.say_todo()
+            study.say(todo_text(study.list_todo()))
         study.clear_finished()
         code = 0 if wish.time_only else study.train()
     study.show()
@@ -175,11 +177,11 @@ class Session:
         """Prints what is no answer."""
         print(text, file=sys.stderr if self.wish.json else sys.stdout, flush=True)
 
-    def say_todo(self) -> None:
-        """Prints what is to be trained."""
+    def list_todo(self) -> Todo:
+        """What is to be trained, and what it costs."""
         places = len(self.places.environments)
         todo = self.todo(guess=True)
-        self.say(todo_text(self.runs, todo, self._done_so_far, self.results, places))
+        return make_todo(self.runs, todo, self._done_so_far, self.results, places)
 
     @property
     def needs_times(self) -> bool:

@@ -346,6 +346,13 @@ def _check_alike(arm: str, config: RunConfig, base: RunConfig) -> None:
                 f"so that their losses cannot be compared; set it for all arms (under `set`), or "
                 f"make another study."
             )
+    for field in ("parallel.processes", "parallel.pipe"):
+        if config.at(field) != base.at(field):
+            raise UserError(
+                f"arm {arm!r}: {field}={config.at(field)} differs from the baseline's "
+                f"{base.at(field)}, and all runs of a study take equal places on the machine; set "
+                f"it for all arms (under `set`)."
+            )
     if config.tokens_per_step != base.tokens_per_step:
         raise UserError(
             f"arm {arm!r}: batch.global={config.batch.global_} differs from the baseline's "

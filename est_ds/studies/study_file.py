@@ -181,11 +181,14 @@ def load_study(path: str | os.PathLike) -> StudyFile:
     file = Path(path)
     tree = expanded(read_mapping(file, "study file"), PATHS)
     study = checked(Study, tree)
+    base = file.parent / study.base
+    if not base.exists():
+        raise UserError(f"base={study.base!r}: {base} does not exist; name a run file or a run.")
     common = _overrides(study.set, file.parent, "set")
     arms = {name: _arm(study, name, file.parent, common) for name in study.arms}
     listed = range(study.seeds.count) if isinstance(study.seeds, SeedLists) else study.seeds
     seeds = {seed: _seed(study.seeds, seed) for seed in listed}
-    return StudyFile(file, study, file.parent / study.base, arms, seeds)
+    return StudyFile(file, study, base, arms, seeds)
 
 
 def _seed(seeds: list[int] | SeedLists, seed: int) -> tuple[str, ...]:
@@ -223,10 +226,11 @@ def _arm(study: Study, name: str, folder: Path, common: tuple[str, ...]) -> Arm:
         if len({_text(value) for value in tried}) < len(tried):
             raise UserError(f"arms.{name}: tune has a value of {field} twice; list it once.")
         _refuse_taken(field, f"arms.{name}.tune" if "tune" in study.arms[name] else "tune")
-        for override in overrides:
+        for override in (*common, *overrides):
             if override.partition("=")[0] == field:
+                where = f"arms.{name}" if override in overrides else "set"
                 raise UserError(
-                    f"arms.{name}: {override} cannot take effect, since tune has {field}; remove "
+                    f"{where}: {override} cannot take effect, since tune has {field}; remove "
                     f"one of them, or give the arm a tune of its own (tune: {{}} for none)."
                 )
     texts = [[_text(value) for value in values] for values in grid.values()]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from est_ds.report.text import PLAIN, rendered, seconds
+from est_ds.report.text import PLAIN, rendered
 from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
 from est_ds.studies.results import Results, Times
-from est_ds.studies.runs import Runs, StudyRun
+from est_ds.studies.runs import Runs
 from est_ds.studies.statistics import Gain, Interval
 from est_ds.studies.study_file import Values
 
-START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
 BUDGETS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
@@ -188,51 +186,6 @@ def _said(arm: ArmAnswer, compared: Compared | None) -> str:
     return f"{arm.name} {compared.verdict} ({by})"
 
 
-def todo_text(
-    runs: Runs, todo: Iterable[StudyRun], done: int, results: Results, places: int
-) -> str:
-    """What is to be trained, before it starts."""
-    todo = list(todo)
-    flops = sum(run.flops.model for run in todo)
-    lines = [f"{runs.file.folder}: {done + len(todo)} runs, {done} of them done"]
-    for arm in runs.file.arms:
-        of_arm = [run for run in todo if run.arm == arm]
-        if of_arm:
-            steps = sorted({run.steps for run in of_arm})
-            shown = ", ".join(f"{n:,}" for n in steps)
-            lines.append(f"  {arm}: {len(of_arm)} runs to train, of {shown} steps")
-    lines.append(f"to train: {flops:.3g} FLOPs, {_hours(runs, todo, results, places)}")
-    lines.append(f"disk: about {_disk_bytes(runs, todo, places) / 1e9:.2g} GB while it runs")
-    return "\n".join(lines)
-
-
-def _hours(runs: Runs, todo: list[StudyRun], results: Results, places: int) -> str:
-    needed_s = expected_s(todo, results)
-    if needed_s is None:
-        return "hours not known before a run is done, or step times are measured (--time-only)"
-    beside = f", {places} runs beside each other" if places > 1 else ""
-    return f"about {seconds(needed_s / places)}{beside}"
-
-
-def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
-    """How long runs take one after the other, with their starts: by the step times measured, or
-    by those of the runs that are done; None where neither are there."""
-    total, per_flop = 0.0, _s_per_flop(results)
-    for run in todo:
-        if results.times and run.arm in results.times.arms:
-            total += run.steps * results.times.arms[run.arm].step_s + START_S
-        elif per_flop is not None:
-            total += run.flops.model * per_flop + START_S
-        else:
-            return None
-    return total
-
-
-def _s_per_flop(results: Results) -> float | None:
-    done = [r for r in results.runs.values() if r.step_s is not None]
-    return sum(r.steps * r.step_s for r in done) / sum(r.flops for r in done) if done else None
-
-
 def times_text(times: Times) -> str:
     """Step times of the arms, and how busy the machine was."""
     lines = [f"step times in turns, {times.device}, {times.processes} processes a run:"]
@@ -243,12 +196,6 @@ def times_text(times: Times) -> str:
     if times.busy is not None:
         lines.append(f"other programs kept {times.busy:.1f} processors busy meanwhile")
     return "\n".join(lines)
-
-
-def _disk_bytes(runs: Runs, todo: list[StudyRun], places: int) -> float:
-    """Two checkpoints of every run under way, with moments: 12 bytes a parameter; all if kept."""
-    sizes = sorted((24.0 * runs.parameters(run) for run in todo), reverse=True)
-    return sum(sizes if runs.file.study.keep_checkpoints else sizes[:places])
 
 
 def answers_json(runs: Runs, answers: Answers, results: Results) -> str:

@@ -1,0 +1,122 @@
+"""What a study has still to train, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from est_ds.report.text import seconds
+from est_ds.studies.results import Results
+from est_ds.studies.runs import Runs, StudyRun
+
+START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
+
+
+@dataclass(frozen=True)
+class Todo:
+    """The runs that are left.
+
+    Attributes:
+        study: its folder.
+        done: runs of the study that are done.
+        runs: those to train. Of an arm whose grid is not finished those of its first values.
+        places: runs beside each other.
+        wall_s: seconds that they take; None where neither a run is done nor step times are
+            measured.
+        disk_bytes: of checkpoints while they train.
+    """
+
+    study: str
+    done: int
+    runs: tuple[StudyRun, ...]
+    places: int
+    wall_s: float | None
+    disk_bytes: float
+
+    @property
+    def flops(self) -> float:
+        return sum(run.flops.model for run in self.runs)
+
+    @property
+    def arms(self) -> dict[str, list[int]]:
+        """Steps of the runs of every arm."""
+        arms: dict[str, list[int]] = {}
+        for run in self.runs:
+            arms.setdefault(run.arm, []).append(run.steps)
+        return arms
+
+
+def make_todo(
+    runs: Runs, todo: Iterable[StudyRun], done: int, results: Results, places: int
+) -> Todo:
+    """Adds up what runs cost.
+
+    Args:
+        todo: the runs that are to be trained.
+        done: how many are done.
+        places: runs beside each other.
+    """
+    todo = tuple(todo)
+    needed_s = expected_s(todo, results)
+    wall_s = None if needed_s is None else needed_s / places
+    return Todo(str(runs.file.folder), done, todo, places, wall_s, _disk_bytes(runs, todo, places))
+
+
+def todo_text(todo: Todo) -> str:
+    """What is to be trained, in words."""
+    lines = [f"{todo.study}: {todo.done + len(todo.runs)} runs, {todo.done} of them done"]
+    for arm, steps in todo.arms.items():
+        shown = ", ".join(f"{n:,}" for n in sorted(set(steps)))
+        lines.append(f"  {arm}: {len(steps)} runs to train, of {shown} steps")
+    if todo.wall_s is None:
+        time = "hours not known before a run is done, or step times are measured (--time-only)"
+    else:
+        beside = f", {todo.places} runs beside each other" if todo.places > 1 else ""
+        time = f"about {seconds(todo.wall_s)}{beside}"
+    lines.append(f"to train: {todo.flops:.3g} FLOPs, {time}")
+    lines.append(f"disk: about {todo.disk_bytes / 1e9:.2g} GB while it runs")
+    return "\n".join(lines)
+
+
+def todo_json(todo: Todo) -> str:
+    """What is to be trained: the document of `est-ds compare --dry-run --json`."""
+    document: dict[str, Any] = {
+        "study": todo.study,
+        "done": todo.done,
+        "to_train": [
+            {"name": run.name, **{k: v for k, v in run.facts.items() if k != "values"}}
+            for run in todo.runs
+        ],
+        "flops": todo.flops,
+        "jobs": todo.places,
+        "seconds": todo.wall_s,
+        "disk_bytes": todo.disk_bytes,
+    }
+    return json.dumps(document, indent=1)
+
+
+def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
+    """How long runs take one after the other, with their starts: by the step times measured, or
+    by those of the runs that are done; None where neither are there."""
+    total, per_flop = 0.0, _s_per_flop(results)
+    for run in todo:
+        if results.times and run.arm in results.times.arms:
+            total += run.steps * results.times.arms[run.arm].step_s + START_S
+        elif per_flop is not None:
+            total += run.flops.model * per_flop + START_S
+        else:
+            return None
+    return total
+
+
+def _s_per_flop(results: Results) -> float | None:
+    done = [r for r in results.runs.values() if r.step_s is not None]
+    return sum(r.steps * r.step_s for r in done) / sum(r.flops for r in done) if done else None
+
+
+def _disk_bytes(runs: Runs, todo: Iterable[StudyRun], places: int) -> float:
+    """Two checkpoints of every run under way, with moments: 12 bytes a parameter; all if kept."""
+    sizes = sorted((24.0 * runs.parameters(run) for run in todo), reverse=True)
+    return sum(sizes if runs.file.study.keep_checkpoints else sizes[:places])

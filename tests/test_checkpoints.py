@@ -321,6 +321,7 @@ def test_killed_while_saving_a_run_goes_on_bit_identically(
         until = time.monotonic() + 120
         while not list(run_dir.glob("checkpoints/.step_*.partial")):
             assert started.poll() is None and time.monotonic() < until
+            time.sleep(0.001)
         time.sleep(draw.random() * 0.05)
         started.send_signal(signal.SIGKILL)
         started.wait()

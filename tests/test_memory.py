@@ -8,7 +8,7 @@ import torch
 from cases.families import CASES, inputs_of, our_model, run_step, shape_of
 from cases.tiny import make_config
 from est_ds.config.sections import Optimizer
-from est_ds.cost.flops import Size
+from est_ds.cost.flops import StepSize
 from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 
@@ -42,14 +42,14 @@ SMALL = ModelShape("llama", ((Attention(2, 1, 3, 4), Mlp(5, 4, 3)),), 4, 11, 16)
 def test_activations_of_a_layer_by_hand():
     # A token in bf16: norms 2 * 4 twice, q and result 2 * 6, k and v 2 * 3, four times 5 columns:
     # 54 values; 4 bytes for each of 2 heads. The head: 8 values and 4 bytes * 11.
-    layers, head = activations_by_layer(SMALL, Size(tokens=10, sequence=5), value_bytes=2)
+    layers, head = activations_by_layer(SMALL, StepSize(tokens=10, sequence=5), value_bytes=2)
     assert layers == [10 * (54 * 2 + 8)] and head == 10 * (16 + 44)
 
 
 def test_keys_of_a_cross_attention_are_of_the_source():
     cross = (Attention(2, 2, 3, 4, cross=True),)
     shape = ModelShape("t5", ((Mlp(5, 4, 2),), cross), 4, 11, None, encoder_layers=1)
-    size = Size(tokens=10, sequence=5, target_tokens=3, target_sequence=3)
+    size = StepSize(tokens=10, sequence=5, target_tokens=3, target_sequence=3)
     layers, head = activations_by_layer(shape, size, value_bytes=4)
     assert layers[0] == 10 * (8 + 2 * 5) * 4
     assert layers[1] == 3 * (8 + 2 * 6) * 4 + 3 * 4 * 2 + 10 * 2 * 6 * 4
@@ -84,6 +84,6 @@ def test_torch_keeps_as_much_and_up_to_half_more(case):
     size = dict(tokens=source.numel(), sequence=source.shape[1])
     for ids in target:
         size.update(target_tokens=ids.numel(), target_sequence=ids.shape[1])
-    layers, head = activations_by_layer(shape_of(case), Size(**size), value_bytes=4)
+    layers, head = activations_by_layer(shape_of(case), StepSize(**size), value_bytes=4)
     # Most of what is more are GPT-2's GELU (three times the columns) and T5's positions.
     assert 1.0 <= sum(kept.values()) / (sum(layers) + head) <= 1.5

@@ -13,7 +13,7 @@ from est_ds.checkpoints.index import read_index
 from est_ds.report.summary import summarise
 from est_ds.run.metrics import read_metrics
 from est_ds.run.step_times import FILE, StepTimes, Turns, read_step_times
-from est_ds.training.time_runs import Timed, measure_runs
+from est_ds.training.time_runs import TimedRun, measure_runs
 from est_ds.training.turns import FEWEST, _spread
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of
 from workers import train_all
@@ -122,7 +122,7 @@ def check_runs(run, layout: list[str], folder) -> None:
         "shallow": ["method={name: full}", shallow],
     }
     runs = [
-        Timed(name, str(run), (f"run_dir={folder}/{name}", *COMMON, *layout, *arms[name]))
+        TimedRun(name, str(run), (f"run_dir={folder}/{name}", *COMMON, *layout, *arms[name]))
         for name in RUNS
     ]
     with (folder / "log").open("w") as log:

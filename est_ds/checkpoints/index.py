@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from est_ds.checkpoints.state import State
+from est_ds.config.strict import Stored
 from est_ds.disk import File
 
 FILE = "checkpoint.json"
@@ -23,7 +24,7 @@ class Damaged(Exception):
     """A checkpoint is not whole; says which file, and what is wrong with it."""
 
 
-class Index(BaseModel):
+class Index(Stored):
     """Contents of `checkpoint.json`.
 
     Attributes:
@@ -34,8 +35,6 @@ class Index(BaseModel):
         state: what training needs besides weights and moments.
         eval_loss: held-out loss after these steps, if it was measured.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[2] = 2
     step: int = Field(ge=0)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from est_ds.config.strict import Stored
 
 
-class Part(BaseModel):
-    """A part of the state; unknown keys are refused: another version wrote them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Next(Part):
+class Next(Stored):
     """What the step after the checkpoint does, as far as it can be said beforehand."""
 
     lr: float
@@ -21,14 +15,14 @@ class Next(Part):
     data_digest: str
 
 
-class Seen(Part):
+class Seen(Stored):
     """Losses that the next one is compared with, and steps not trained, with the reason."""
 
     losses: tuple[float, ...] = ()
     skipped: dict[int, str] = {}
 
 
-class State(Part):
+class State(Stored):
     """The state of a run.
 
     Attributes:

@@ -41,6 +41,13 @@ class Strict(BaseModel):
         return _with_strict_scalars(handler(source))
 
 
+class Stored(BaseModel):
+    """A part of a file of this project's own; unknown keys are refused: another version wrote
+    them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "wsd")
 # Parts of a location that no run file has.
 UNION_TAGS = (*SCHEDULES, "int", "float", "constrained-", "<")

@@ -34,7 +34,7 @@ class Flops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class StepSize:
     """How much a step reads.
 
     Attributes:
@@ -64,7 +64,7 @@ class Size:
 
 
 def flops_by_layer(
-    shape: ModelShape, loads: Sequence[Load], size: Size
+    shape: ModelShape, loads: Sequence[Load], size: StepSize
 ) -> tuple[list[Flops], float]:
     """Returns the FLOPs of forward and backward of every layer, and of the output head."""
     source, target = size.source, size.target if shape.encoder_layers else size.source
@@ -93,14 +93,14 @@ def flops_by_layer(
 
 
 def step_flops(shape: ModelShape, loads: Sequence[Load], **size: Any) -> Flops:
-    """Returns the FLOPs of a step; `size` is that of `Size`."""
-    layers, head = flops_by_layer(shape, loads, Size(**size))
+    """Returns the FLOPs of a step; `size` is that of `StepSize`."""
+    layers, head = flops_by_layer(shape, loads, StepSize(**size))
     blocks = sum(layer.blocks for layer in layers)
     return Flops(blocks, sum(layer.model for layer in layers) + head)
 
 
 def dense_flops(shape: ModelShape, **size: Any) -> Flops:
-    """Returns the FLOPs of a step of the full model; `size` is that of `Size`."""
+    """Returns the FLOPs of a step of the full model; `size` is that of `StepSize`."""
     return step_flops(shape, full_loads(shape), **size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import Size
+from est_ds.cost.flops import StepSize
 from est_ds.cost.state_space import kept_of_scan, kept_values
 from est_ds.plans.shape import Attention, ModelShape, StateSpace
 
@@ -54,7 +54,7 @@ def memory_per_process(parameters: int, config: RunConfig, data_parallel: int) -
 
 
 def activations_by_layer(
-    shape: ModelShape, size: Size, *, value_bytes: int
+    shape: ModelShape, size: StepSize, *, value_bytes: int
 ) -> tuple[list[float], float]:
     """Returns the bytes that every layer, and the head, keep of a forward of the full model.
 

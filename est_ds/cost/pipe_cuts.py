@@ -8,7 +8,7 @@ from operator import le
 from typing import Any
 
 from est_ds.config.sections import Parallel
-from est_ds.cost.flops import Size, flops_by_layer
+from est_ds.cost.flops import StepSize, flops_by_layer
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 
@@ -21,7 +21,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: Any) -> list[int]:
     kept layers over bands, a stage holds whole bands, and as many as any other.
 
     Args:
-        size: of a micro-batch, that of `flops.Size`.
+        size: of a micro-batch, that of `flops.StepSize`.
 
     Raises:
         UserError: there are too few layers, or the cuts do not fall on ends of bands.
@@ -50,7 +50,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: Any) -> list[int]:
 def stage_costs(method: Method, phase: int, cuts: list[int], **size: Any) -> list[float]:
     """Mean model FLOPs of every pipe stage in the steps of a phase."""
     loads = method.computed(method.mean_loads(phase))
-    layers, head = flops_by_layer(method.shape, loads, Size(**size))
+    layers, head = flops_by_layer(method.shape, loads, StepSize(**size))
     starts = [0, *cuts[:-1]]
     costs = [sum(x.model for x in layers[a:b]) for a, b in zip(starts, cuts)]
     costs[-1] += head
@@ -90,7 +90,7 @@ def _schedule_costs(method: Method, **size: Any) -> list[list[float]]:
     costs = []
     for i, phase in enumerate(method.phases):
         loads = method.computed(method.mean_loads(i))
-        layers, head = flops_by_layer(method.shape, loads, Size(**size))
+        layers, head = flops_by_layer(method.shape, loads, StepSize(**size))
         steps = phase.until_step - phase.from_step
         costs.append([steps * layer.model for layer in layers])
         costs[-1][-1] += steps * head

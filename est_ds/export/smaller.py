@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from est_ds.errors import UserError
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import Attention, ModelShape
-from est_ds.slicing.families.base import Family, Size, layer_paths
+from est_ds.slicing.families.base import Family, SubnetworkSize, layer_paths
 from est_ds.slicing.leaf import Held, Leaf
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -62,7 +62,7 @@ def _kept_weights(layer: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _size(plan: Plan, shape: ModelShape) -> Size:
+def _size(plan: Plan, shape: ModelShape) -> SubnetworkSize:
     """The numbers of a plan that keeps as many units in every layer.
 
     Raises:
@@ -97,10 +97,10 @@ def _size(plan: Plan, shape: ModelShape) -> Size:
     if not plan.kept_layers:
         raise UserError("a model needs at least one layer; choose --layers.")
     counts = (first.get(what, (0, 0))[1] for what in ("heads", "key/value heads", "columns"))
-    return Size(plan.kept_layers, *counts)
+    return SubnetworkSize(plan.kept_layers, *counts)
 
 
-def _smaller_config(family: Family, config: Any, size: Size) -> Any:
+def _smaller_config(family: Family, config: Any, size: SubnetworkSize) -> Any:
     attention = family.shape(config).layers[0][0]
     if family.head_size_from and size.heads != attention.heads:
         raise UserError(

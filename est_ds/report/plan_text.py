@@ -10,7 +10,7 @@ from rich.table import Table
 
 from est_ds.config.sections import RunConfig
 from est_ds.config.start import Start
-from est_ds.cost.flops import Size, gradient_share
+from est_ds.cost.flops import StepSize, gradient_share
 from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError
@@ -143,7 +143,7 @@ def _activations(estimate: Estimate, accumulation: int) -> float:
     """Bytes of activations of the fullest pipe stage, of the full model, as a lower bound."""
     design = estimate.design
     config, shape = design.config, design.method.shape
-    size = Size(**design.flops_size(config.batch.micro))
+    size = StepSize(**design.flops_size(config.batch.micro))
     value_bytes = 2 if config.precision == "bf16" else 4
     inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
     return max(

@@ -10,7 +10,7 @@ from typing import Any
 
 from est_ds.data.manifest import Manifest, read_manifest
 from est_ds.report.files import RunFiles, read_run
-from est_ds.report.times import Between, Timed, Timing, middle, timed
+from est_ds.report.times import Between, TimedLines, Timing, middle, timed
 from est_ds.run.metrics import Steps, steps_of
 from est_ds.run.parent import Parent, read_parent
 from est_ds.run.step_times import StepTimes, Turns
@@ -116,7 +116,7 @@ class Summary:
     saved_blocks: float
     saved_model: float
     phases: tuple[PhaseSummary, ...]
-    timed: Timed
+    timed: TimedLines
     full_step_s: float | None
     full_from: int | None
     turns: StepTimes | None
@@ -215,7 +215,9 @@ def summary_of(run: RunFiles) -> Summary:
     )
 
 
-def _phase(run: RunFiles, i: int, times: Timed, full: Timing | None, keeps: bool) -> PhaseSummary:
+def _phase(
+    run: RunFiles, i: int, times: TimedLines, full: Timing | None, keeps: bool
+) -> PhaseSummary:
     phase, lines = run.method.phases[i], run.lines_of(i)
 
     def ratio(figure: str) -> float:

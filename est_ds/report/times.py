@@ -65,7 +65,7 @@ def _rank(count: int) -> int:
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedLines:
     """The lines whose times are compared.
 
     Attributes:
@@ -84,7 +84,7 @@ class Timed:
         return timing([e["step_s"] for e in lines if e["step"] in self.steps])
 
 
-def timed(run: RunFiles, full: list[dict[str, Any]]) -> Timed:
+def timed(run: RunFiles, full: list[dict[str, Any]]) -> TimedLines:
     """Chooses one layout: that in which most steps of the full model were timed; then, most steps.
 
     Args:
@@ -99,7 +99,7 @@ def timed(run: RunFiles, full: list[dict[str, Any]]) -> Timed:
     for key, lines in layouts.items():
         warm = frozenset(e["step"] for e in lines if not _starts_up(e, beginnings))
         elsewhere = len(run.steps) - len(lines)
-        found.append(Timed(json.loads(key), warm, len(lines) - len(warm), elsewhere))
+        found.append(TimedLines(json.loads(key), warm, len(lines) - len(warm), elsewhere))
     # Of equals the later one.
     return max(reversed(found), key=lambda t: (len(t.steps & full_steps), len(t.steps)))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from est_ds.config.strict import Stored
 from est_ds.disk import replace_text
 
 FILE = "step_times.json"
@@ -14,13 +15,7 @@ FILE = "step_times.json"
 BUSY = 0.1
 
 
-class Part(BaseModel):
-    """A part of the file; unknown keys are refused: another version wrote them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Turns(Part):
+class Turns(Stored):
     """What takes a turn: a phase of a run, or its full model. One number a round.
 
     Attributes:
@@ -47,7 +42,7 @@ class Turns(Part):
         return self.wall_s if self.device_s is None else self.device_s
 
 
-class StepTimes(Part):
+class StepTimes(Stored):
     """Steps of several designs, or of the phases of one, measured in turns.
 
     Attributes:

@@ -18,7 +18,7 @@ from est_ds.report.interactive import GREY, MENU, NATS, PAPER, line_of, look, ma
 from est_ds.studies.plots import LOSS
 from est_ds.studies.results import RunResult
 from est_ds.studies.run_plots import Curve, mean_curve
-from est_ds.studies.seen import Seen
+from est_ds.studies.snapshot import Snapshot
 
 LOSSES = {"full_loss": "full model", "subnetwork_loss": "subnetworks"}
 SIDES = ("before", "after")
@@ -27,7 +27,7 @@ AROUND, BESIDE = 0.1, 0.004
 
 
 @dataclass(frozen=True)
-class Boundary:
+class BoundaryMeans:
     """Means over the seeds of an arm.
 
     Attributes:
@@ -41,18 +41,18 @@ class Boundary:
     losses: dict[str, tuple[float, float]]
 
 
-def boundaries(seen: Seen) -> go.Figure | None:
+def boundaries(snapshot: Snapshot) -> go.Figure | None:
     """Arms at their phase boundaries; None where no boundary was evaluated."""
     figure, zooms = new_figure(LOSS, height=500), {}
-    for arm in seen.answers.arms:
-        results = [r for r in seen.by_seed(arm).values() if r.loss is not None and r.boundaries]
+    for arm in snapshot.answers.arms:
+        results = [r for r in snapshot.by_seed(arm).values() if r.loss is not None and r.boundaries]
         found = boundaries_of(results)
         if not found:
             continue
         curve, steps = mean_curve(results), results[0].steps
-        _draw_curve(figure, seen, arm.name, curve)
+        _draw_curve(figure, snapshot, arm.name, curve)
         for boundary in found:
-            _draw_sides(figure, seen, arm.name, boundary, BESIDE * steps)
+            _draw_sides(figure, snapshot, arm.name, boundary, BESIDE * steps)
             name = f"{arm.name}: {' to '.join(boundary.phases)}, step {boundary.step:,}"
             zooms[name] = _zoom(boundary, curve, AROUND * steps)
     if not zooms:
@@ -65,7 +65,7 @@ def boundaries(seen: Seen) -> go.Figure | None:
     return figure
 
 
-def boundaries_of(results: list[RunResult]) -> list[Boundary]:
+def boundaries_of(results: list[RunResult]) -> list[BoundaryMeans]:
     """Boundaries of which both sides are known, in order."""
     lines: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
     for line in (line for result in results for line in result.boundaries):
@@ -78,18 +78,18 @@ def boundaries_of(results: list[RunResult]) -> list[Boundary]:
             continue
         phases = tuple(str(alike[0]["phase"]) for alike in sides)
         losses = {n: tuple(fmean(line[n] for line in alike) for alike in sides) for n in LOSSES}
-        found.append(Boundary(step, phases, losses))
+        found.append(BoundaryMeans(step, phases, losses))
     return found
 
 
-def _draw_curve(figure: go.Figure, seen: Seen, name: str, curve: Curve) -> None:
+def _draw_curve(figure: go.Figure, snapshot: Snapshot, name: str, curve: Curve) -> None:
     hover = f"<b>{name}</b>, full model<br>{NATS}<br>%{{x:,}} steps done<extra></extra>"
     figure.add_trace(
         go.Scatter(
             x=[steps for steps, _ in curve],
             y=[loss for _, loss in curve],
             mode="lines",
-            line=line_of(seen.looks[name], 1.4),
+            line=line_of(snapshot.looks[name], 1.4),
             name=name,
             legendgroup=name,
             hovertemplate=hover,
@@ -98,10 +98,10 @@ def _draw_curve(figure: go.Figure, seen: Seen, name: str, curve: Curve) -> None:
 
 
 def _draw_sides(
-    figure: go.Figure, seen: Seen, name: str, boundary: Boundary, beside: float
+    figure: go.Figure, snapshot: Snapshot, name: str, boundary: BoundaryMeans, beside: float
 ) -> None:
     for loss, model in LOSSES.items():
-        line = line_of(seen.looks[name], 1.4)
+        line = line_of(snapshot.looks[name], 1.4)
         line["dash"] = "solid" if loss == "full_loss" else "dot"
         texts = [
             f"<b>{name}</b>, {model}, {side} step {boundary.step + 1:,} "
@@ -115,7 +115,7 @@ def _draw_sides(
                 x=[boundary.step - beside, boundary.step + beside],
                 y=list(boundary.losses[loss]),
                 mode="lines+markers",
-                marker=marker_of(seen.looks[name], 10, loss != "full_loss"),
+                marker=marker_of(snapshot.looks[name], 10, loss != "full_loss"),
                 line=line,
                 text=texts,
                 hovertemplate="%{text}<extra></extra>",
@@ -126,7 +126,7 @@ def _draw_sides(
         )
 
 
-def _zoom(boundary: Boundary, curve: Curve, around: float) -> dict[str, list[float]]:
+def _zoom(boundary: BoundaryMeans, curve: Curve, around: float) -> dict[str, list[float]]:
     """The ranges of both axes around a boundary."""
     near = [value for pair in boundary.losses.values() for value in pair]
     near += [loss for steps, loss in curve if abs(steps - boundary.step) <= around]

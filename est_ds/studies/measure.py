@@ -10,7 +10,7 @@ from typing import TextIO
 from est_ds.run.step_times import StepTimes
 from est_ds.studies.results import ArmTimes, Times
 from est_ds.studies.runs import Runs
-from est_ds.training.time_runs import Timed, measure_runs
+from est_ds.training.time_runs import TimedRun, measure_runs
 
 
 def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
@@ -39,9 +39,9 @@ def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
     )
 
 
-def _timed(runs: Runs, arm: str, name: str | None = None) -> Timed:
+def _timed(runs: Runs, arm: str, name: str | None = None) -> TimedRun:
     values = runs.file.arms[arm].grid[0]
-    return Timed(name or arm, str(runs.file.base), tuple(runs.overrides(arm, values)))
+    return TimedRun(name or arm, str(runs.file.base), tuple(runs.overrides(arm, values)))
 
 
 def _arm_times(runs: Runs, found: Mapping[str, StepTimes], arm: str, unit: float) -> ArmTimes:

@@ -14,7 +14,7 @@ from est_ds.studies.answers import Answers, ArmAnswer
 from est_ds.studies.boundary_plot import boundaries
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Chooser, Runs, wanted_runs
-from est_ds.studies.seen import Seen
+from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.text import (
     BUDGETS,
     gain_text,
@@ -83,49 +83,49 @@ def write_page(runs: Runs, answers: Answers, results: Results) -> Path:
         UserError: the page cannot be written.
     """
     file = runs.file.folder / FILE
-    write_whole(file, render(Seen(runs, answers, results)), "make study_dir writable")
+    write_whole(file, render(Snapshot(runs, answers, results)), "make study_dir writable")
     return file
 
 
-def render(seen: Seen) -> str:
+def render(snapshot: Snapshot) -> str:
     """The page as text; well-formed XML too, scripts aside."""
-    answers, folder = seen.answers, str(seen.runs.file.folder)
+    answers, folder = snapshot.answers, str(snapshot.runs.file.folder)
     parts = [
         f"<h1>{escape(folder)}</h1>",
         f'<p class="headline">{escape(headline(answers))}</p>',
-        f'<p class="lead">{escape(_lead(seen))}</p>',
-        wide_table(*_verdicts(seen)),
+        f'<p class="lead">{escape(_lead(snapshot))}</p>',
+        wide_table(*_verdicts(snapshot)),
         f'<p class="note">{escape(" ".join(notes(answers)))}</p>',
         warnings_html(answers.warnings),
-        *(f"<h2>{escape(name)}</h2>\n{html}" for name, html in _figures(seen)),
+        *(f"<h2>{escape(name)}</h2>\n{html}" for name, html in _figures(snapshot)),
         "<h2>Runs</h2>",
-        wide_table(*_runs(seen)),
+        wide_table(*_runs(snapshot)),
         "<h2>Study file</h2>",
-        f"<pre>{escape(seen.runs.file.file.read_text())}</pre>",
+        f"<pre>{escape(snapshot.runs.file.file.read_text())}</pre>",
         "<h2>Versions and devices</h2>",
-        f'<table class="facts">{"".join(row(r, "th", "td") for r in _made_by(seen))}</table>',
+        f'<table class="facts">{"".join(row(r, "th", "td") for r in _made_by(snapshot))}</table>',
         '<p class="note">Of the runs, not of the installation that drew this page.</p>',
     ]
     return page(f"{folder}: est_ds study", "\n".join(part for part in parts if part))
 
 
-def _lead(seen: Seen) -> str:
+def _lead(snapshot: Snapshot) -> str:
     """How far the study is."""
-    file, results = seen.runs.file, seen.results
-    wanted = wanted_runs(seen.runs, Chooser(results.losses, seen.time_ratios, guess=True))
+    file, results = snapshot.runs.file, snapshot.results
+    wanted = wanted_runs(snapshot.runs, Chooser(results.losses, snapshot.time_ratios, guess=True))
     done = len(wanted.by_key.keys() & results.runs.keys())
     run = wanted.runs[0]
     seeds = ", ".join(str(seed) for seed in file.seeds)
     return (
         f"{done} of {len(wanted.runs)} runs finished. Baseline {file.baseline.name}: "
-        f"{seen.runs.parameters(run):,} parameters, {run.steps:,} steps, {run.tokens:,} tokens. "
-        f"Seeds {seeds}."
+        f"{snapshot.runs.parameters(run):,} parameters, {run.steps:,} steps, {run.tokens:,} "
+        f"tokens. Seeds {seeds}."
     )
 
 
-def _verdicts(seen: Seen) -> tuple[list[str], list[list[str]]]:
+def _verdicts(snapshot: Snapshot) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of answers."""
-    budgets = seen.runs.file.study.budgets
+    budgets = snapshot.runs.file.study.budgets
     heads = [
         "arm",
         "seeds",
@@ -133,43 +133,43 @@ def _verdicts(seen: Seen) -> tuple[list[str], list[list[str]]]:
         *(f"difference at equal {BUDGETS[b]}" for b in budgets),
     ]
     heads += ["verdict", "could see", "gain in FLOPs", "gain in seconds", "step time"]
-    return heads, [_verdict(seen, arm) for arm in seen.answers.arms]
+    return heads, [_verdict(snapshot, arm) for arm in snapshot.answers.arms]
 
 
-def _verdict(seen: Seen, arm: ArmAnswer) -> list[str]:
+def _verdict(snapshot: Snapshot, arm: ArmAnswer) -> list[str]:
     cells = [arm.name, str(len(arm.losses)), f"{arm.loss.mean:.4f}" if arm.loss else "-"]
-    for budget in seen.runs.file.study.budgets:
+    for budget in snapshot.runs.file.study.budgets:
         compared = arm.budgets.get(budget)
         known = compared and compared.difference
         cells.append(interval_text(compared.difference.interval) if known else "-")
-    decides = arm.budgets.get(seen.answers.decides)
+    decides = arm.budgets.get(snapshot.answers.decides)
     seen_by = decides.difference.detectable if decides and decides.difference else None
-    cells += ["baseline" if arm is seen.baseline else verdict_text(decides)]
+    cells += ["baseline" if arm is snapshot.baseline else verdict_text(decides)]
     cells += ["-" if seen_by is None else f"{seen_by:.4f}"]
     cells += [gain_text(arm.gain), gain_text(arm.gain_seconds), ratio_text(arm.time_ratio)]
     return [text.replace(" [", "\n[").replace(" (", "\n(") for text in cells]
 
 
-def _figures(seen: Seen) -> Iterator[tuple[str, str]]:
+def _figures(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     """Headings with figures, of those that have something to show."""
-    name = seen.baseline.name
-    timed = f" {SECONDS if seen.step_s else NO_SECONDS}"
-    figure, out = plots.end_points(seen)
+    name = snapshot.baseline.name
+    timed = f" {SECONDS if snapshot.step_s else NO_SECONDS}"
+    figure, out = plots.end_points(snapshot)
     if figure.data:
-        fit = FIT if seen.answers.curves else NO_FIT
+        fit = FIT if snapshot.answers.curves else NO_FIT
         caption = END_POINTS.format(baseline=name, fit=fit) + timed + _out(out)
         yield "End points", figure_html(figure, "ends", caption)
-    if any(c.difference for arm in seen.answers.arms for c in arm.budgets.values()):
-        figure, out = plots.differences(seen)
+    if any(c.difference for arm in snapshot.answers.arms for c in arm.budgets.values()):
+        figure, out = plots.differences(snapshot)
         caption = DIFFERENCES.format(baseline=name) + _out(out)
         yield "Paired differences", figure_html(figure, "differences", caption)
-    if figure := plots.gains(seen):
+    if figure := plots.gains(snapshot):
         yield "Gain", figure_html(figure, "gains", GAINS.format(baseline=name))
-    if figure := run_plots.held_out_curves(seen):
+    if figure := run_plots.held_out_curves(snapshot):
         yield "Held-out loss while training", figure_html(figure, "curves", CURVES + timed)
-    for number, (field, figure) in enumerate(run_plots.tuning_curves(seen).items()):
+    for number, (field, figure) in enumerate(run_plots.tuning_curves(snapshot).items()):
         yield f"Tuning of {field}", figure_html(figure, f"tuning_{number}", TUNING)
-    if figure := boundaries(seen):
+    if figure := boundaries(snapshot):
         yield "Phase boundaries", figure_html(figure, "boundaries", BOUNDARIES)
 
 
@@ -179,12 +179,12 @@ def _out(names: list[str]) -> str:
     return f" Too far out to be shown at first: {', '.join(names)}; a double click shows all."
 
 
-def _runs(seen: Seen) -> tuple[list[str], list[list[str]]]:
+def _runs(snapshot: Snapshot) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table of all runs."""
     heads = ["arm", "seed", "tuned", "steps", "tokens", "model FLOPs", "blocks FLOPs"]
     heads += ["held-out loss", "bits a byte", "device", "finished"]
-    results = seen.results.runs.values()
-    order = {name: i for i, name in enumerate(arm.name for arm in seen.answers.arms)}
+    results = snapshot.results.runs.values()
+    order = {name: i for i, name in enumerate(arm.name for arm in snapshot.answers.arms)}
     ordered = sorted(
         results, key=lambda r: (order.get(r.arm, len(order)), r.seed, r.steps, r.loss or 0)
     )
@@ -207,9 +207,9 @@ def _run(result: RunResult) -> list[str]:
     ]
 
 
-def _made_by(seen: Seen) -> Iterator[tuple[str, str]]:
+def _made_by(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     """What trained the runs; several values where runs differ."""
-    results, times = seen.results.runs.values(), seen.results.times
+    results, times = snapshot.results.runs.values(), snapshot.results.times
     devices = sorted({r.device for r in results if r.device})
     yield "devices", ", ".join(devices) or "not known"
     for name in dict.fromkeys(name for r in results for name in r.versions):

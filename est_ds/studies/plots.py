@@ -21,7 +21,7 @@ from est_ds.report.interactive import (
 )
 from est_ds.report.style import BLACK
 from est_ds.studies.answers import ArmAnswer, Compared
-from est_ds.studies.seen import Seen
+from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.statistics import Gain, Interval, t_interval
 from est_ds.studies.text import BUDGETS, gain_text, interval_text, verdict_text
 
@@ -51,57 +51,57 @@ class Ends:
     named: bool = True
 
 
-def end_points(seen: Seen) -> tuple[go.Figure, list[str]]:
+def end_points(snapshot: Snapshot) -> tuple[go.Figure, list[str]]:
     """Loss at the end of every run over its cost; and the arms that are out of sight at first."""
-    figure = OverCosts(LOSS, seen.costs, height=500)
-    _draw_fit(figure, seen)
+    figure = OverCosts(LOSS, snapshot.costs, height=500)
+    _draw_fit(figure, snapshot)
     spans: dict[str, Span] = {}
-    for ends in (*_baseline_ends(seen), *_arm_ends(seen)):
-        span = _draw_ends(figure, seen, ends)
+    for ends in (*_baseline_ends(snapshot), *_arm_ends(snapshot)):
+        span = _draw_ends(figure, snapshot, ends)
         low, high = spans.get(ends.arm, span)
         spans[ends.arm] = min(low, span[0]), max(high, span[1])
-    shown, out = _near(spans, seen.baseline.name)
+    shown, out = _near(spans, snapshot.baseline.name)
     return figure.finished(shown), out
 
 
-def _draw_fit(figure: OverCosts, seen: Seen) -> None:
+def _draw_fit(figure: OverCosts, snapshot: Snapshot) -> None:
     """The mean of the seeds' curves, between the costs that all were fitted to."""
-    curves, name = list(seen.answers.curves.values()), seen.baseline.name
+    curves, name = list(snapshot.answers.curves.values()), snapshot.baseline.name
     low = max((c.costs[0] for c in curves), default=0.0)
     high = min((c.costs[1] for c in curves), default=0.0)
     if not low < high:
         return
     flops = np.geomspace(low, high, CURVE_POINTS).tolist()
     losses = [float(np.mean([curve.loss(f) for curve in curves])) for f in flops]
-    trace = go.Scatter(y=losses, mode="lines", line=line_of(seen.looks[name]), legendgroup=name)
+    trace = go.Scatter(y=losses, mode="lines", line=line_of(snapshot.looks[name]), legendgroup=name)
     trace.update(name=f"{name}, fit", showlegend=True)
-    figure.add(trace, seen.of_baseline(flops), f"<b>{name}</b>, fit<br>{NATS}<br>{COST}")
+    figure.add(trace, snapshot.of_baseline(flops), f"<b>{name}</b>, fit<br>{NATS}<br>{COST}")
 
 
-def _baseline_ends(seen: Seen) -> list[Ends]:
-    dense = [r for r in seen.answers.dense if r.loss is not None]
+def _baseline_ends(snapshot: Snapshot) -> list[Ends]:
+    dense = [r for r in snapshot.answers.dense if r.loss is not None]
     found = []
     for steps in sorted({r.steps for r in dense}):
         alike = [r for r in dense if r.steps == steps]
-        x = {cost: values[0] for cost, values in seen.of_baseline([alike[0].flops]).items()}
+        x = {cost: values[0] for cost, values in snapshot.of_baseline([alike[0].flops]).items()}
         losses = {r.seed: r.loss for r in alike if r.loss is not None}
-        found.append(Ends(seen.baseline.name, x, losses, f", {steps:,} steps", not found))
+        found.append(Ends(snapshot.baseline.name, x, losses, f", {steps:,} steps", not found))
     return found
 
 
-def _arm_ends(seen: Seen) -> list[Ends]:
+def _arm_ends(snapshot: Snapshot) -> list[Ends]:
     found = []
-    for arm in seen.answers.arms[1:]:
-        run = seen.run(arm)
+    for arm in snapshot.answers.arms[1:]:
+        run = snapshot.run(arm)
         if run and arm.losses:
-            x = {cost: values[0] for cost, values in seen.spent(arm, [run.steps]).items()}
+            x = {cost: values[0] for cost, values in snapshot.spent(arm, [run.steps]).items()}
             found.append(Ends(arm.name, x, arm.losses, f", {run.steps:,} steps"))
     return found
 
 
-def _draw_ends(figure: OverCosts, seen: Seen, ends: Ends) -> Span:
+def _draw_ends(figure: OverCosts, snapshot: Snapshot, ends: Ends) -> Span:
     """Draws the runs faintly and their mean with its interval; returns what they span."""
-    look, losses = seen.looks[ends.arm], list(ends.losses.values())
+    look, losses = snapshot.looks[ends.arm], list(ends.losses.values())
     mean, common = t_interval(losses), {"legendgroup": ends.arm, "name": ends.arm}
     name = f"<b>{ends.arm}</b>{ends.note}"
     trace = go.Scatter(
@@ -163,9 +163,9 @@ def _with_room(values: Sequence[float]) -> Span:
     return min(values) - room, max(values) + room
 
 
-def _rows(seen: Seen, title: str) -> go.Figure:
+def _rows(snapshot: Snapshot, title: str) -> go.Figure:
     """A figure with a row for every arm but the baseline, in their order from the top."""
-    names = [arm.name for arm in seen.answers.arms[1:]]
+    names = [arm.name for arm in snapshot.answers.arms[1:]]
     figure = new_figure("", height=FRAME + ROW * len(names))
     figure.update_xaxes(title_text=title, exponentformat="none")
     figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], gridcolor="#eef2f6")
@@ -174,17 +174,17 @@ def _rows(seen: Seen, title: str) -> go.Figure:
     return figure
 
 
-def differences(seen: Seen) -> tuple[go.Figure, list[str]]:
+def differences(snapshot: Snapshot) -> tuple[go.Figure, list[str]]:
     """Paired differences of all arms, by budget; and the arms that are out of sight at first."""
-    figure = _rows(seen, "held-out loss less the baseline's, nats a token")
+    figure = _rows(snapshot, "held-out loss less the baseline's, nats a token")
     figure.update_layout(showlegend=False)
     figure.add_vline(x=0, line={"color": BLACK, "width": 1.6})
     options, out = {}, []
-    budgets = sorted(seen.runs.file.study.budgets, key=lambda b: b != seen.answers.decides)
+    budgets = sorted(snapshot.runs.file.study.budgets, key=lambda b: b != snapshot.answers.decides)
     for budget in budgets:
         traces, far = [], {}
-        for arm in seen.answers.arms[1:]:
-            traces += _difference(seen, arm, budget)
+        for arm in snapshot.answers.arms[1:]:
+            traces += _difference(snapshot, arm, budget)
             interval = _interval(arm.budgets.get(budget))
             if interval:
                 ends = (interval.mean, interval.low, interval.high)
@@ -206,12 +206,12 @@ def _interval(compared: Compared | None) -> Interval | None:
     return compared.difference.interval if compared and compared.difference else None
 
 
-def _difference(seen: Seen, arm: ArmAnswer, budget: str) -> list[go.Scatter]:
+def _difference(snapshot: Snapshot, arm: ArmAnswer, budget: str) -> list[go.Scatter]:
     """Differences of an arm's seeds, and their mean with its interval; empty if unknown."""
-    compared, look = arm.budgets.get(budget), seen.looks[arm.name]
+    compared, look = arm.budgets.get(budget), snapshot.looks[arm.name]
     interval, pairs = _interval(compared), {}
     if compared and interval:
-        dense = {r.seed: r.loss for r in seen.answers.dense if r.steps == compared.steps}
+        dense = {r.seed: r.loss for r in snapshot.answers.dense if r.steps == compared.steps}
         pairs = {s: loss - dense[s] for s, loss in arm.losses.items() if dense.get(s) is not None}
     seeds = go.Scatter(
         x=list(pairs.values()),
@@ -247,13 +247,13 @@ def _difference_text(name: str, budget: str, compared: Compared) -> str:
     return "<br>".join(lines)
 
 
-def gains(seen: Seen) -> go.Figure | None:
+def gains(snapshot: Snapshot) -> go.Figure | None:
     """Gain of every arm, in FLOPs and in seconds; None where none is known."""
-    figure = _rows(seen, "gain: the baseline's cost over the arm's")
+    figure = _rows(snapshot, "gain: the baseline's cost over the arm's")
     figure.add_vline(x=1, line={"color": BLACK, "width": 1.6})
     for unit, open in (("FLOPs", False), ("seconds", True)):
-        of = {a.name: a.gain_seconds if open else a.gain for a in seen.answers.arms[1:]}
-        drawn = [_gain(seen, name, gain, unit, open) for name, gain in of.items() if gain]
+        of = {a.name: a.gain_seconds if open else a.gain for a in snapshot.answers.arms[1:]}
+        drawn = [_gain(snapshot, name, gain, unit, open) for name, gain in of.items() if gain]
         drawn = [trace for trace in drawn if trace]
         figure.add_traces(drawn)
         if drawn:  # the legend names the units; the arms stand at their rows
@@ -265,8 +265,8 @@ def gains(seen: Seen) -> go.Figure | None:
     return figure if len(figure.data) else None
 
 
-def _gain(seen: Seen, name: str, gain: Gain, unit: str, open: bool) -> go.Scatter | None:
-    look, interval, colour = seen.looks[name], gain.interval, seen.looks[name].colour
+def _gain(snapshot: Snapshot, name: str, gain: Gain, unit: str, open: bool) -> go.Scatter | None:
+    look, interval, colour = snapshot.looks[name], gain.interval, snapshot.looks[name].colour
     marker = marker_of(look, 11, open)
     if interval:
         x = interval.mean

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from est_ds.config.strict import Stored
 from est_ds.disk import replace_text
 from est_ds.errors import UserError, naming
 
@@ -23,11 +24,7 @@ FORMAT = 1
 _RESTORE = "restore the file, or choose another study_dir (or results)."
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Header(_Line):
+class Header(Stored):
     """Which study the results are of.
 
     Attributes:
@@ -40,7 +37,7 @@ class Header(_Line):
     corpora: dict[str, str] | None
 
 
-class RunResult(_Line):
+class RunResult(Stored):
     """A finished run.
 
     Attributes:
@@ -79,7 +76,7 @@ class RunResult(_Line):
     finished: str = ""
 
 
-class ArmTimes(_Line):
+class ArmTimes(Stored):
     """Step times of an arm in turns with the baseline's.
 
     Attributes:
@@ -97,7 +94,7 @@ class ArmTimes(_Line):
     spread: float | None
 
 
-class Times(_Line):
+class Times(Stored):
     """Step times of all arms, measured in turns on one machine.
 
     Attributes:
@@ -169,7 +166,7 @@ class Results:
         """Where the held-out losses by window of a run lie."""
         return self.file.with_suffix(".windows") / f"{key}.npz"
 
-    def _append(self, kind: str, line: _Line) -> None:
+    def _append(self, kind: str, line: Stored) -> None:
         with naming(self.file), self.file.open("a") as f:
             f.write(_text(kind, line))
             f.flush()
@@ -234,5 +231,5 @@ def _read_line(results: Results, number: int, line: str) -> None:
         ) from None
 
 
-def _text(kind: str, line: _Line) -> str:
+def _text(kind: str, line: Stored) -> str:
     return json.dumps({kind: line.model_dump(mode="json")}, allow_nan=False) + "\n"

@@ -14,27 +14,27 @@ from est_ds.report.interactive import NATS, line_of, marker_of, new_figure
 from est_ds.studies.answers import ArmAnswer
 from est_ds.studies.plots import LOSS
 from est_ds.studies.results import RunResult
-from est_ds.studies.seen import Seen
+from est_ds.studies.snapshot import Snapshot
 
 Curve = list[tuple[int, float]]
 
 
-def held_out_curves(seen: Seen) -> go.Figure | None:
+def held_out_curves(snapshot: Snapshot) -> go.Figure | None:
     """Held-out loss of every arm's runs; None before there is one."""
     lines = []
-    for arm in seen.answers.arms:
-        by_seed = seen.by_seed(arm)
+    for arm in snapshot.answers.arms:
+        by_seed = snapshot.by_seed(arm)
         for seed, result in by_seed.items():
             if result.curve:
-                lines.append(_line(seen, arm, result.curve, f", seed {seed}", False))
+                lines.append(_line(snapshot, arm, result.curve, f", seed {seed}", False))
         if mean := mean_curve([r for r in by_seed.values() if r.loss is not None]):
-            lines.append(_line(seen, arm, mean, ", mean of the seeds"))
-    return curves_figure(lines, seen.costs, LOSS) if lines else None
+            lines.append(_line(snapshot, arm, mean, ", mean of the seeds"))
+    return curves_figure(lines, snapshot.costs, LOSS) if lines else None
 
 
-def _line(seen: Seen, arm: ArmAnswer, curve: Curve, note: str, bold: bool = True) -> Line:
-    x = seen.spent(arm, [steps for steps, _ in curve])
-    return Line(arm.name, note, seen.looks[arm.name], x, [loss for _, loss in curve], bold)
+def _line(snapshot: Snapshot, arm: ArmAnswer, curve: Curve, note: str, bold: bool = True) -> Line:
+    x = snapshot.spent(arm, [steps for steps, _ in curve])
+    return Line(arm.name, note, snapshot.looks[arm.name], x, [loss for _, loss in curve], bold)
 
 
 def mean_curve(results: list[RunResult]) -> Curve:
@@ -46,21 +46,21 @@ def mean_curve(results: list[RunResult]) -> Curve:
     return [(s, fmean(of)) for s, of in sorted(losses.items()) if len(of) == len(results)]
 
 
-def tuning_curves(seen: Seen) -> dict[str, go.Figure]:
+def tuning_curves(snapshot: Snapshot) -> dict[str, go.Figure]:
     """Loss on the first seed over the values of every tuned field, by field."""
-    tuned = [arm.grid[0] for arm in seen.runs.file.arms.values() if len(arm.grid) > 1]
+    tuned = [arm.grid[0] for arm in snapshot.runs.file.arms.values() if len(arm.grid) > 1]
     fields = dict.fromkeys(field for values in tuned for field, _ in values)
-    found = {field: _tuning(seen, field) for field in fields}
+    found = {field: _tuning(snapshot, field) for field in fields}
     return {field: figure for field, figure in found.items() if figure}
 
 
-def _tuning(seen: Seen, field: str) -> go.Figure | None:
+def _tuning(snapshot: Snapshot, field: str) -> go.Figure | None:
     figure, numeric = new_figure(LOSS), True
-    for answer in seen.answers.arms:
-        best = _best(seen, answer.name, field)
+    for answer in snapshot.answers.arms:
+        best = _best(snapshot, answer.name, field)
         if not best:
             continue
-        look, values = seen.looks[answer.name], list(best)
+        look, values = snapshot.looks[answer.name], list(best)
         numeric &= all(isinstance(v, (int, float)) and v > 0 for v in values)
         chosen = dict(answer.values or ()).get(field)
         marker = marker_of(look, 8)
@@ -86,12 +86,12 @@ def _tuning(seen: Seen, field: str) -> go.Figure | None:
     return figure
 
 
-def _best(seen: Seen, name: str, field: str) -> dict[Any, float]:
+def _best(snapshot: Snapshot, name: str, field: str) -> dict[Any, float]:
     """The lowest loss of an arm on the first seed at every value of a field, in order."""
-    arm, first = seen.runs.file.arms[name], next(iter(seen.runs.file.seeds))
+    arm, first = snapshot.runs.file.arms[name], next(iter(snapshot.runs.file.seeds))
     best: dict[Any, float] = {}
     for values in arm.grid if len(arm.grid) > 1 else ():
-        result = seen.results.runs.get(seen.runs.run(name, first, values).key)
+        result = snapshot.results.runs.get(snapshot.runs.run(name, first, values).key)
         text = dict(values).get(field)
         if text is None or result is None or result.loss is None:
             continue

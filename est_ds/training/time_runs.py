@@ -36,7 +36,7 @@ GAVE_UP_S = 600.0  # without a turn
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimedRun:
     """A run whose steps are to be measured.
 
     Attributes:
@@ -49,7 +49,7 @@ class Timed:
 
 
 def measure_runs(
-    runs: Sequence[Timed],
+    runs: Sequence[TimedRun],
     processes: int | None = None,
     limit_s: float = LIMIT_S,
     log: TextIO | None = None,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Load, plan_loads
-from est_ds.plans.methods.subsets import Amount, Fraction, PhasedSubsets, Size, SubsetSettings
+from est_ds.plans.methods.subsets import Amount, Fraction, PhasedSubsets, PhaseSize, SubsetSettings
 from est_ds.plans.phases import Phase, to_step
 
 
@@ -41,9 +41,9 @@ class Static(PhasedSubsets):
             )
         return Phase("static", 0, end), Phase("full", end, steps)
 
-    def _sizes(self, settings: StaticSettings) -> list[Size]:
-        drawn = Size("method.", settings.layers, settings.heads, settings.columns)
-        return [drawn, Size("method.", 1.0, 1.0, 1.0)]
+    def _sizes(self, settings: StaticSettings) -> list[PhaseSize]:
+        drawn = PhaseSize("method.", settings.layers, settings.heads, settings.columns)
+        return [drawn, PhaseSize("method.", 1.0, 1.0, 1.0)]
 
     def _refuse_settings_without_effect(self) -> None:
         super()._refuse_settings_without_effect()

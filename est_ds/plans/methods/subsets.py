@@ -57,7 +57,7 @@ class SubsetSettings(MethodSettings):
 
 
 @dataclass(frozen=True)
-class Size:
+class PhaseSize:
     """What one phase keeps: fractions, or a number of layers.
 
     Attributes:
@@ -74,7 +74,7 @@ class Size:
 class _PhaseDraw:
     """One phase, with all that does not change from step to step."""
 
-    def __init__(self, size: Size, settings: SubsetSettings, shape: ModelShape) -> None:
+    def __init__(self, size: PhaseSize, settings: SubsetSettings, shape: ModelShape) -> None:
         self.settings, self.size, self.shape = settings, size, shape
         n = shape.num_layers
         listed, field = settings.always_keep, "method.always_keep"
@@ -205,9 +205,9 @@ class PhasedSubsets(Method):
         names = [f"phase_{i + 1}" for i in range(len(settings.phases))]
         return method_phases(settings.phases, names, steps)
 
-    def _sizes(self, settings: Any) -> list[Size]:
+    def _sizes(self, settings: Any) -> list[PhaseSize]:
         return [
-            Size(f"method.phases[{i}].", p.layers, p.heads, p.columns, p.always_keep)
+            PhaseSize(f"method.phases[{i}].", p.layers, p.heads, p.columns, p.always_keep)
             for i, p in enumerate(settings.phases)
         ]
 

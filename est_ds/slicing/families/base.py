@@ -163,7 +163,7 @@ def layer_paths(pieces: list[Piece]) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
-class Size:
+class SubnetworkSize:
     """What a subnetwork keeps, in the numbers of a Hugging Face config.
 
     Attributes:
@@ -261,7 +261,7 @@ class Family(ABC):
         """The model as a sequence of pieces, for a pipeline."""
 
     @abstractmethod
-    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+    def resized(self, config: Any, size: SubnetworkSize) -> dict[str, Any]:
         """The fields of the config that change for a model of that size.
 
         Raises:

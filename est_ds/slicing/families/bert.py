@@ -12,8 +12,8 @@ from est_ds.slicing.families.base import (
     Family,
     Passed,
     Piece,
-    Size,
     Slot,
+    SubnetworkSize,
     passed,
     shared_mask,
     taken,
@@ -113,7 +113,7 @@ class Bert(Family):
             Piece(("cls",), _head, tied=tied_to(source, head)),
         ]
 
-    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+    def resized(self, config: Any, size: SubnetworkSize) -> dict[str, Any]:
         return {"num_hidden_layers": len(size.layers), "intermediate_size": size.columns}
 
 

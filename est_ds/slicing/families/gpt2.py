@@ -13,8 +13,8 @@ from est_ds.slicing.families.base import (
     Follower,
     Passed,
     Piece,
-    Size,
     Slot,
+    SubnetworkSize,
     causal_mask,
     passed,
     taken,
@@ -85,7 +85,7 @@ class Gpt2(Family):
             Piece(("transformer.ln_f", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
 
-    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+    def resized(self, config: Any, size: SubnetworkSize) -> dict[str, Any]:
         num_layers = len(size.layers)
         if config.scale_attn_by_inverse_layer_idx and size.layers != tuple(range(num_layers)):
             raise UserError(

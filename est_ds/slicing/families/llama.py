@@ -13,8 +13,8 @@ from est_ds.slicing.families.base import (
     Follower,
     Passed,
     Piece,
-    Size,
     Slot,
+    SubnetworkSize,
     causal_mask,
     passed,
     taken,
@@ -83,7 +83,7 @@ class Llama(Family):
             Piece(("model.norm", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
 
-    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+    def resized(self, config: Any, size: SubnetworkSize) -> dict[str, Any]:
         fields = {
             "num_hidden_layers": len(size.layers),
             "num_attention_heads": size.heads,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from est_ds.errors import UserError
 from est_ds.plans.shape import ModelShape, StateSpace
-from est_ds.slicing.families.base import Family, Follower, Piece, Size, Slot, tied_to
+from est_ds.slicing.families.base import Family, Follower, Piece, Slot, SubnetworkSize, tied_to
 from est_ds.slicing.leaf import Rows, SkippableLayer, SkippableMlp
 
 WORDS = "backbone.embeddings.weight"
@@ -110,7 +110,7 @@ class Mamba(Family):
             Piece(("backbone.norm_f", "lm_head"), _head, tied=tied_to(source, "lm_head.weight")),
         ]
 
-    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+    def resized(self, config: Any, size: SubnetworkSize) -> dict[str, Any]:
         fields = {"num_hidden_layers": len(size.layers)}
         if config.model_type == "mamba":
             return fields | {"intermediate_size": size.columns}

@@ -24,7 +24,7 @@ from torch.autograd import Function
 from est_ds.errors import UserError
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import Attention, Mlp, ModelShape
-from est_ds.slicing.families.base import Family, Piece, Size, Slot, tied_to
+from est_ds.slicing.families.base import Family, Piece, Slot, SubnetworkSize, tied_to
 from est_ds.slicing.leaf import Skippable, SkippableLayer, Slice
 
 _HEAD = "lm_head.weight"
@@ -200,7 +200,7 @@ class T5(Family):
             ),
         ]
 
-    def resized(self, config: Any, size: Size) -> dict[str, Any]:
+    def resized(self, config: Any, size: SubnetworkSize) -> dict[str, Any]:
         num_encoder = sum(i < config.num_layers for i in size.layers)
         last = config.num_layers + config.num_decoder_layers - 1
         if not 0 < num_encoder < len(size.layers):

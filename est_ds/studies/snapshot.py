@@ -17,7 +17,7 @@ from est_ds.studies.times import known_ratios
 
 
 @dataclass(frozen=True)
-class Seen:
+class Snapshot:
     """A study and its results so far; no run directory is needed."""
 
     runs: Runs

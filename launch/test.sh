@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The fast tests, on the CPU if there is no GPU. Arguments go to pytest:
+# The fast tests, two at a time, on the CPU if there is no GPU. Arguments go to pytest instead:
 #     launch/test.sh tests/test_launch.py     one file (paths are seen from the checkout)
 #     launch/test.sh -m slow                  the slow tests, which .pytest.ini leaves out
 set -euo pipefail
@@ -11,4 +11,6 @@ cd "$EST_DS_ROOT"
 # Tests start several processes each: one thread a process, or they take the cores from one another.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 est_ds_has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+# A test waits for much of its time; most of those that share a training stand side by side.
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist worksteal
 exec python -m pytest -q "$@"

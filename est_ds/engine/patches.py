@@ -6,6 +6,7 @@ and table that is no public interface; a test looks for each in the installed ve
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ PIPELINE = "deepspeed.runtime.pipe.module.PipelineModule"
 ZERO_1_2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO_3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 WRITER = "tensorboard.summary.writer.event_file_writer._AsyncWriterThread"
+MUON = "deepspeed.runtime.zero.muon.original_muon"
 FRAGMENT = "deepspeed.utils.tensor_fragment.tensor_fragment"
 LINKAGE = "deepspeed.utils.mixed_precision_linkage"
 COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator"
@@ -56,6 +58,7 @@ INSIDES = (
     Inside(ENGINE, "micro_steps", None, "base: set when a run resumes"),
     Inside("deepspeed.utils.groups", "mpu", None, "patches: several engines in one process"),
     Inside("deepspeed.comm.torch", "build_shm_op", (), "patches: nothing is compiled at start"),
+    Inside("deepspeed.runtime.compiler", "compile", (), "patches: no compiler is loaded"),
     Inside(WRITER, "run", (), "patches: errors of the disk are said once"),
     Inside(WRITER, "exception", None, "patches: errors of the disk are said once"),
     Inside(PIPE_ENGINE, "_INSTRUCTION_MAP", None, "patches: passes timed, tied gradients summed"),
@@ -97,6 +100,19 @@ def compile_nothing_at_start() -> None:
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         # `deepspeed.comm` has an attribute of that name, which is torch.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def load_no_compiler() -> None:
+    """Loads DeepSpeed's Muon, which ZeRO imports in its first step whatever the optimizer, without
+    the compilation that its functions ask for: that loads torch's compiler, two seconds of a
+    processor and 120 MB in every process. `compile` in a run file loads it as ever."""
+    from deepspeed.runtime import compiler
+
+    kept, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module(MUON)
+    finally:
+        compiler.compile = kept
 
 
 def forget_former_pipeline() -> None:

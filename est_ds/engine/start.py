@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from est_ds.engine.patches import compile_nothing_at_start
+from est_ds.engine.patches import compile_nothing_at_start, load_no_compiler
 from est_ds.ranks.meeting import Meeting, choose_interface, meet
 from est_ds.ranks.world import World, meeting_place
 
@@ -60,6 +60,7 @@ def start_processes(
         logger.setLevel(logging.ERROR)
         logging.getLogger("torch").setLevel(logging.ERROR)
         compile_nothing_at_start()
+        load_no_compiler()
         # As under torchrun: the group joins a store that is there, instead of opening one.
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         # Longer than the watchdog waits, which says more than gloo or NCCL.

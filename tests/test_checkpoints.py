@@ -304,7 +304,8 @@ def test_too_little_disk_space_is_found_before_training(run_at_15):
     assert len(read_metrics(run_at_15)[0]) == 15
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_sigkill.py has a fast case
+@pytest.mark.parametrize("kills", [1, 5])
 def test_killed_while_saving_a_run_goes_on_bit_identically(
     kills, uninterrupted, synthetic_run, tmp_path
 ):

@@ -142,6 +142,7 @@ def test_notice_to_one_process_of_one_host_stops_all_at_one_step(job):
     assert Store(job.run_dir / "checkpoints").named(LATEST) == job.steps()
 
 
+@pytest.mark.slow
 def test_link_that_is_down_for_10_s_only_costs_that_time(job):
     started = job.begin("watchdog.limit_s=30", slots=1)
     link = job.cluster.hosts[1]

@@ -25,6 +25,7 @@ OWN = ["seeds={model: 1, data: 2, method: 4}", "method.phases.1.lr=0.5", "optimi
 OWN += ["schedule={name: linear, rewarm: {steps: 4}}", "model.init={residual: tinyllama}"]
 
 
+@pytest.mark.slow  # the tests below compare the same runs
 def test_killed_run_resumes_identically_in_its_own_layout(tiny_run, tmp_path):
     """RUN is a run directory here, which is read and left alone; everything has a seed of its own,
     and the rate changes at boundaries."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import secrets
@@ -63,35 +65,39 @@ class Launch:
         return replace(self, slots=slots, master=master, name=name)
 
     def command(self, arguments: list[str], folder: Path) -> list[str]:
-        """The launcher's command line; `folder` is for files that it reads."""
-        hostfile = folder / "hostfile"
-        slots, chosen = dict(self.slots), ()
-        if self.devices:
-            own = list(slots)[self.node_rank or 0]
-            slots[own] = max(self.devices) + 1
-            numbers = ",".join(map(str, self.devices))
-            others = [node for node in slots if node != own]
-            chosen = ("--include", "@".join([f"{own}:{numbers}", *others]))
-        hosts.write_hostfile(hostfile, slots)
-        address, port = self.master
+        """The command line of DeepSpeed's launcher; `folder` is for files that it reads."""
         arguments = [*arguments, f"--start={self.name}"]
-        if self.by_ssh:
-            arguments = [hosts.through_ssh(argument) for argument in arguments]
-            where = ["--force_multi", "--launcher", "pdsh", "--no_ssh_check"]
-        else:
-            where = ["--no_ssh", "--node_rank", str(self.node_rank or 0)]
+        address, port = self.master
+        always = ["--log_level=critical", "--no_local_rank", "--module", self.module]
+        if not self.by_ssh:
+            # Its part for one node, which the other would start, three seconds later.
+            return [
+                *(sys.executable, "-u", "-m", "deepspeed.launcher.launch"),
+                f"--world_info={self._world_info()}",
+                f"--node_rank={self.node_rank or 0}",
+                f"--master_addr={address}",
+                f"--master_port={port}",
+                *always,
+                *arguments,
+            ]
+        hostfile = folder / "hostfile"
+        hosts.write_hostfile(hostfile, self.slots)
         return [
             *(sys.executable, "-m", "deepspeed.launcher.runner"),
-            *("--hostfile", str(hostfile)),
-            *where,
-            *chosen,
-            *(("--master_addr", address) if address else ()),
-            *("--master_port", str(port)),
-            *("--log_level", "critical"),
-            "--no_local_rank",
-            *("--module", self.module),
-            *arguments,
+            f"--hostfile={hostfile}",
+            *("--force_multi", "--launcher=pdsh", "--no_ssh_check"),
+            *((f"--master_addr={address}",) if address else ()),
+            f"--master_port={port}",
+            *always,
+            *map(hosts.through_ssh, arguments),
         ]
+
+    def _world_info(self) -> str:
+        """Numbers of the processes' devices by node, as the launcher of a node takes them."""
+        devices = {node: list(range(slots)) for node, slots in self.slots.items()}
+        if self.devices:
+            devices[list(devices)[self.node_rank or 0]] = list(self.devices)
+        return base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
 
 
 def where_to(config: RunConfig, given: Namespace) -> Launch:

@@ -14,8 +14,14 @@ from conftest import ROOT, est_ds
 from est_ds.config.run_file import load_run
 from est_ds.errors import UserError
 from est_ds.launch import hosts
-from est_ds.launch.placement import where_to
+from est_ds.launch.placement import Launch, where_to
 
+# Started by DeepSpeed's launcher of a node in place of est-ds.
+SHOWS_ITSELF = """\
+import os
+names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"
+print(*map(os.environ.get, names), flush=True)
+"""
 NOTHING = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=None)
 
 
@@ -233,3 +239,21 @@ def test_manifest_and_compose_file_agree_with_the_image():
     assert int(names["NNODES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     for argument in trained[0]["build"]["args"]:
         assert f"ARG {argument}=" in dockerfile
+
+
+def test_processes_of_a_node_get_their_ranks_and_the_gpus_that_are_theirs(tmp_path):
+    (tmp_path / "shows_itself.py").write_text(SHOWS_ITSELF)
+    # The second node of two, on which the GPUs 5 and 2 are to be used.
+    slots = {"node-0": 2, "node-1": 2}
+    where = Launch(slots, ("10.0.0.7", 29507), (5, 2), node_rank=1, module="shows_itself")
+    done = subprocess.run(
+        where.command(["word"], tmp_path),
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "DS_ACCELERATOR": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        f"{2 + local} {local} 4 10.0.0.7 29507 5,2" for local in (0, 1)
+    ]

@@ -20,7 +20,7 @@ from est_ds.launch.placement import Launch, where_to
 SHOWS_ITSELF = """\
 import os
 names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"
-print(*map(os.environ.get, names), flush=True)
+os.write(1, " ".join(map(os.environ.get, names)).encode() + b"\\n")
 """
 NOTHING = dict(hostfile=None, nodes=None, node_rank=None, master=None, processes=None)
 

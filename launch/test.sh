@@ -11,6 +11,6 @@ cd "$EST_DS_ROOT"
 # Tests start several processes each: one thread a process, or they take the cores from one another.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 est_ds_has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-# A test waits for much of its time; most of those that share a training stand side by side.
-[ $# -gt 0 ] || set -- --numprocesses 2 --dist worksteal
+# A test waits for much of its time; those that share a training stand in one file.
+[ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 exec python -m pytest -q "$@"

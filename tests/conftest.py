@@ -30,8 +30,18 @@ def pytest_addoption(parser):
     parser.addoption("--slice", metavar="COMMIT", help=help)
 
 
+# The files that take longest come first, so that at the end no process waits for another.
+LONGEST = (
+    *("nodes", "restarting", "checkpoints", "readme", "compare", "verify_resume", "divergence"),
+    *("file_faults", "turns", "preempt", "training", "sigkill", "restart_nodes", "held_out"),
+    *("new_method", "layouts", "micro_batches", "traffic", "schedule", "options", "slicing"),
+)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if commit := config.getoption("slice"):
         by_name = {item.nodeid: item for item in items}
         items[:] = [by_name.pop(name) for name in slices.chosen(list(by_name), commit)]
@@ -201,7 +211,7 @@ def tokenizer(corpus) -> Path:
 def trained(tiny_run, tmp_path_factory) -> Path:
     """A finished run in the default layout."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    done = est_ds("train", tiny_run, f"run_dir={run_dir}", "--processes", "4")
+    done = train(tiny_run, f"run_dir={run_dir}", processes=4)
     assert done.returncode == 0, done.stderr
     (run_dir / "stdout.txt").write_text(done.stdout)
     (run_dir / "stderr.txt").write_text(done.stderr)

@@ -23,6 +23,7 @@ from est_ds.errors import Failure, UserError
 from est_ds.ranks.versions import versions
 from est_ds.run.scores import FineTuning, TunedModel, add_fine_tuning
 from est_ds.score.agreement import class_metrics, value_metrics
+from est_ds.score.inputs import fill_up_with, inputs_of
 from est_ds.score.made_tasks import MADE, make_task
 from est_ds.score.source import Source, exported
 from est_ds.score.tasks import Examples, Task, read_task
@@ -120,17 +121,8 @@ class _Tuner:
     def __init__(self, source: Source, task: Task, wish: Wish) -> None:
         self._source, self._task, self._wish = source, task, wish
         self._tokenizer = source.tokenizer()
-        if self._tokenizer.pad_token is None:
-            # The head of a causal model reads the last token that is no padding.
-            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.unk_token
-        if self._tokenizer.pad_token is None:
-            raise UserError(
-                f"data.tokenizer={source.config.data.tokenizer!r} has no token to fill up texts "
-                f"with (PAD, EOS or UNK); use a tokenizer that has one."
-            )
-        positions = source.design.family.shape(source.design.hf_config).sequence
-        self._longest = min(wish.tokens, positions or wish.tokens)
-        self._train, self._dev = self._encoded(task.train), self._encoded(task.dev)
+        fill_up_with(self._tokenizer)
+        self._train, self._dev = self._rows(task.train), self._rows(task.dev)
 
     def tuned(self, lr: float, seed: int) -> dict[str, float]:
         """Trains a model, and returns its metrics on the development set.
@@ -179,12 +171,13 @@ class _Tuner:
         from transformers import TrainingArguments
 
         has_gpu = torch.cuda.is_available()
+        each = max(1, self._wish.batch // max(1, torch.cuda.device_count()))  # of all GPUs
         return TrainingArguments(
             output_dir=folder,
             learning_rate=lr,
             num_train_epochs=self._wish.epochs,
-            per_device_train_batch_size=self._wish.batch,
-            per_device_eval_batch_size=self._wish.batch,
+            per_device_train_batch_size=each,
+            per_device_eval_batch_size=each,
             weight_decay=0.01,
             warmup_steps=0.1,
             seed=seed,
@@ -198,37 +191,11 @@ class _Tuner:
             dataloader_pin_memory=has_gpu,
         )
 
-    def _encoded(self, examples: Examples) -> list[dict[str, Any]]:
-        """Inputs of the model, of texts that are cut to `_longest` tokens.
-
-        Two texts go together as the tokenizer frames them; one that puts nothing between them gets
-        its EOS there.
-        """
-        separator = self._separator() if examples.second is not None else ()
-        types = self._source.design.family.auto_class == "AutoModelForMaskedLM"
-        encoded = self._tokenizer(
-            list(examples.first),
-            None if examples.second is None else list(examples.second),
-            truncation=True,
-            max_length=self._longest - len(separator),
-            return_token_type_ids=types,
-        )
+    def _rows(self, examples: Examples) -> list[dict[str, Any]]:
+        design = self._source.design
+        positions = design.family.shape(design.hf_config).sequence
+        longest = min(self._wish.tokens, positions or self._wish.tokens)
+        has_types = design.family.auto_class == "AutoModelForMaskedLM"
+        rows = inputs_of(examples, self._tokenizer, longest, has_types)
         kind = int if self._task.classes else float
-        rows = []
-        for i, label in enumerate(examples.labels):
-            row = {name: list(values[i]) for name, values in encoded.items()}
-            if separator:
-                at = encoded.sequence_ids(i).index(1) if 1 in encoded.sequence_ids(i) else None
-                at = len(row["input_ids"]) if at is None else at
-                row["input_ids"][at:at] = separator
-                row["attention_mask"][at:at] = [1] * len(separator)
-            rows.append(row | {"labels": kind(label)})
-        return rows
-
-    def _separator(self) -> tuple[int, ...]:
-        """What to put between two texts; nothing where the tokenizer has something there."""
-        a, b = (self._tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a", "b"))
-        framed = self._tokenizer("a", "b")["input_ids"]
-        joined = any(framed[i : i + len(a + b)] == a + b for i in range(len(framed)))
-        eos = self._tokenizer.eos_token_id
-        return (eos,) if joined and eos is not None else ()
+        return [row | {"labels": kind(label)} for row, label in zip(rows, examples.labels)]

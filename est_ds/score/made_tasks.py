@@ -18,12 +18,12 @@ from est_ds.score.tasks import Examples, Task
 
 ORDER, SOURCE = "order", "source"
 MADE = (ORDER, SOURCE)
-_MOST = 2500  # examples of both sets together
-_TOKENS = 64  # of a passage
+_MOST = 2500  # passages, over all corpora
+_TOKENS = 96  # of a passage
 _TRAINING = 0.8
 _DRAW = 0x0E7B
 _LEAST_WORDS = 3
-_BETWEEN = re.compile(r"(?<=[.!?;:])\s+|\s*\n\s*")
+_BETWEEN = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 
 Labelled = tuple[str, str | None, float]
 
@@ -43,23 +43,24 @@ def make_task(name: str, corpora: dict[str, Corpus], encoder: Encoder) -> Task:
             f"--task={SOURCE} asks which of several held-out corpora a text is from, and this run "
             f"has one; give data.valid='{{ONE: PREFIX, OTHER: PREFIX}}', or use --task={ORDER}."
         )
-    train: list[Labelled] = []
-    dev: list[Labelled] = []
-    for number, corpus in enumerate(corpora.values()):
-        texts = _passages(corpus, encoder, _MOST // len(corpora))
-        cut = round(_TRAINING * len(texts))
-        for part, begin, end in ((train, 0, cut), (dev, cut, len(texts))):
-            for i in range(begin, end):
-                made = _pair(texts[i], number, i) if name == ORDER else (texts[i], None, number)
-                if made:
-                    part.append(made)
+    examples: tuple[list[Labelled], list[Labelled]] = [], []
+    by_corpus = [_passages(corpus, encoder, _MOST // len(corpora)) for corpus in corpora.values()]
+    if name == SOURCE:  # as many of each
+        by_corpus = [passages[: min(map(len, by_corpus))] for passages in by_corpus]
+    # In turns, so that the first ones of all are some of each.
+    for i in range(max(map(len, by_corpus))):
+        for number, passages in enumerate(by_corpus):
+            if i < len(passages):
+                part = examples[i >= _TRAINING * len(passages)]
+                whole = [(passages[i], None, float(number))]
+                part += _pairs(passages[i], number, i) if name == ORDER else whole
     classes = ("swapped", "in order") if name == ORDER else tuple(corpora)
-    if min(len({label for *_, label in part}) for part in (train, dev)) < len(classes):
+    if min(len({label for *_, label in part}) for part in examples) < len(classes):
         raise UserError(
             f"--task={name}: the held-out text ({', '.join(c.prefix for c in corpora.values())}) "
             f"is too short for it; give a larger corpus (data.valid=PREFIX), or a task's folder."
         )
-    return Task(name, classes, "accuracy", _examples(train), _examples(dev))
+    return Task(name, classes, "accuracy", *map(_examples, examples))
 
 
 def _passages(corpus: Corpus, encoder: Encoder, most: int) -> list[str]:
@@ -77,18 +78,19 @@ def _passages(corpus: Corpus, encoder: Encoder, most: int) -> list[str]:
     return texts
 
 
-def _pair(text: str, corpus: int, number: int) -> Labelled | None:
-    """Two neighbouring sentences within a text, swapped or not; None if it has no two."""
+def _pairs(text: str, corpus: int, number: int) -> list[Labelled]:
+    """Pairs of neighbouring sentences within a passage, swapped or not."""
     sentences = _BETWEEN.split(text)[1:-1]  # the first and the last may be torn
-    long = [len(s.split()) >= _LEAST_WORDS for s in sentences]
-    at = [i for i in range(len(sentences) - 1) if long[i] and long[i + 1]]
-    if not at:
-        return None
-    first, second = sentences[at[0]], sentences[at[0] + 1]
-    if first == second:
-        return None
-    [key] = np.random.Philox(key=_DRAW, counter=[0, 0, corpus, number]).random_raw(1)
-    return (first, second, 1.0) if key & 1 else (second, first, 0.0)
+    pairs = [p for p in zip(sentences[::2], sentences[1::2]) if _tells(*p)]
+    address = [0, 0, corpus, number]
+    keys = np.random.Philox(key=_DRAW, counter=address).random_raw(len(pairs))
+    drawn = zip(pairs, keys.tolist())
+    return [(a, b, 1.0) if key & 1 else (b, a, 0.0) for (a, b), key in drawn]
+
+
+def _tells(first: str, second: str) -> bool:
+    """Whether two sentences have an order that may be seen."""
+    return first != second and min(len(s.split()) for s in (first, second)) >= _LEAST_WORDS
 
 
 def _examples(rows: list[Labelled]) -> Examples:

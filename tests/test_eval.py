@@ -325,11 +325,16 @@ def test_tasks_that_lm_eval_cannot_load_are_refused(run_of, tmp_path, items, cap
     for words_, expected in (
         ([str(other)], "other.yaml' cannot be loaded"),
         ([str(missing)], "of_ours.yaml' cannot be loaded"),
-        ([str(unfit)], "does not fit its data"),
         (["nowhere.yaml"], "'nowhere.yaml' does not exist"),
         (["of_ours", "--include", "nowhere"], "--include='nowhere' is no folder"),
     ):
         assert expected in refused(capsys, "eval", run_dir, "--tasks", *words_), words_
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["eval", str(run_dir), "--tasks", str(unfit)])
+    said = capsys.readouterr()
+    assert exit.value.code == 2 and said.out == ""
+    last = said.err.splitlines()[-1]  # behind lm-eval's own bars
+    assert last.startswith("est-ds: error: --tasks=") and "does not fit its data" in last
     assert not (run_dir / "eval.json").exists()
 
 

@@ -21,12 +21,14 @@ class Part(BaseModel):
 
 
 class Figure(Part):
-    """A number, and its standard error where that is known."""
+    """A number, and its standard error where that is known; None is no number."""
 
-    value: float
+    value: float | None
     error: float | None = None
 
     def __str__(self) -> str:
+        if self.value is None:
+            return "no number"
         return f"{self.value:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
 
 

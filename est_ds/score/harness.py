@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from est_ds.errors import UserError, did_you_mean
 from est_ds.run.scores import Figure, TaskScore
+from est_ds.score.words import TASKS as OWN
 
 _RESAMPLES = 1000  # for standard errors that have no formula
 INSTALL = "pip install 'est_ds[eval]', or in a checkout pip install -e '.[eval]'"
@@ -56,8 +59,9 @@ def load_tasks(asked: Asked) -> Tasks:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise UserError(
-            f"--tasks={','.join(asked.names)} needs lm-eval ({e}): {INSTALL}; or use est-ds' own "
-            f"tasks, cloze and next_word."
+            f"--tasks={','.join(asked.names)} needs lm-eval ({e}); "
+            f"{did_you_mean(asked.names[0], OWN)}install it with {INSTALL}, or use est-ds' own "
+            f"tasks, {' and '.join(OWN)}."
         ) from None
     if asked.include is not None and not asked.include.is_dir():
         raise UserError(f"--include={str(asked.include)!r} is no folder; give one with YAML files.")
@@ -87,7 +91,12 @@ def harness_scores(
 
     asked = tasks.asked
     with _quiet():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch,
+            softmax_dtype=torch.float32,
+        )
         try:
             found = simple_evaluate(
                 model=lm,
@@ -121,19 +130,22 @@ def _loaded(manager: Any, name: str) -> list[Any]:
             raise UserError(f"--tasks: {name!r} does not exist; give the path of a task's file.")
     elif name not in manager.all_tasks:
         raise UserError(
-            f"--tasks: {name!r:.60} is no task of est-ds (cloze, next_word) nor of lm-eval; "
-            f"{did_you_mean(name, ['cloze', 'next_word', *manager.all_tasks])}give a name of "
+            f"--tasks: {name!r:.60} is no task of est-ds ({', '.join(OWN)}) nor of lm-eval; "
+            f"{did_you_mean(name, [*OWN, *manager.all_tasks])}give a name of "
             f"lm-eval's list (lm_eval ls tasks), a task's YAML file, or --include=FOLDER."
         )
     try:
-        found = manager._load_spec(name)
+        found = manager.load([name])
     except Exception as e:  # whatever the libraries raise for a file or data that they cannot read
         raise UserError(
             f"--tasks: {name!r} cannot be loaded ({_short(e)}); a task's file is YAML as lm-eval "
             f"has it (task, output_type, doc_to_text, ...), and where there is no network its data "
             f"are files (dataset_path: json, dataset_kwargs: data_files)."
         ) from None
-    return found if isinstance(found, list) else [found]
+    groups = found.get("groups", {})
+    inner = {child for children in found.get("group_map", {}).values() for child in children}
+    outer = [group for name, group in groups.items() if name not in inner]
+    return outer or list(found["tasks"].values())
 
 
 def _score(name: str, found: dict[str, Any], asked: Asked) -> TaskScore:
@@ -142,15 +154,20 @@ def _score(name: str, found: dict[str, Any], asked: Asked) -> TaskScore:
         metric, comma, filter_ = key.partition(",")
         if not comma or metric.endswith("_stderr") or isinstance(value, bool | str):
             continue
-        error = values.get(f"{metric}_stderr,{filter_}")
-        known = None if isinstance(error, str) or error is None else float(error)
         shown = metric if filter_ == "none" else f"{metric} ({filter_})"
-        figures[shown] = Figure(value=float(value), error=known)
+        error = _number(values.get(f"{metric}_stderr,{filter_}"))
+        figures[shown] = Figure(value=_number(value), error=error)
     examples = found.get("n-samples", {}).get(name, {}).get("effective")
     settings = {"version": found["versions"].get(name), "shots": found["n-shot"].get(name)}
     settings |= {"limit": asked.limit}
     by = f"lm_eval {version('lm_eval')}"
     return TaskScore(by=by, metrics=figures, examples=examples, settings=settings)
+
+
+def _number(value: Any) -> float | None:
+    """A figure of lm-eval, which says "N/A" of what it does not know."""
+    known = None if isinstance(value, str) or value is None else float(value)
+    return known if known is not None and math.isfinite(known) else None
 
 
 def _short(error: Exception) -> str:

@@ -283,10 +283,14 @@ def test_an_export_is_used_if_it_is_of_that_checkpoint(run_of, capsys):
     changed = {p for p in before | after if before.get(p) != after.get(p)}
     assert changed == {run_dir / "eval.json"}  # nothing is left behind
     mark = run_dir / "export" / "est_ds_export.json"
-    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"layers": "0"}))
+    whole = json.loads(mark.read_text())
+    mark.write_text(json.dumps(whole | {"layers": "0"}))
     capsys.readouterr()
     cli.main(["eval", str(run_dir), "--checkpoint", "1"])
     assert "an export for this alone" in capsys.readouterr().out
+    mark.write_text(json.dumps(whole))
+    error = refused(capsys, "eval", run_dir, "--checkpoint", "1", "data.documents=separate")
+    assert "data.documents is 'joined' there" in error
 
 
 def test_what_cannot_be_evaluated_is_refused(run_of, tiny_run, tmp_path, items, capsys):

@@ -95,8 +95,8 @@ def _check(wish: Wish, head: str) -> None:
     if unfit:
         allowed = f"{words.CLOZE} alone" if is_masked else "no task"
         raise UserError(
-            f"--tasks: {', '.join(unfit)} need a model that predicts the next token, and this run "
-            f"trains {head}, of which {allowed} can be asked; leave them out."
+            f"--tasks={','.join(unfit)} asks a model that predicts the next token, and this run "
+            f"trains {head}, of which {allowed} can be asked; leave it out."
         )
     for name in ("include", "shots"):
         if getattr(wish, name) is not None and not wish.others:

@@ -21,6 +21,7 @@ from est_ds.design import Design, make_design
 from est_ds.errors import UserError
 from est_ds.export import Wish, export
 from est_ds.export.folder import export_of
+from est_ds.run.directory import check_run_dir
 from est_ds.run.prepare import held_out_windows
 
 
@@ -84,6 +85,7 @@ def exported(config: RunConfig, checkpoint: str) -> Iterator[Source]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     step = Store.of(config.run_dir).find(checkpoint)
+    check_run_dir(config)
     folder = export_of(config, step)
     if folder is not None:
         yield _source(config, folder, step, str(folder))

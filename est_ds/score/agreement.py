@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
 
 def class_metrics(predicted: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
@@ -22,6 +21,8 @@ def class_metrics(predicted: np.ndarray, labels: np.ndarray, classes: int) -> di
 
 def value_metrics(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Returns Pearson's and Spearman's correlation."""
+    from scipy import stats  # starts threads, which no process that forks may have
+
     ranks = (stats.rankdata(values) for values in (predicted, labels))
     return {"pearson": _correlation(predicted, labels), "spearman": _correlation(*ranks)}
 

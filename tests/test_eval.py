@@ -343,13 +343,11 @@ def test_tasks_that_lm_eval_cannot_load_are_refused(run_of, tmp_path, items, cap
 
 
 @pytest.mark.slow  # lm-eval reads all its tasks' files: 15 s
-def test_an_unknown_task_is_refused_with_the_nearest_one(run_of, tmp_path, items, capsys):
+def test_an_unknown_task_is_refused_with_the_nearest_one(run_of, tmp_path, capsys):
     pytest.importorskip("lm_eval")
-    folder = write_task(tmp_path / "tasks", items).parent
-    for name, near in (("arc_easi", "arc_easy"), ("of_our", "of_ours"), ("cloz", "cloze")):
-        asked = ("--tasks", name, "--include", folder)
-        error = refused(capsys, "eval", run_of(GPT2), *asked)
-        assert f"'{name}' is no task" in error and f"did you mean '{near}'?" in error
+    asked = ("--tasks", "arc_easi", "--include", tmp_path)
+    error = refused(capsys, "eval", run_of(GPT2), *asked)
+    assert "'arc_easi' is no task" in error and "did you mean 'arc_easy'?" in error
 
 
 def test_a_missing_lm_eval_is_said_with_how_to_install_it(run_of, monkeypatch, capsys):

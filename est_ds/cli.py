@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import est_ds
+from est_ds.config.arguments import natural, positive
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
+from est_ds.score.verbs import add_eval, add_finetune, run_eval, run_finetune
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = verb("plan", _plan, "show phases, FLOPs, sizes and memory of a run; start nothing")
     plan.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="assume this many processes (default: what RUN says)",
     )
@@ -99,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
     )
     _add_export(verb("export", _export, "write a checkpoint as a Hugging Face folder"))
+    add_eval(verb("eval", run_eval, "score a checkpoint: held-out losses, bits per byte, tasks"))
+    add_finetune(verb("finetune", run_finetune, "train a classifier on a checkpoint, as GLUE does"))
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     _add_doctor(doctor)
     _add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
@@ -109,13 +113,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="start this many on this machine (default: one per GPU; without a GPU what RUN says)",
     )
     train.add_argument(
         "--restarts",
-        type=_natural,
+        type=natural,
         default=0,
         metavar="N",
         help="start a failed run again, up to N times without a new checkpoint in between "
@@ -147,13 +151,13 @@ def _add_verify_resume(check: argparse.ArgumentParser) -> None:
         "Exit code 0: PASS, 1: a difference."
     )
     check.add_argument(
-        "--steps", type=_positive, metavar="K", help="train this many steps (default: 12 or more)"
+        "--steps", type=positive, metavar="K", help="train this many steps (default: 12 or more)"
     )
     check.add_argument(
-        "--at", type=_positive, metavar="S", help="resume after step S (default: near the middle)"
+        "--at", type=positive, metavar="S", help="resume after step S (default: near the middle)"
     )
     check.add_argument(
-        "--processes", type=_positive, metavar="N", help="start this many (default: as train)"
+        "--processes", type=positive, metavar="N", help="start this many (default: as train)"
     )
     check.add_argument(
         "--then",
@@ -163,7 +167,7 @@ def _add_verify_resume(check: argparse.ArgumentParser) -> None:
     )
     check.add_argument(
         "--then-processes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="resume with this many (default: --processes)",
     )
@@ -188,7 +192,7 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         )
     export.add_argument(
         "--plan-step",
-        type=_natural,
+        type=natural,
         metavar="S",
         help="export the plan of step S as a smaller model",
     )
@@ -222,14 +226,14 @@ def _add_compare(study: argparse.ArgumentParser) -> None:
     )
     study.add_argument(
         "--jobs",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="train this many runs beside each other (default: as cores or GPUs allow)",
     )
     study.add_argument("--only", metavar="ARM", help="train this arm and the baseline alone")
     study.add_argument(
         "--add-seeds",
-        type=_positive,
+        type=positive,
         default=0,
         metavar="N",
         help="train N seeds beyond those of the file; they then belong to the study's results",
@@ -272,22 +276,10 @@ def _many_nodes(sub: argparse.ArgumentParser) -> None:
         "--hostfile", metavar="F", help="reach these hosts by ssh; a line is HOST slots=N"
     )
     group.add_argument(
-        "--nodes", type=_positive, metavar="N", help="join N nodes without ssh, and be one of them"
+        "--nodes", type=positive, metavar="N", help="join N nodes without ssh, and be one of them"
     )
-    group.add_argument("--node-rank", type=_natural, metavar="R", help="be this one, 0 to N-1")
+    group.add_argument("--node-rank", type=natural, metavar="R", help="be this one, 0 to N-1")
     group.add_argument("--master", metavar="HOST[:PORT]", help=f"find node 0 there (port: {PORT})")
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -17,6 +17,7 @@ WINGS = (
     "verify_resume",
     "training",
     "launch",
+    "score",
     "export",
     "report",
     "checkpoints",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from est_ds.checkpoints.index import FILE as INDEX
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import LATEST, Store
@@ -19,6 +20,7 @@ from est_ds.config.sections import RunConfig
 from est_ds.data.encoders import Encoder, load_encoder
 from est_ds.data.loader import Windows
 from est_ds.design import Design, make_design
+from est_ds.disk import describe
 from est_ds.errors import UserError
 from est_ds.export.config_file import complete_config, special_ids
 from est_ds.export.logits import check_logits
@@ -123,6 +125,7 @@ def export(config: RunConfig, wish: Wish) -> Exported:
         done = _write(source, wish, partial)
         mark = {"run_dir": config.run_dir, "step": done.step}
         mark |= {"largest_difference": done.largest_difference}
+        mark |= {"checkpoint": _identity(source.checkpoint)}
         mark |= {name: value for name, value in vars(wish.keep).items() if value is not None}
         (partial / MARK).write_text(json.dumps(mark, indent=1))
         # safetensors hides its files from others.
@@ -135,6 +138,23 @@ def export(config: RunConfig, wish: Wish) -> Exported:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, done.step, done.largest_difference, done.lines, done.sample)
+
+
+def export_of(config: RunConfig, step: int) -> Path | None:
+    """Returns a run's own export folder, if it holds the whole model of that very checkpoint."""
+    folder = Path(config.run_dir) / "export"
+    try:
+        mark = json.loads((folder / MARK).read_text())
+        known = _identity(Store.of(config.run_dir).path(step))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(mark, dict) and mark.keys().isdisjoint(vars(Keep()))
+    return folder if is_whole and mark.get("checkpoint") == known else None
+
+
+def _identity(checkpoint: Path) -> str:
+    """Names the contents of a checkpoint: its index has the hashes of all its files."""
+    return describe(checkpoint / INDEX).sha256
 
 
 def _open(config: RunConfig, wish: Wish) -> _Source:

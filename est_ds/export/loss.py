@@ -6,9 +6,13 @@ with others, as where the stages of a pipeline hold different copies of one para
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -21,7 +25,7 @@ from est_ds.data.objectives.loss import IGNORED
 from est_ds.design import Design
 from est_ds.errors import Failure, UserError
 from est_ds.run.metrics import read_metrics
-from est_ds.slicing.families.base import Family
+from est_ds.run.windows import WindowLosses
 
 # Relative. Other kernels (a GPU's against this machine's) and micro-batches round otherwise.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
@@ -81,44 +85,63 @@ def _reported(index: Index, run_dir: Path) -> float | None:
 def _mean_of_corpora(
     model: nn.Module, design: Design, windows: dict[str, Windows], count: int
 ) -> float:
-    """On a GPU, if there is one with room for it."""
+    def losses() -> list[float]:
+        each = (window_losses(model, design, held, count) for held in windows.values())
+        return [found.mean for found in each]
+
+    of_corpora = where_there_is_room(model, losses)
+    return sum(of_corpora) / len(of_corpora)
+
+
+Found = TypeVar("Found")
+
+
+def where_there_is_room(model: nn.Module, compute: Callable[[], Found]) -> Found:
+    """Returns what is computed with the model on a GPU, if there is one with room for that; the
+    model is back on the CPU after the call."""
     for device in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
         try:
             model.to(device)
-            losses = [
-                _mean_loss(model, design.family, held, count, design.config.batch.micro)
-                for held in windows.values()
-            ]
-            break
+            return compute()
         except torch.OutOfMemoryError:
             if device == "cpu":
                 raise
-    model.to("cpu")
-    return sum(losses) / len(losses)
+        finally:
+            model.to("cpu")
+    raise AssertionError("the last device returns or raises")
 
 
 @torch.no_grad()
-def _mean_loss(model: nn.Module, family: Family, windows: Windows, count: int, micro: int) -> float:
-    """Mean over the targets of the held-out samples, nats per token."""
-    began, batches = time.monotonic(), -(-count // micro)
-    total = 0.0
+def window_losses(model: nn.Module, design: Design, windows: Windows, count: int) -> WindowLosses:
+    """Returns the losses of the held-out samples of a corpus, by plain transformers.
+
+    Args:
+        count: of samples; those that the run evaluates.
+    """
+    micro, batches = design.config.batch.micro, -(-count // design.config.batch.micro)
+    began, losses, targets = time.monotonic(), [], []
     for i, batch in enumerate(windows.held_out(count, Portion(0, 1, micro=micro))):
         inputs, labels = (part if isinstance(part, tuple) else (part,) for part in batch)
-        named = family.named_inputs(tuple(ids.to(model.device) for ids in inputs))
+        named = design.family.named_inputs(tuple(ids.to(model.device) for ids in inputs))
         logits_BTV = model(**named, use_cache=False).logits.cpu().float()
-        labels_BT, divisor = labels if len(labels) == 2 else (*labels, labels[0].numel())
-        total += _summed(logits_BTV, labels_BT) / float(divisor)
+        summed_B = _summed(logits_BTV, labels[0])
+        targets_B = (labels[0] != IGNORED).sum(1)
+        losses += (summed_B / targets_B.clamp(min=1)).tolist()
+        targets += targets_B.tolist()
         expected_s = (time.monotonic() - began) * batches
         if i == 0 and expected_s > _SAID_AFTER_S:
             print(
-                f"computing the held-out loss of {windows.corpus.prefix} again: about "
-                f"{expected_s / 60:.0f} minutes (--skip-loss leaves it out)",
+                f"computing the held-out loss of {windows.corpus.prefix} in plain transformers: "
+                f"about {expected_s / 60:.0f} minutes",
+                file=sys.stderr,
                 flush=True,
             )
-    return total * micro / count
+    numbers = np.array(windows.held_out_samples(count))
+    return WindowLosses(np.array(losses)[:count], np.array(targets)[:count], numbers)
 
 
-def _summed(logits_BTV: Tensor, labels_BT: Tensor) -> float:
-    """Cross-entropy of the targets, nats."""
+def _summed(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy of the targets of every row, nats, float64 [B]."""
     flat = logits_BTV.flatten(0, 1), labels_BT.flatten()
-    return cross_entropy(*flat, ignore_index=IGNORED, reduction="sum").item()
+    losses = cross_entropy(*flat, ignore_index=IGNORED, reduction="none")
+    return losses.double().view(labels_BT.shape).sum(1)

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from est_ds.ranks.versions import versions
 from est_ds.report import figures
+from est_ds.report import score_tables as scores
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.frame import framed, row, table, write_whole
 from est_ds.report.style import styled
 from est_ds.report.summary import Summary, summary_of
 from est_ds.report.text import PHASE_COLUMNS, fact_rows, notes, phase_row, title
+from est_ds.run.scores import read_evaluations, read_fine_tunings
 
 FILE = "report.html"
 
@@ -52,7 +54,7 @@ BODY = Template("""<h1>$heading</h1>
 <p class="note">$notes</p>
 <h2>Curves</h2>
 $figures
-<h2>Configuration</h2>
+$scores<h2>Configuration</h2>
 <pre>$config</pre>
 <h2>Versions</h2>
 <table class="facts">$versions</table>
@@ -87,10 +89,28 @@ def render(run: RunFiles, summary: Summary) -> str:
         phases=table(heads, rows),
         notes=escape(" ".join(notes(summary))),
         figures="\n".join(_figure(draw(run, summary), text) for draw, text in FIGURES),
+        scores=_scores(run.directory),
         config=escape((run.directory / "config.yaml").read_text()),
         versions="".join(row(cells, "th", "td") for cells in versions().items()),
     )
     return framed(f"{summary.run_dir}: est_ds report", body)
+
+
+def _scores(run_dir: Path) -> str:
+    """What checkpoints score, by `est-ds eval` and `est-ds finetune`; nothing if none was asked."""
+    evaluations, tunings = read_evaluations(run_dir), read_fine_tunings(run_dir)
+    parts = [
+        (scores.HELD_OUT_HEADS, scores.held_out_rows(evaluations), scores.ERRORS),
+        (scores.TASK_HEADS, scores.task_rows(evaluations), ""),
+        (scores.TUNING_HEADS, scores.tuning_rows(tunings), scores.SPREAD),
+    ]
+    tables = (
+        f'<table class="phases">{table(heads, rows)}</table>\n<p class="note">{escape(note)}</p>\n'
+        for heads, rows, note in parts
+        if rows
+    )
+    body = "".join(tables)
+    return f"<h2>Scores of checkpoints</h2>\n{body}" if body else ""
 
 
 def _figure(figure: Figure, caption: str) -> str:

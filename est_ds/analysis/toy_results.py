@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -133,5 +134,70 @@ def _toy(numbers: dict[str, Any]) -> Figure:
     for until, _ in numbers["phases"][:-1]:
         axes.axvline(until * numbers["steps"], color=GREY, lw=0.7, ls=(0, (2, 2)))
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.legend(loc="upper right")
+    return figure
+
+
+def polynomial_result(numbers: dict[str, Any]) -> Result:
+    """Dense, RaPTr and PLD on a polynomial."""
+    seeds, half = ", ".join(map(str, numbers["seeds"])), numbers["degrees"] // 2
+    said = [
+        f"A residual network of {numbers['layers']} layers and width {numbers['width']} on "
+        f"polynomials of degrees 1 to {numbers['degrees']}, {numbers['steps']} steps, seed {seeds}."
+    ]
+    for name, arm in numbers["arms"].items():
+        low, high = np.mean(arm["errors"][:half]), np.mean(arm["errors"][half:])
+        said.append(
+            f"{name} ran {arm['layers_run']:.1%} of the layers: held-out error {arm['loss']:.4f}, "
+            f"of degrees to {half} {low:.3f} and above {high:.3f} of what there is to learn; "
+            f"{_order(arm['learned_after'])}."
+        )
+    errors = {name: np.mean(arm["errors"][half:]) for name, arm in numbers["arms"].items()}
+    worse = "worse" if errors["PLD"] > errors["RaPTr"] else "not worse"
+    said.append(f"At the high degrees PLD is {worse} than RaPTr here.")
+    return Result(
+        name="polynomial",
+        title="Polynomials by degree",
+        numbers=numbers,
+        said=tuple(said),
+        figure=_polynomial(numbers),
+    )
+
+
+def _order(learned: list[int | None]) -> str:
+    """Whether lower degrees are learned before higher ones."""
+    known = [step for step in learned if step is not None]
+    if not known:
+        return "it learned no degree to a half"
+    late = [float("inf") if step is None else step for step in learned]
+    ordered = all(a <= b for a, b in zip(late, late[1:]))
+    steps = ", ".join("never" if step is None else str(step) for step in learned)
+    return f"degrees are learned {'lowest first' if ordered else 'not in their order'} ({steps})"
+
+
+@style.styled()
+def _polynomial(numbers: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(7.6, 3.4), layout="constrained")
+    arms = numbers["arms"]
+    every = figure.subplots(1, len(arms) + 1)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, numbers["degrees"]))
+    for axes, (name, arm), dash in zip(every[1:], arms.items(), DASHES):
+        done = arm["runs"][0]["done"]
+        losses = np.mean([run["loss"] for run in arm["runs"]], axis=0)
+        every[0].plot(done, losses, color=BLACK, ls=dash, label=name)
+        errors = np.mean([run["errors"] for run in arm["runs"]], axis=0)
+        for degree, colour in enumerate(colours):
+            axes.plot(done, errors[:, degree], color=colour, lw=1.2, label=str(degree + 1))
+        axes.set_title(name)
+        axes.set_ylim(0, 1.2)
+    every[0].set_title("Held-out error")
+    every[0].set_yscale("log")
+    every[0].legend(loc="best")
+    every[1].set_ylabel("error of a degree")
+    for axes in every:
+        axes.set_xlabel("steps")
+    handles = every[1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=numbers["degrees"], title="degree")
     return figure

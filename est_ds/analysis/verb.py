@@ -43,6 +43,19 @@ def add_analyse(analyse: argparse.ArgumentParser, natural: Type, positive: Type)
     linear.add_argument(
         "--taus", type=_several(float), metavar="T,T", help="shares in common (default: 0,0.5,1)"
     )
+    polynomial = name(
+        "polynomial",
+        _polynomial,
+        "what dense, RaPTr and PLD learn first, by degree; no run",
+        POLY,
+    )
+    _add_toy(polynomial, natural)
+    for word, help in (
+        ("--steps", "optimizer steps of every arm (default: 2000)"),
+        ("--width", "width of the network (default: 64)"),
+        ("--seeds", "networks and polynomials of every arm (default: 1)"),
+    ):
+        polynomial.add_argument(word, type=positive, metavar="N", help=help)
     toy = name("toy", _toy, "EST in one short file, on a two-layer perceptron; no run", TOY)
     _add_toy(toy, natural)
     toy.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
@@ -60,6 +73,10 @@ STABILITY = (
     "phase boundaries."
 )
 LINEAR = "Measures norms and Psi of deep linear networks with and without residuals and norms."
+POLY = (
+    "Trains a residual network of 20 layers on polynomials of degrees 1 to 10: dense, and with "
+    "RaPTr and PLD at a fifth fewer FLOPs; says what is learned by degree."
+)
 TOY = "Trains a two-layer perceptron with EST and dense, at equal steps and at equal FLOPs."
 
 
@@ -209,6 +226,17 @@ def _toy(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
     seeds = range(parsed.seed, parsed.seed + parsed.seeds)
     _give(toy_result(measure_toy(seeds)), parsed.out, parsed)
+
+
+def _polynomial(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.analysis.polynomial import Settings, measure_polynomial
+    from est_ds.analysis.toy_results import polynomial_result
+
+    given = {"steps": parsed.steps, "width": parsed.width}
+    sizes = {name: value for name, value in given.items() if value is not None}
+    seeds = tuple(range(parsed.seed, parsed.seed + (parsed.seeds or 1)))
+    result = polynomial_result(measure_polynomial(Settings(**sizes, seeds=seeds)))
+    _give(result, parsed.out, parsed)
 
 
 def _give(result, folder: Path, parsed: argparse.Namespace) -> None:

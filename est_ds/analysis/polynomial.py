@@ -104,17 +104,19 @@ class Network(nn.Module):
             return nn.Parameter(torch.randn(shape, generator=draw) * scale / shape[-1] ** 0.5)
 
         self.first = weight(width, SIGNS)
-        self.into = nn.ParameterList(weight(width, width, scale=2**0.5) for _ in range(LAYERS))
-        self.out = nn.ParameterList(weight(width, width, scale=0.3) for _ in range(LAYERS))
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(LAYERS))
+        # Each one tensor of all layers: what a plan leaves out gets a zero gradient.
+        self.into = weight(LAYERS, width, width, scale=2**0.5)
+        self.out = weight(LAYERS, width, width, scale=0.3)
+        self.biases = nn.Parameter(torch.zeros(LAYERS, width))
         self.last = weight(width)
 
     def forward(self, x: Tensor, plan: Plan | None = None) -> Tensor:
         y_NH = x @ self.first.T
+        into, out, biases = (part.unbind() for part in (self.into, self.out, self.biases))
         for i in range(LAYERS) if plan is None else plan.kept_layers:
             scale = 1.0 if plan is None else plan.layers[i].scale
-            hidden = relu(rms_norm(y_NH, y_NH.shape[-1:]) @ self.into[i].T + self.biases[i])
-            y_NH = y_NH + scale * (hidden @ self.out[i].T)
+            hidden = relu(rms_norm(y_NH, y_NH.shape[-1:]) @ into[i].T + biases[i])
+            y_NH = y_NH + scale * (hidden @ out[i].T)
         return rms_norm(y_NH, y_NH.shape[-1:]) @ self.last
 
 

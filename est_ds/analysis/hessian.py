@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -168,6 +170,9 @@ _opened: Hessian  # of a process of the pool
 
 def _open_here(wanted: Wanted, threads: int) -> None:
     global _opened
+    # Also where the parent is killed: the pool's own queue does not tell.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
     number = multiprocessing.current_process()._identity[-1]
     gpus = torch.cuda.device_count()

@@ -197,6 +197,7 @@ def _stability(numbers: dict[str, Any]) -> Figure:
         norms.plot(range(first, first + len(stack["norms"])), stack["norms"], **line)
         _over(psi, at, [layer["psi_over_first"] for layer in stack["layers"]], **line)
         _over(relative, at, [layer["psi_over_norm"] for layer in stack["layers"]], **line)
+        line["label"] = "without the layer" if name == "model" else f"without, {name}"
         _over(losses, at, [layer["loss_without"] for layer in stack["layers"]], **line)
     losses.axhline(numbers["loss"], color=RED, lw=1, ls="--", label="full model")
     for axes, title, label in (

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
+from scipy.stats import spearmanr
 
 from est_ds.analysis.output import Result
 from est_ds.analysis.toys import DENSE, EST, WIDTH, cost, train
@@ -150,13 +151,16 @@ def polynomial_result(numbers: dict[str, Any]) -> Result:
     for name, arm in numbers["arms"].items():
         low, high = np.mean(arm["errors"][:half]), np.mean(arm["errors"][half:])
         said.append(
-            f"{name} ran {arm['layers_run']:.1%} of the layers: held-out error {arm['loss']:.4f}, "
+            f"{name} ran {arm['layers_run']:.1%} of the layers: error {arm['loss']:.4f}, "
             f"of degrees to {half} {low:.3f} and above {high:.3f} of what there is to learn; "
             f"{_order(arm['learned_after'])}."
         )
     errors = {name: np.mean(arm["errors"][half:]) for name, arm in numbers["arms"].items()}
     worse = "worse" if errors["PLD"] > errors["RaPTr"] else "not worse"
-    said.append(f"At the high degrees PLD is {worse} than RaPTr here.")
+    said.append(
+        f"At the high degrees PLD is {worse} than RaPTr here ({len(numbers['seeds'])} "
+        f"{'seed' if len(numbers['seeds']) == 1 else 'seeds'})."
+    )
     return Result(
         name="polynomial",
         title="Polynomials by degree",
@@ -167,14 +171,16 @@ def polynomial_result(numbers: dict[str, Any]) -> Result:
 
 
 def _order(learned: list[int | None]) -> str:
-    """Whether lower degrees are learned before higher ones."""
-    known = [step for step in learned if step is not None]
-    if not known:
-        return "it learned no degree to a half"
-    late = [float("inf") if step is None else step for step in learned]
-    ordered = all(a <= b for a, b in zip(late, late[1:]))
+    """After how many steps each degree was learned, and whether low ones came first."""
     steps = ", ".join("never" if step is None else str(step) for step in learned)
-    return f"degrees are learned {'lowest first' if ordered else 'not in their order'} ({steps})"
+    late = [float("inf") if step is None else step for step in learned]
+    if len(set(late)) == 1:
+        return f"degrees are learned to a half after {steps} steps"
+    correlation = spearmanr(range(len(late)), late).statistic
+    return (
+        f"degrees are learned to a half after {steps} steps, a rank correlation with the degree of "
+        f"{correlation:+.2f}"
+    )
 
 
 @style.styled()
@@ -192,7 +198,7 @@ def _polynomial(numbers: dict[str, Any]) -> Figure:
             axes.plot(done, errors[:, degree], color=colour, lw=1.2, label=str(degree + 1))
         axes.set_title(name)
         axes.set_ylim(0, 1.2)
-    every[0].set_title("Held-out error")
+    every[0].set_title("Error")
     every[0].set_yscale("log")
     every[0].legend(loc="best")
     every[1].set_ylabel("error of a degree")

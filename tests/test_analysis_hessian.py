@@ -16,6 +16,7 @@ from est_ds import cli
 from est_ds.analysis.hessian import Effort, largest_eigenvalue, measure_hessian, one_sample
 from est_ds.analysis.product import Hessian, flat, groups_of
 from est_ds.analysis.subject import Wanted, open_subject
+from est_ds.checkpoints.weights import with_weights
 from est_ds.config.run_file import load_run
 from est_ds.run.metrics import read_metrics
 from pages import Page
@@ -93,6 +94,14 @@ def test_vectors_are_even_signs_of_seed_and_sample_alone(known):
     assert np.array_equal(signs, flat(hessian.signs(0, 0)))
     for other in (flat(hessian.signs(0, 1)), flat(hessian.signs(1, 0))):
         assert abs((signs * other).mean()) < 4 / len(signs) ** 0.5
+
+
+def test_a_tied_parameter_of_a_checkpoint_counts_once():
+    subject = subject_of(GPT2)
+    weights = {name: p.clone() for name, p in subject.model.state_dict().items()}
+    model = with_weights(subject.design.hf_config, weights)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert sum(p.numel() for p in model.parameters()) == subject.num_parameters
 
 
 # runs

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import est_ds
+from est_ds.analysis.verb import SUMMARY, add_analyse
 from est_ds.config.arguments import natural, positive
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     _add_doctor(doctor)
     _add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
+    add_analyse(verbs.add_parser("analyse", help=SUMMARY))
     _add_report(verbs.add_parser("report", help="draw the page of a run, or of several together"))
     return parser
 

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
 WINGS = (
     "cli",
     "studies",
+    "analysis",
     "doctor",
     "verify_resume",
     "training",

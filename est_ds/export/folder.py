@@ -7,15 +7,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from est_ds.checkpoints.index import FILE as INDEX
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import LATEST, Store
+from est_ds.checkpoints.weights import whole_weights, with_weights
 from est_ds.config.sections import RunConfig
 from est_ds.data.encoders import Encoder, load_encoder
 from est_ds.data.loader import Windows
@@ -32,7 +31,6 @@ from est_ds.export.tokenizer import check_tokenizer, write_tokenizer
 from est_ds.plans.plan import Plan
 from est_ds.run.directory import check_run_dir
 from est_ds.run.prepare import held_out_windows
-from est_ds.slicing.build import build_model, empty_model
 
 MARK = "est_ds_export.json"  # says that a folder is an export, which another may replace
 
@@ -177,18 +175,19 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
     import transformers
 
     design, corpus = source.design, source.first.corpus
-    weights = _weights(source)
-    model = exported = _with_weights(design.hf_config, weights)
+    # Of the type that the engine computed with.
+    dtype = torch.bfloat16 if design.config.precision == "bf16" else torch.float32
+    weights = whole_weights(design, source.checkpoint, dtype)
+    model = exported = with_weights(design.hf_config, weights)
     if source.plan is not None:
         smaller = smaller_model(model, design.family, design.hf_config, source.plan)
-        exported = _with_weights(*smaller)
+        exported = with_weights(*smaller)
     exported.save_pretrained(partial)
     objective = source.first.objective
     tokenizer, lines = write_tokenizer(partial, design.config.data.tokenizer, objective)
     lines += check_tokenizer(tokenizer, source.encoder, [w.corpus for w in source.windows.values()])
     complete_config(partial, special_ids(design, source.encoder, corpus.manifest, tokenizer))
 
-    dtype = next(iter(weights.values())).dtype
     auto_class = getattr(transformers, design.family.auto_class)
     reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
     window = torch.from_numpy(corpus.window(0, design.config.data.sequence))[None]
@@ -205,18 +204,3 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
         sample, line = continued(reloaded, tokenizer, wish.prompt, longest)
         lines += line
     return Exported(partial, source.index.step, difference, tuple(lines), sample)
-
-
-def _weights(source: _Source) -> dict[str, Tensor]:
-    """The weights that the engine computed with, tied ones under all their names."""
-    dtype = torch.bfloat16 if source.design.config.precision == "bf16" else torch.float32
-    with Checkpoint(source.checkpoint) as held:
-        weights = {name: tensor.to(dtype) for name, tensor in held.weights().items()}
-    tied = empty_model(source.design.hf_config).all_tied_weights_keys
-    return weights | {name: weights[source_] for name, source_ in tied.items()}
-
-
-def _with_weights(hf_config: Any, weights: dict[str, Tensor]) -> nn.Module:
-    model = build_model(hf_config, seed=0)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from est_ds.ranks.versions import versions
 from est_ds.report import figures
 from est_ds.report import score_tables as scores
+from est_ds.report.analyses import analyses
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.frame import framed, row, table, write_whole
 from est_ds.report.style import styled
@@ -54,7 +55,9 @@ BODY = Template("""<h1>$heading</h1>
 <p class="note">$notes</p>
 <h2>Curves</h2>
 $figures
-$scores<h2>Configuration</h2>
+$scores
+$analyses
+<h2>Configuration</h2>
 <pre>$config</pre>
 <h2>Versions</h2>
 <table class="facts">$versions</table>
@@ -90,6 +93,7 @@ def render(run: RunFiles, summary: Summary) -> str:
         notes=escape(" ".join(notes(summary))),
         figures="\n".join(_figure(draw(run, summary), text) for draw, text in FIGURES),
         scores=_scores(run.directory),
+        analyses=analyses(run.directory),
         config=escape((run.directory / "config.yaml").read_text()),
         versions="".join(row(cells, "th", "td") for cells in versions().items()),
     )

@@ -64,10 +64,14 @@ def run_command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **envir
 
 def est_ds(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str):
     """`est-ds ARGUMENTS` in a forked process; what it starts itself is started as ever."""
+    return _forked(_main, arguments, cwd, timeout, environment)
+
+
+def _forked(verb: Callable, arguments, cwd: Path, timeout: float, environment: dict[str, str]):
     with TemporaryDirectory() as folder:
         streams = Path(folder, "out"), Path(folder, "err")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        process = fork(_main, ([str(a) for a in arguments], int), streams, cwd, environment)
+        process = fork(verb, ([str(a) for a in arguments],), streams, cwd, environment)
         [code] = wait([process], timeout)
         return subprocess.CompletedProcess(arguments, code, *(s.read_text() for s in streams))
 
@@ -100,7 +104,13 @@ def fork_ranks(
     return [fork(_main, (words, first), streams, ROOT, e) for e in launched(processes)]
 
 
-def _main(words: list[str], first: Callable) -> None:
+def _prepare(words: list[str]) -> None:
+    from data_prep.__main__ import main
+
+    sys.exit(main(words))
+
+
+def _main(words: list[str], first: Callable = int) -> None:
     from est_ds.cli import main
 
     first()
@@ -152,7 +162,6 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     names = ("argparse", "ast", "calendar", "csv", "difflib", "heapq", "inspect", "json/decoder")
     library = Path(sysconfig.get_path("stdlib"))
-    prep = (sys.executable, "-m", "data_prep")
     inputs = [library / f"{name}.py" for name in names]
     gather = ("corpus", "--input", *inputs, "--out", folder / "text", "--held-out", "0.3")
     train = f"tokenizer --input {folder}/text.train.jsonl --out {folder}/tokenizer --vocab 512"
@@ -162,7 +171,7 @@ def corpus(tmp_path_factory) -> Path:
         for name in ("train", "valid")
     ]
     for arguments in (gather, *(line.split() for line in (train, *packs))):
-        done = run_command(*prep, *arguments)
+        done = _forked(_prepare, arguments, ROOT, 300, {})
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -43,8 +43,8 @@ PAIRS = {
 SAME = ["data 2, ZeRO 1", "data 2, ZeRO 2", "data 2, ZeRO 3", "pipe 2 x data 2, ZeRO 1"]
 SAVED = 10
 KEPT = ("step", "loss", "grad_norm", "lr", "tokens", "plan_digest", "data_digest")
-# The fast tests write and read every form of a checkpoint once.
-FAST_PAIRS = list(PAIRS)[:3]
+# The fast tests, with FAST_SAME, write and read every form of a checkpoint once.
+FAST_PAIRS = list(PAIRS)[:2]
 FAST_SAME = [("data 2, ZeRO 2", "bf16"), ("pipe 2 x data 2, ZeRO 1", "fp32")]
 
 

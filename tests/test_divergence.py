@@ -45,7 +45,7 @@ CASES = {name: (name, []) for name in LAYOUTS if name != "pipe 4, ZeRO 1"} | {
     },
 }
 SLOW = pytest.mark.slow
-FAST = ["bf16", "pipe 2, ZeRO 0", "data 2, ZeRO 2"]
+FAST = ["bf16", "pipe 2, ZeRO 0"]
 SKIPPING = FAST + [pytest.param(name, marks=SLOW) for name in CASES if name not in FAST]
 GOING_BACK = [
     *("pipe 2, ZeRO 0", "data 2, ZeRO 2"),

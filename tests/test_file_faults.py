@@ -195,6 +195,7 @@ def test_file_that_vanishes_ends_the_run_and_its_checkpoint_stays(case, folder):
     check_goes_on(folder, folder / "run")
 
 
+@slow
 def test_disk_that_becomes_read_only_ends_the_run_and_its_checkpoint_stays(disk, folder):
     run_dir = disk / "run"
     with trained(folder, run_dir) as job:

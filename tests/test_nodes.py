@@ -186,6 +186,7 @@ def test_host_that_cannot_be_reached_ends_the_start_and_is_named(job):
     assert_failed(started, job, 2 * LIMIT_S + 30, "a host that is not there", "node7")
 
 
+@pytest.mark.slow
 def test_host_of_another_version_is_refused_by_its_name(job):
     other = job.cluster.folder / "other.py"
     other.write_text('"""Another version."""\n\n__version__ = "99.0"\n')

@@ -54,7 +54,7 @@ def traffic_of(run: Path, folder: Path, layout: str, more: list[str]) -> list:
 
 
 SLOW = pytest.mark.slow
-FAST = [("data 2, ZeRO 2", "bf16"), ("data 2, ZeRO 3", "fp32"), ("pipe 2 x data 2, ZeRO 1", "fp32")]
+FAST = [("data 2, ZeRO 3", "fp32"), ("pipe 2 x data 2, ZeRO 1", "fp32")]
 ALL = [
     pytest.param(*case, marks=() if case in FAST else SLOW)
     for case in product(CASES, ["fp32", "bf16"])

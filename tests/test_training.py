@@ -191,7 +191,10 @@ def test_export_replaces_only_an_export(trained, tmp_path):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow), signal.SIGKILL],
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+        signal.SIGKILL,
+    ],
 )
 def test_ending_est_ds_ends_every_process(number, tiny_run, tmp_path):
     run_dir = tmp_path / "run"

@@ -25,7 +25,7 @@ OWN = ["seeds={model: 1, data: 2, method: 4}", "method.phases.1.lr=0.5", "optimi
 OWN += ["schedule={name: linear, rewarm: {steps: 4}}", "model.init={residual: tinyllama}"]
 
 
-@pytest.mark.slow  # the tests below compare the same runs
+@pytest.mark.slow
 def test_killed_run_resumes_identically_in_its_own_layout(tiny_run, tmp_path):
     """RUN is a run directory here, which is read and left alone; everything has a seed of its own,
     and the rate changes at boundaries."""
@@ -77,6 +77,7 @@ def tamper(checkpoint: Path, key: str, factor: float) -> None:
     (checkpoint / FILE).write_text(changed.to_json())
 
 
+@pytest.mark.slow
 def test_moment_lost_between_the_halves_is_named_with_the_first_step(tiny_run, monkeypatch, capsys):
     """A step is trained from its weights: a wrong moment shows in the next one's loss."""
     resume = ResumeCheck.resume

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from conftest import train, train_command
 from est_ds.checkpoints.store import LATEST, Store
+from est_ds.launch.placement import free_port
 from est_ds.ranks.meeting import connect
 from est_ds.ranks.preempt import EXIT_CODE
 from est_ds.run.metrics import read_metrics
@@ -45,9 +45,7 @@ class Ranks:
     """Ranks of a start in which the last one does not come, each started as a launcher does."""
 
     def __init__(self, folder: Path, size: int, *command: str) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
         self.logs = [folder / f"log{rank}" for rank in range(size - 1)]
         self.processes = [
@@ -135,9 +133,7 @@ def test_notice_is_heard_where_the_main_thread_never_comes_back(tmp_path):
 def test_signal_to_one_of_two_nodes_whose_other_is_not_there_ends_it(
     number, code, node_rank, tiny_run, tmp_path
 ):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        master = f"127.0.0.1:{s.getsockname()[1]}"
+    master = f"127.0.0.1:{free_port()}"
     command = [
         sys.executable,
         "-m",

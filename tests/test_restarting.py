@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from conftest import est_ds, train, train_command
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Batch
 from est_ds.launch import retries
-from est_ds.launch.placement import Launch, where_to
+from est_ds.launch.placement import Launch, free_port, where_to
 from est_ds.launch.retries import fit, train_again_until_done
 from est_ds.ranks.preempt import EXIT_CODE
 from est_ds.run.metrics import read_metrics
@@ -222,9 +221,7 @@ with Watchdog(meet(world, 100), world, 100) as watchdog:
 
 def test_process_left_of_an_earlier_start_ends_and_does_not_touch_the_new_one(tmp_path):
     """Rank 0 died, and the new one listens on the same port before the others have noticed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     logs: list[Path] = []
 
     def process(rank: int) -> subprocess.Popen:

@@ -10,7 +10,6 @@ import json
 import os
 import pkgutil
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from est_ds.launch.placement import free_port
 from forks import fork, wait
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +64,7 @@ def start(
 
 def launched(processes: int, **more: str) -> Iterator[dict[str, str]]:
     """The environment of every rank, as a launcher on this machine gives it."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     for rank in range(processes):
         yield {
             **os.environ,

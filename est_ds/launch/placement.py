@@ -60,7 +60,7 @@ class Launch:
         if self.by_ssh and next(iter(slots)) != next(iter(self.slots)):
             address = hosts.address_of(list(slots))
         elif not self.by_ssh and self.node_rank is None:
-            port = _free_port()
+            port = free_port()
         master, name = (address, port), secrets.token_hex(4)
         return replace(self, slots=slots, master=master, name=name)
 
@@ -133,7 +133,7 @@ def this_machine(config: RunConfig, processes: int | None) -> Launch:
     processes = processes or default_processes(config)
     check_processes(processes)
     slots = {"localhost": processes}
-    return Launch(slots, ("127.0.0.1", _free_port()), _devices(processes))
+    return Launch(slots, ("127.0.0.1", free_port()), _devices(processes))
 
 
 def one_node(
@@ -222,7 +222,25 @@ def _devices(processes: int) -> tuple[int, ...] | None:
     return tuple(int(n) for n in visible.split(",")[:processes])
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+# Below those that systems give to outgoing connections (Linux: from 32768 on): one of these may take
+# a port between here and rank 0's start.
+PORTS = range(20_000, 32_768)
+
+
+def free_port() -> int:
+    """A port on which nobody listens on this machine.
+
+    Raises:
+        UserError: none was found.
+    """
+    for _ in range(100):
+        port = PORTS[secrets.randbelow(len(PORTS))]
+        with socket.socket() as s:
+            try:
+                s.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(
+        f"no free port was found among {PORTS.start} to {PORTS.stop - 1}; end what listens there."
+    )

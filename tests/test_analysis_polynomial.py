@@ -84,7 +84,8 @@ def test_a_degree_is_learned_where_its_error_stays_below_a_half():
     assert learned_after(runs) == [20, 30, None]
 
 
-def test_command_learns_low_degrees_first(tmp_path, capsys):
+def test_command_learns_low_degrees_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(polynomial, "EVALUATIONS", 5)
     few = ("--steps", "100", "--width", "24", "--out", str(tmp_path))
     cli.main(["analyse", "polynomial", "--json", *few])
     said = json.loads(capsys.readouterr().out)

@@ -222,8 +222,8 @@ def _devices(processes: int) -> tuple[int, ...] | None:
     return tuple(int(n) for n in visible.split(",")[:processes])
 
 
-# Below those that systems give to outgoing connections (Linux: from 32768 on): one of these may take
-# a port between here and rank 0's start.
+# Below those that systems give to outgoing connections (Linux: from 32768 on): one of these could
+# take a port between here and rank 0's start.
 PORTS = range(20_000, 32_768)
 
 

@@ -10,6 +10,7 @@ cd "$EST_DS_ROOT"
 
 # Tests start several processes each: one thread a process, or they take the cores from one another.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+unset PYTHONDONTWRITEBYTECODE # images set it: then every process compiles est_ds anew
 est_ds_has_gpu || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 # A test waits for much of its time; those that share a training stand in one file.
 [ $# -gt 0 ] || set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -28,7 +28,6 @@ COLUMNS = {
 }
 # What est_ds itself offers is tried by the fast tests: test_layouts.py has the others.
 FAST = [
-    ("activation_checkpointing=true", "ZeRO 3"),
     ("activation_checkpointing=true", "pipe, ZeRO 0"),
     ("parallel.offload=true", "ZeRO 2"),
 ]

@@ -12,7 +12,13 @@ from workers import start
 
 
 # ZeRO 3 and a pipeline would hang, ZeRO 1 would silently mix gradients of different layers.
-@pytest.mark.parametrize("layout", ["data 2, ZeRO 1", "data 2, ZeRO 3", "pipe 4, ZeRO 1"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *("data 2, ZeRO 3", "pipe 4, ZeRO 1"),
+        pytest.param("data 2, ZeRO 1", marks=pytest.mark.slow),
+    ],
+)
 def test_another_plan_on_one_rank_ends_all_with_ranks_and_digests(layout, synthetic_run, tmp_path):
     processes, arguments = LAYOUTS[layout]
     overrides = [f"run_dir={tmp_path}/run", *arguments, f"method={METHODS['est']}"]

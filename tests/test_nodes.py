@@ -84,6 +84,7 @@ def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(sl
         assert [e[name] for e in found[part]] == [e[name] for e in expected[part]]
 
 
+@pytest.mark.slow
 def test_killed_process_ends_all_and_is_named(job):
     started = job.begin(slots=1)
     signal_all(job.cluster.hosts[1].ranks(), signal.SIGKILL)

@@ -16,6 +16,7 @@ from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
 from est_ds.score.verbs import add_eval, add_finetune, run_eval, run_finetune
+from est_ds.studies.verb import add_compare
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add_finetune(verb("finetune", run_finetune, "train a classifier on a checkpoint, as GLUE does"))
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     _add_doctor(doctor)
-    _add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
+    add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
     add_analyse(verbs.add_parser("analyse", help=SUMMARY))
     _add_report(verbs.add_parser("report", help="draw the page of a run, or of several together"))
     return parser
@@ -205,40 +206,6 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         "--skip-loss",
         action="store_true",
         help="skip the check of the held-out loss (it is long for a large model without a GPU)",
-    )
-
-
-def _add_compare(study: argparse.ArgumentParser) -> None:
-    study.description = (
-        "Trains the runs of a study that are not done, and compares its arms with the baseline at "
-        "equal tokens, FLOPs and seconds. Started again, it goes on. Exit code 0: done, 1: a run "
-        "failed."
-    )
-    study.set_defaults(verb=_compare, parser=study)
-    study.add_argument("study", metavar="STUDY", help="a study file (YAML)")
-    study.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    nothing = study.add_mutually_exclusive_group()
-    nothing.add_argument(
-        "--dry-run", action="store_true", help="say what would be trained, and train nothing"
-    )
-    nothing.add_argument(
-        "--time-only",
-        action="store_true",
-        help="measure the step times of all arms in turns with the baseline's, and train nothing",
-    )
-    study.add_argument(
-        "--jobs",
-        type=positive,
-        metavar="N",
-        help="train this many runs beside each other (default: as cores or GPUs allow)",
-    )
-    study.add_argument("--only", metavar="ARM", help="train this arm and the baseline alone")
-    study.add_argument(
-        "--add-seeds",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="train N seeds beyond those of the file; they then belong to the study's results",
     )
 
 
@@ -387,20 +354,6 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
         print(line)
     if done.sample is not None:
         print(f"sample: {done.sample!r}")
-
-
-def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.studies.compare import Wish, compare
-
-    wish = Wish(
-        jobs=parsed.jobs,
-        only=parsed.only,
-        add_seeds=parsed.add_seeds,
-        json=parsed.json,
-        dry_run=parsed.dry_run,
-        time_only=parsed.time_only,
-    )
-    sys.exit(compare(parsed.study, wish))
 
 
 def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:

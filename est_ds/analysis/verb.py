@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from est_ds.config.arguments import natural, positive
+from est_ds.config.arguments import natural, positive, several
 
 SUMMARY = "measure what the papers measured, on a run or on a toy"
 
@@ -35,10 +35,10 @@ def add_analyse(analyse: argparse.ArgumentParser) -> None:
     linear = name("linear", _linear, "the same of deep linear networks; no run", LINEAR)
     _add_toy(linear)
     linear.add_argument(
-        "--depths", type=_several(positive), metavar="L,L", help="layers (default: 8 to 128)"
+        "--depths", type=several(positive), metavar="L,L", help="layers (default: 8 to 128)"
     )
     linear.add_argument(
-        "--taus", type=_several(float), metavar="T,T", help="shares in common (default: 0,0.5,1)"
+        "--taus", type=several(float), metavar="T,T", help="shares in common (default: 0,0.5,1)"
     )
     polynomial = name(
         "polynomial",
@@ -142,18 +142,6 @@ def _add_toy(sub: argparse.ArgumentParser) -> None:
         help="write figure and numbers there (default: runs/analysis)",
     )
     sub.add_argument("--seed", type=natural, default=0, metavar="S", help="(default: 0)")
-
-
-def _several(kind: Callable) -> Callable:
-    def several(text: str) -> tuple:
-        try:
-            return tuple(kind(part) for part in text.split(","))
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a list of numbers such as 1,2"
-            ) from None
-
-    return several
 
 
 def _hessian(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def natural(text: str) -> int:
@@ -31,11 +35,15 @@ def above_zero(text: str) -> float:
     return number
 
 
-def several_above_zero(text: str) -> tuple[float, ...]:
-    """Numbers above 0, as `1e-4,2e-4`."""
-    return tuple(dict.fromkeys(above_zero(part) for part in text.split(",")))
+def several(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Values of a kind between commas, as `1e-4,2e-4`, none twice."""
 
+    def values(text: str) -> tuple[T, ...]:
+        try:
+            return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a list of numbers such as 1,2"
+            ) from None
 
-def several_naturals(text: str) -> tuple[int, ...]:
-    """Whole numbers, as `0,1,2`."""
-    return tuple(dict.fromkeys(natural(part) for part in text.split(",")))
+    return values

@@ -5,13 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from est_ds.config.arguments import (
-    above_zero,
-    natural,
-    positive,
-    several_above_zero,
-    several_naturals,
-)
+from est_ds.config.arguments import above_zero, natural, positive, several
 
 _OWN = "next_word and cloze are made of the held-out text"
 
@@ -56,14 +50,14 @@ def add_finetune(sub: argparse.ArgumentParser) -> None:
     _checkpoint(sub)
     sub.add_argument(
         "--lr",
-        type=several_above_zero,
+        type=several(above_zero),
         default=(2e-5, 5e-5, 1e-4),
         metavar="A,B",
         help="learning rates (default: 2e-5,5e-5,1e-4)",
     )
     sub.add_argument(
         "--seeds",
-        type=several_naturals,
+        type=several(natural),
         default=(0, 1, 2),
         metavar="A,B",
         help="seeds of the head's weights and the order of the examples (default: 0,1,2)",

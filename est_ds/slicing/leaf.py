@@ -206,6 +206,7 @@ class Skippable:
         return computed
 
     def est_skip(self, hidden_states: Tensor, *args, **kwargs):
+        """What a skipped module returns in place of its own; every kind of module says it."""
         raise NotImplementedError
 
     def est_mask_out(self, computed, instead):

@@ -17,10 +17,11 @@ from conftest import ROOT, est_ds, refused
 from est_ds.cli import main
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import Flops
+from est_ds.errors import UserError
 from est_ds.launch.signals import Signals
 from est_ds.run.metrics import read_metrics
 from est_ds.run.windows import read_windows
-from est_ds.studies.queue import Places, Watcher, train_all
+from est_ds.studies.queue import Places, Watcher, on_gpus, train_all
 from est_ds.studies.results import Header, read_results
 from est_ds.studies.runs import Chooser, Runs, StudyRun, check_study, key_of, wanted_runs
 from est_ds.studies.study_file import load_study
@@ -257,6 +258,24 @@ def test_bad_studies_are_one_clear_error(case, write_study, tmp_path, capsys):
     changes, expected = REFUSED[case]
     assert expected in refused(capsys, "compare", write_study(**changes))
     assert not (tmp_path / "study").exists()
+
+
+def test_runs_of_one_process_may_share_gpus():
+    def places(jobs, processes=1):
+        found = on_gpus(["2", "5"], 16, processes, jobs)
+        return [(place["CUDA_VISIBLE_DEVICES"], place["OMP_NUM_THREADS"]) for place in found]
+
+    assert places(None) == [("2", "8"), ("5", "8")]
+    assert places(1) == [("2", "16")]
+    assert places(5) == [("2", "3"), ("5", "3"), ("2", "3"), ("5", "3"), ("2", "3")]
+    assert places(None, processes=2) == [("2,5", "8")]
+    for jobs, processes, expected in (
+        (17, 1, "--jobs=17 with 1 processes a run"),
+        (2, 2, "use at most --jobs=1"),
+        (None, 3, "set parallel.processes to at most 2"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            places(jobs, processes)
 
 
 def test_bad_command_lines_and_results_are_one_clear_error(write_study, tmp_path, capsys):

@@ -58,30 +58,54 @@ class Places:
         Raises:
             UserError: there are too few GPUs.
         """
-        if torch.cuda.is_available():
-            return cls(processes, _on_gpus(processes, jobs))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        most = max(1, (cores or 1) // processes)
-        if jobs and jobs > max(most, cores or 1):
+        cores = cores or 1
+        if torch.cuda.is_available():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            count = torch.cuda.device_count()
+            gpus = visible.split(",") if visible else [str(i) for i in range(count)]
+            return cls(processes, on_gpus(gpus, cores, processes, jobs))
+        most = max(1, cores // processes)
+        if jobs and jobs > max(most, cores):
             raise UserError(
                 f"--jobs={jobs}: this machine has {cores} cores; use at most that many."
             )
         jobs = jobs or most
-        threads = max(1, (cores or 1) // (jobs * processes))
+        threads = max(1, cores // (jobs * processes))
         return cls(processes, ({"OMP_NUM_THREADS": str(threads)},) * jobs)
 
 
-def _on_gpus(processes: int, jobs: int | None) -> tuple[dict[str, str], ...]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+def on_gpus(
+    gpus: list[str], cores: int, processes: int, jobs: int | None
+) -> tuple[dict[str, str], ...]:
+    """GPUs for runs beside each other: each has its own, unless more runs of one process each are
+    asked for than there are GPUs. Those share them, which fills a GPU where the model is small.
+
+    Args:
+        gpus: as CUDA_VISIBLE_DEVICES names them.
+        cores: of this machine.
+        processes: of one run.
+        jobs: asked for; None for as many as there are GPUs for.
+
+    Raises:
+        UserError: a run needs more GPUs than are there; more runs than GPUs or cores.
+    """
+    most = cores if processes == 1 else len(gpus) // processes
     jobs = jobs or max(1, len(gpus) // processes)
-    if jobs * processes > len(gpus):
+    if jobs > max(most, len(gpus) // processes):
+        had = f"{len(gpus)} GPUs and {cores} cores"
         raise UserError(
-            f"--jobs={jobs} with {processes} processes a run needs {jobs * processes} GPUs, and "
-            f"this machine has {len(gpus)}; use at most --jobs={len(gpus) // processes}."
+            f"--jobs={jobs} with {processes} processes a run: this machine has {had}; use at most "
+            f"--jobs={most}."
+            if most
+            else f"a run of {processes} processes needs as many GPUs, and this machine has {had}; "
+            f"set parallel.processes to at most {len(gpus)}."
         )
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // (jobs * processes)))}
+    if jobs * processes > len(gpus):
+        return tuple({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} | threads for i in range(jobs))
     groups = [gpus[i * processes : (i + 1) * processes] for i in range(jobs)]
-    return tuple({"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups)
+    return tuple({"CUDA_VISIBLE_DEVICES": ",".join(group)} | threads for group in groups)
 
 
 def processes_of(run: StudyRun) -> int:

@@ -28,6 +28,8 @@ class SourceConfig(Strict):
         plain: further endings of files that are read as .txt, such as .md or .c.
         dataset: name on the Hub, folder, or loader (`json`, `parquet`) for `data_files`.
         name: the dataset's configuration.
+        data_dir: folder within the dataset.
+        data_files: files of the dataset: one, several, or by split.
         split: the dataset's split; slices such as `train[:1%]` too, if it is not streamed.
         revision: commit or tag on the Hub; give one, if an interrupted packing may be continued
             after the dataset has changed there.
@@ -69,6 +71,7 @@ class Preparation(Strict):
     """A data file.
 
     Attributes:
+        sources: where the documents come from, in this order.
         tokenizer: folder (or file) of the tokenizer.
         bos: whether the tokenizer's BOS stands before every document; None: if it has one that
             is not its EOS.

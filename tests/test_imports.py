@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "est_ds"
 # From the top of the house to the ground.
 WINGS = (
     "cli",
+    "reference",
     "studies",
     "analysis",
     "doctor",

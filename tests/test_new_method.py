@@ -36,17 +36,22 @@ def test_new_method_is_five_files_that_the_tests_cover_and_goes_without_a_trace(
         return done.stdout
 
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def write_pages() -> None:
+        run(sys.executable, "tests/test_preset_savings.py")
+        run(sys.executable, "-m", "est_ds.cli", "fields", "--write", "configs")
+
     assert len(re.findall(r"^\+\+\+ ", PATCH, re.M)) <= 5
     run("git", "apply", "-", text=PATCH)
-    run(sys.executable, "tests/test_preset_savings.py")
-    files = ("methods", "methods_presets", "preset_savings", "matrix")
+    write_pages()
+    files = ("methods", "methods_presets", "preset_savings", "matrix", "fields")
     tests = [f"tests/test_{name}.py" for name in files]
     said = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", NAME)
     assert int(re.search(r"(\d+) passed", said)[1]) >= 10
     everything = f"{tests[0]}::test_digests_are_those_of_the_first_version"
     run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", everything)
     run("git", "apply", "-R", "-", text=PATCH)
-    run(sys.executable, "tests/test_preset_savings.py")
+    write_pages()
     after = {
         str(file.relative_to(tmp_path)): file.read_bytes()
         for file in tmp_path.rglob("*")

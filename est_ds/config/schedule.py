@@ -11,8 +11,12 @@ from est_ds.config.strict import Strict
 
 
 class Rewarm(Strict):
-    """A linear rise of the rate from nearly 0 over `steps` (a number, or a fraction of the run)
-    after every boundary between two phases of the method."""
+    """A linear rise of the rate from nearly 0 after every boundary between the method's phases.
+
+    Attributes:
+        steps: how long it lasts (a number of steps, or a fraction of the run).
+        at: where it begins: at the boundaries between phases.
+    """
 
     steps: Position
     at: Literal["boundaries"] = "boundaries"
@@ -26,21 +30,34 @@ class Rewarm(Strict):
 
 
 class Schedule(Strict):
-    """What all schedules begin with: a linear warm-up."""
+    """What all schedules begin with: a linear warm-up.
+
+    Attributes:
+        warmup: how long it lasts (a number of steps, or a fraction of the run).
+        rewarm: another rise after every boundary between phases; none without it.
+    """
 
     warmup: Position = 0.02
     rewarm: Rewarm | None = None
 
 
 class Cosine(Schedule):
-    """Linear warm-up, then half a cosine down to `final` x lr."""
+    """Linear warm-up, then half a cosine down to `final` x lr.
+
+    Attributes:
+        final: what is left of the learning rate at the end, as a share of it.
+    """
 
     name: Literal["cosine"] = "cosine"
     final: Share = 0.1
 
 
 class Linear(Schedule):
-    """Linear warm-up, then a straight line down to `final` x lr, as BERT's."""
+    """Linear warm-up, then a straight line down to `final` x lr, as BERT's.
+
+    Attributes:
+        final: what is left of the learning rate at the end, as a share of it.
+    """
 
     name: Literal["linear"]
     final: Share = 0.0
@@ -62,8 +79,13 @@ class InverseSqrt(Schedule):
 
 
 class Wsd(Schedule):
-    """Linear warm-up, a stable stretch, then a decay of length `decay` to `final` x lr: `linear`,
-    or with 1 - the root of its share that is done (`sqrt`)."""
+    """Linear warm-up, a stable stretch, then a decay to `final` x lr.
+
+    Attributes:
+        decay: how long the decay lasts (a number of steps, or a fraction of the run).
+        shape: it is `linear`, or goes with 1 - the root of its share that is done (`sqrt`).
+        final: what is left of the learning rate at the end, as a share of it.
+    """
 
     name: Literal["wsd"]
     decay: Position = 0.2

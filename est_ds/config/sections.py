@@ -22,7 +22,12 @@ from est_ds.errors import UserError
 
 
 class Batch(Strict):
-    """Sequences: global = micro x accumulation x data_parallel."""
+    """Sequences: global = micro x accumulation x data_parallel.
+
+    Attributes:
+        global: sequences of a step, over all replicas.
+        micro: sequences that a replica computes at once.
+    """
 
     global_: Positive = Field(alias="global")
     micro: Positive
@@ -58,13 +63,16 @@ class Batch(Strict):
 
 
 class Parallel(Strict):
-    """Pipe stages, and the ZeRO stage that shards over the replicas.
+    """How the model and its state lie over the processes.
 
-    `pipe_layers` are the layers of every pipe stage (default: cut by the FLOPs of every phase's
-    busiest stage, head included).
-    `offload` keeps optimizer state (and its step) in host memory: ZeRO 2 and 3. `processes` is how
-    many `est-ds train` starts on a machine without GPUs when --processes does
-    not say (default: one replica).
+    Attributes:
+        pipe: pipe stages that a replica of the model is cut into.
+        zero: the ZeRO stage, which shards over the replicas.
+        pipe_layers: layers of every pipe stage (default: cut by the FLOPs of every phase's busiest
+            stage, head included).
+        offload: optimizer state (and its step) is kept in host memory: ZeRO 2 and 3.
+        processes: how many `est-ds train` starts on a machine without GPUs when --processes does
+            not say (default: one replica).
     """
 
     pipe: Positive = 1
@@ -94,14 +102,24 @@ class Parallel(Strict):
 
 
 class CorpusShare(Strict):
-    """A corpus of a mixture (prefix of .bin and .idx), and its share of the sequences."""
+    """A corpus of a mixture, and its share of the sequences.
+
+    Attributes:
+        corpus: prefix of its .bin and .idx.
+        weight: its share, relative to the other corpora's weights.
+    """
 
     corpus: PathText
     weight: Annotated[float, Field(gt=0.0)] | None = None
 
 
 class DataPhase(Strict):
-    """Weights of the corpora, in the order of `data.train`, until a step."""
+    """Weights of the corpora until a step.
+
+    Attributes:
+        until: where they end (a step, or a fraction of the run).
+        weights: in the order of `data.train`, 0 for none.
+    """
 
     until: Position
     weights: tuple[Annotated[float, Field(ge=0.0)], ...]
@@ -112,12 +130,14 @@ def _either(plain: str, other: str) -> Discriminator:
 
 
 class Data(Strict):
-    """Packed corpora (prefixes of .bin and .idx), their tokenizer, tokens of a sequence.
+    """Packed corpora, their tokenizer, tokens of a sequence.
 
     Attributes:
-        train: a prefix, or a mixture of corpora by weight.
+        train: a prefix (of .bin and .idx), or a mixture of corpora by weight.
         phases: weights of the mixture that change by step.
-        valid: a prefix, or prefixes by name, which are evaluated one by one.
+        valid: a held-out corpus's prefix, or prefixes by name, which are evaluated one by one.
+        tokenizer: folder of the tokenizer that the corpora were packed with.
+        sequence: tokens of a sequence.
         shuffle: `sequences`: every epoch has the same sequences, in an order of its own.
             `documents`: the documents are permuted too, before they are cut into sequences.
         documents: `joined`: attention sees all of a sequence. `separate`: only the token's own
@@ -212,15 +232,19 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Optimizer(Strict):
-    """AdamW; `lr` is the peak.
-
-    What the step's subnetwork leaves out has a zero gradient (`zero_grad`: its moments decay, and
-    weight decay applies) or rests (`freeze`).
+    """AdamW.
 
     Attributes:
+        lr: learning rate at its peak.
+        betas: by which the two moments decay at every step.
+        eps: added to the root of the second moment.
+        weight_decay: share of a weight, times the learning rate, that a step takes off it.
         decay: `matrices`: weight decay is theirs alone, not that of norms and biases; `all`: of
             all parameters, as of TinyLlama's; `no_embeddings`: of matrices but embeddings, and so
             of no head that is tied to one.
+        clip: a gradient of a larger norm, of all parameters, is scaled down to it; 0: none is.
+        inactive: what the step's subnetwork leaves out has a zero gradient (`zero_grad`: its
+            moments decay, and weight decay applies) or rests (`freeze`).
     """
 
     lr: Annotated[float, Field(gt=0.0)]
@@ -241,11 +265,15 @@ class Optimizer(Strict):
 
 
 class Checkpoint(Strict):
-    """Every `every` steps and at phase boundaries.
+    """When the state of the run is saved, and what of it stays.
 
-    The newest `keep_last` stay (0: all), with every one whose step is a multiple of `keep_every`,
-    and with `keep_best` the one with the lowest held-out loss. `asynchronous` writes in the
-    background, from a copy in host memory, where there is room for it.
+    Attributes:
+        every: steps from one to the next; one is also written at every phase boundary.
+        keep_last: the newest of them stay; 0: all.
+        keep_every: so do those whose step is a multiple of it.
+        keep_best: so does the one with the lowest held-out loss.
+        asynchronous: they are written in the background, from a copy in host memory, where there is
+            room for it.
     """
 
     every: Positive
@@ -256,10 +284,11 @@ class Checkpoint(Strict):
 
 
 class Evaluate(Strict):
-    """Held-out loss of the full model every `every` steps, on `sequences` windows of each held-out
-    corpus.
+    """The held-out loss of the full model.
 
     Attributes:
+        every: steps from one evaluation to the next; the last step is followed by one.
+        sequences: windows of each held-out corpus that are read.
         choice: `even`: the windows lie evenly over the corpus; `first`: they are its first ones.
             A new run gets `even` (`run_file.load_run`); the files of a run that began before the
             field was there do not have it, and it goes on as it did.
@@ -277,7 +306,11 @@ class Evaluate(Strict):
 
 
 class Watchdog(Strict):
-    """Ends the run on all nodes when a process makes no progress for `limit_s` seconds."""
+    """Ends the run on all nodes when a process makes no progress.
+
+    Attributes:
+        limit_s: seconds that a process may go without progress.
+    """
 
     limit_s: Annotated[float, Field(ge=5.0, le=1e9)] = 600.0
 
@@ -290,6 +323,8 @@ class Divergence(Strict):
             and leave that step out when it comes again.
         spikes: `report` a loss that is more than `deviations` robust standard deviations above the
             median of the last `window` ones of its phase, or `rollback`.
+        deviations: how far above the median a loss is a spike.
+        window: losses that the median is of.
         limit: steps that may be left out in the whole run (default 10); then it stops.
     """
 
@@ -318,9 +353,10 @@ class Divergence(Strict):
 
 
 class Log(Strict):
-    """A line every `every` steps.
+    """What is logged.
 
     Attributes:
+        every: steps from one line of `metrics.jsonl` to the next.
         step_times: after the last checkpoint the phases' steps are timed in turns
             (`training.turns`).
     """
@@ -348,7 +384,36 @@ class Seeds(Strict):
 
 class RunConfig(Strict):
     """One run. The sections `model`, `method` and `objective` are checked by the family, the method
-    and the objective."""
+    and the objective.
+
+    Attributes:
+        run_dir: folder of the run, made when it is first trained.
+        seed: of the first weights, the data order and the method's draws.
+        seeds: seeds of their own for some of these.
+        steps: optimizer steps of the whole run.
+        precision: of weights and activations; sums of gradients and the optimizer's state are
+            float32 in both.
+        model: a Hugging Face config.
+        method: what a step trains.
+        objective: how tokens become inputs and targets.
+        data: corpora and tokenizer.
+        batch: sequences of a step.
+        parallel: how the model lies over the processes.
+        optimizer: AdamW.
+        schedule: how the learning rate goes over the steps.
+        checkpoint: when the run is saved.
+        resume: `auto`: from the newest good checkpoint; `latest`: from the one that the file
+            `checkpoints/latest` names, or not at all.
+        evaluate: held-out loss.
+        log: what is logged.
+        watchdog: when a run that hangs is ended.
+        divergence: what happens to losses that are no numbers, or that jump.
+        activation_checkpointing: layers keep their inputs alone for the backward, and compute the
+            rest anew.
+        compile: every layer is compiled (torch.compile).
+        deepspeed: keys of DeepSpeed's own config that est_ds does not set.
+        start: where a branch begins; `est-ds branch` writes it, and nobody else.
+    """
 
     run_dir: PathText
     seed: Seed = 0
@@ -364,14 +429,13 @@ class RunConfig(Strict):
     optimizer: Optimizer
     schedule: AnySchedule = Cosine()
     checkpoint: Checkpoint
-    # auto: from the newest good checkpoint; latest: from the one that `latest` names, or not at all
     resume: Literal["auto", "latest"] = "auto"
     evaluate: Evaluate
     log: Log = Log()
     watchdog: Watchdog = Watchdog()
     divergence: Divergence = Divergence()
     activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of every layer
+    compile: bool = False
     deepspeed: dict[str, Any] = {}
     start: Start | None = None
 

@@ -30,7 +30,8 @@ class Start(Strict):
     Attributes:
         step: its first step; its first checkpoint is of so many steps.
         tokens: read by then.
-        reading: None where data and batches have been the same since step 0.
+        reading: how far the corpora were read by then; None where data and batches have been the
+            same since step 0.
     """
 
     step: Count

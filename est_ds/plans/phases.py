@@ -30,6 +30,7 @@ class PhaseSettings(Strict):
     """What a method with a list of phases says of each, whatever it keeps.
 
     Attributes:
+        name: as metrics and report name it (default: from its number, or its depth).
         until: where it ends (a step, or a fraction of the run).
         lr: factor on the learning rate in it.
     """

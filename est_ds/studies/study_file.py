@@ -37,7 +37,13 @@ DEFAULTS = (
 
 class SeedLists(Strict):
     """Seeds of the parts of a run: one list, or a number that all have. The first seed of the study
-    is made of the first of every list."""
+    is made of the first of every list.
+
+    Attributes:
+        model: of the first weights.
+        data: of the order of the sequences, and what the objective draws of them.
+        method: of the plans, and the masks of dropout.
+    """
 
     model: list[Seed] | Seed
     data: list[Seed] | Seed

@@ -29,6 +29,8 @@ class Causal(Objective):
 
 
 class CausalSettings(Settings):
+    """It has no settings."""
+
     heads: ClassVar[tuple[str, ...]] = ("AutoModelForCausalLM",)
     separable: ClassVar[bool] = True
 

@@ -44,6 +44,7 @@ class Denoiser(Strict):
     """One denoiser of a mixture.
 
     Attributes:
+        kind: `span`: spans of the text become targets; `prefix`: its end does; `causal`: all of it.
         rate: share of the text that becomes targets.
         mean: mean length of the spans of `span`, tokens.
         mode: token that the inputs begin with; None for none.

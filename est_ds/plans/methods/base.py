@@ -61,7 +61,11 @@ Groups = Annotated[int, Field(ge=1)] | list[int]
 
 
 class Scale(Strict):
-    """Factor on the outputs of a layer that may be skipped: 1, 1 / chance, or its root."""
+    """Factor on the outputs of a layer that may be skipped.
+
+    Attributes:
+        layers: `none`: 1; `inverse`: 1 / the layer's chance to be kept; `sqrt`: the root of that.
+    """
 
     layers: Literal["none", "inverse", "sqrt"] = "none"
 

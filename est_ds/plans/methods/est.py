@@ -19,6 +19,9 @@ class EstPhase(PhaseSettings):
     """One phase and what it keeps.
 
     Attributes:
+        layers: fraction of the layers.
+        heads: fraction of the query heads of every kept layer.
+        columns: fraction of the MLP's columns of every kept layer.
         always_keep: in place of the method's list, in this phase.
     """
 
@@ -29,6 +32,12 @@ class EstPhase(PhaseSettings):
 
 
 class EstSettings(SubsetSettings):
+    """Phases of subnetworks.
+
+    Attributes:
+        phases: what is kept, phase after phase; the last one ends with the run.
+    """
+
     name: Literal["est"]
     phases: Annotated[list[EstPhase], Field(min_length=1)]
 

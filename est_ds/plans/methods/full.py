@@ -11,6 +11,8 @@ from est_ds.plans.plan import Plan, full_plan
 
 
 class FullSettings(MethodSettings):
+    """It has no settings of its own."""
+
     name: Literal["full"]
 
 

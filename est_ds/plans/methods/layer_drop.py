@@ -14,7 +14,11 @@ from est_ds.plans.methods.rates import KeepRates, RateSettings
 
 
 class LayerDropSettings(RateSettings):
-    """`drop`: the chance that a layer is dropped; the paper recommends 0.2."""
+    """How often layers are dropped.
+
+    Attributes:
+        drop: the chance that a layer is dropped; the paper recommends 0.2.
+    """
 
     name: Literal["layer_drop"]
     drop: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2

@@ -20,6 +20,7 @@ class PldSettings(RateSettings):
     """The paper's settings for BERT are the defaults.
 
     Attributes:
+        theta_bar: what theta falls to.
         gamma: per step (default: 100 / steps of the run, the paper's heuristic; theta is then near
             theta_bar after a twentieth of the run, and a short run saves what a long one does).
         count_from: the number i of the first layer. 1: the last layer is kept with chance theta.

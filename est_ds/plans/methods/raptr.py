@@ -20,6 +20,8 @@ class RaptrPhase(PhaseSettings):
 
     Attributes:
         layers: their number (whole), or a fraction of them (with a point).
+        heads: fraction of the query heads of every kept layer.
+        columns: fraction of the MLP's columns of every kept layer.
         always_keep: in place of the method's list, in this phase.
     """
 
@@ -30,6 +32,12 @@ class RaptrPhase(PhaseSettings):
 
 
 class RaptrSettings(SubsetSettings):
+    """Phases of paths.
+
+    Attributes:
+        phases: what is kept, phase after phase; the last one ends with the run.
+    """
+
     name: Literal["raptr"]
     phases: Annotated[list[RaptrPhase], Field(min_length=1)]
     always_keep: list[int] = [0, -1]

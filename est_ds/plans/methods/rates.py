@@ -34,6 +34,7 @@ class RateSettings(MethodSettings):
         always_keep: layers that are never skipped; -1 is the last.
         balance_groups: number of bands of layers, or their lengths; a band of which a draw keeps
             nothing keeps one layer. Without it a step may train embeddings and head alone.
+        scale: factors on the outputs of the layers that are kept.
     """
 
     skip: Skip = "layer"

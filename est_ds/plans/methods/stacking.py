@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from est_ds.errors import UserError
 from est_ds.plans import balance
@@ -33,6 +33,9 @@ class StackingPhase(PhaseSettings):
         layers: their number (whole), or a fraction of the model's (with a point), at least one.
     """
 
+    # `alpha` fills it in before this model is read.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("until"))
+
     layers: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -52,6 +55,9 @@ class StackingSettings(MethodSettings):
         moments: AdamW's moments are copied with the weights, or start at zero.
         alpha: phase i of k (from 1) lasts i ** alpha / (1 ** alpha + ... + k ** alpha) of the run,
             in place of every phase's `until` (PROP-alpha of arXiv 2409.19044 [note]; 0: equally).
+        phases: the depths, one after the other; the last one is the model's and ends with the run.
+        balance_groups: number of bands of layers, or their lengths: the depth is spread over them,
+            so that every pipe stage has its share; without it the lowest layers are there.
     """
 
     name: Literal["stacking"]

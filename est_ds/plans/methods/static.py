@@ -15,10 +15,13 @@ from est_ds.plans.phases import Phase, to_step
 
 
 class StaticSettings(SubsetSettings):
-    """`until`: where the full model starts (a step, or a fraction of the run).
+    """The subnetwork, and how long it is trained.
 
     Attributes:
+        until: where the full model starts (a step, or a fraction of the run).
         layers: their number (whole), or a fraction of them (with a point).
+        heads: fraction of the query heads of every kept layer.
+        columns: fraction of the MLP's columns of every kept layer.
     """
 
     name: Literal["static"]

@@ -46,6 +46,7 @@ class SubsetSettings(MethodSettings):
         always_keep: layers that are never skipped; -1 is the last.
         balance_groups: number of bands of layers, or their lengths, among which the kept ones
             are spread.
+        scale: factors on the outputs of the layers that are kept.
     """
 
     head_rule: HeadRule = "within_groups"

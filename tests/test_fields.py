@@ -22,6 +22,10 @@ from est_ds.reference.text import as_json, as_text, files
 
 SCHEMAS = read_schemas()
 SECTIONS = sections(SCHEMAS)
+VALIDATORS = {
+    "run": jsonschema.Draft202012Validator(SCHEMAS.run_file),
+    "study": jsonschema.Draft202012Validator(SCHEMAS.study_file),
+}
 CONFIGS = ROOT / "configs"
 STUDY_RUNS = ("llama_0m7.yaml",)  # run files that stand among the studies
 RUN_FILES = [*(CONFIGS / "run").glob("*.yaml"), *(CONFIGS / "study" / n for n in STUDY_RUNS)]
@@ -168,7 +172,12 @@ def test_files_fit_the_schema_that_they_name(file):
     for section in ("method", "model"):
         if isinstance(tree.get(section), str):
             tree[section] = yaml.safe_load((file.parent / tree[section]).read_text())
-    jsonschema.validate(tree, schema)
+    VALIDATORS[kind].validate(tree)
+
+
+@pytest.mark.parametrize("kind", VALIDATORS)
+def test_a_schema_is_one(kind):
+    jsonschema.Draft202012Validator.check_schema(VALIDATORS[kind].schema)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +197,11 @@ def test_files_fit_the_schema_that_they_name(file):
 )
 def test_the_schema_refuses_what_a_run_refuses(section, value):
     run = yaml.safe_load((CONFIGS / "run" / "quickstart.yaml").read_text())
-    validator = jsonschema.Draft202012Validator(SCHEMAS.run_file)
-    assert validator.is_valid(run)
-    assert not validator.is_valid(run | {section: value})
+    assert VALIDATORS["run"].is_valid(run)
+    assert not VALIDATORS["run"].is_valid(run | {section: value})
 
 
 def test_every_method_preset_fits_the_schema():
     run = yaml.safe_load((CONFIGS / "run" / "quickstart.yaml").read_text())
-    validator = jsonschema.Draft202012Validator(SCHEMAS.run_file)
     for file in sorted((CONFIGS / "method").glob("*.yaml")):
-        validator.validate(run | {"method": yaml.safe_load(file.read_text())})
+        VALIDATORS["run"].validate(run | {"method": yaml.safe_load(file.read_text())})

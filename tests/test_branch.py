@@ -92,7 +92,7 @@ def test_branch_that_changes_nothing_trains_what_its_parent_did(branches, trunk)
 
 
 @pytest.mark.parametrize("name", ["anneal", "longer"])
-def test_anneals_of_one_trunk_equal_plain_adamw_that_decays_so(name, branches, tmp_path):
+def test_anneals_of_one_trunk_equal_plain_adamw_that_decays_so(name, branches, trunk, tmp_path):
     """The rates before the branch are the trunk's: the decay of both begins after it."""
     config = load_run(branches[name])
     plain = {"start": None, "run_dir": str(tmp_path / "none")}
@@ -104,6 +104,8 @@ def test_anneals_of_one_trunk_equal_plain_adamw_that_decays_so(name, branches, t
     held_out = [loss for step, loss in expected.held_out.items() if step > AT]
     assert_close([e["eval_loss"] for e in evaluations], held_out)
     assert [e["tokens"] for e in steps] == [512 * (e["step"] + 1) for e in steps]
+    before = read_metrics(trunk)[0][AT - 1]["trained_s"]
+    assert steps[-1]["trained_s"] == pytest.approx(before + sum(e["step_s"] for e in steps))
     assert len({e["lr"] for e in steps}) > 2
 
 

@@ -109,6 +109,11 @@ def test_going_back_gives_what_skipping_gives_bit_for_bit(case, poisoned):
     assert files[0] == files[1]
     assert (Store(went_back / "checkpoints").path(0)).is_dir()
     assert read_events(skipped) == read_events(went_back)
+    times = [read_metrics(run)[0] for run in (skipped, went_back)]
+    of_lines = [sum(e["step_s"] for e in lines) for lines in times]
+    trained = [lines[-1]["trained_s"] for lines in times]
+    # Steps that were computed and left out took time; those before which it went back are lost.
+    assert trained[0] > of_lines[0] and trained[1] == pytest.approx(of_lines[1], rel=1e-12)
 
 
 def test_stop_ends_all_ranks_before_the_step_is_applied(synthetic_run, tmp_path):

@@ -30,5 +30,6 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_as_then(synthetic_run, tmp_p
         # On the processor that trained it to the bit; others may round otherwise.
         for name in ("loss", "grad_norm"):
             assert now[name] == pytest.approx(then[name], rel=1e-6), (now["step"], name)
+    assert not any("trained_s" in e for e in found)  # it had not counted them
     losses = [e["eval_loss"] for e in found_evaluated]
     assert losses == pytest.approx([e["eval_loss"] for e in evaluated], rel=1e-6)

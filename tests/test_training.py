@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import est_ds, tensorboard_points, train
+from est_ds.checkpoints.index import read_index
+from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
 from est_ds.design import make_design
 from est_ds.run.directory import check_run_dir, write_config
@@ -77,13 +80,22 @@ def test_stopped_and_resumed_run_equals_the_run_that_never_stopped(trained, tmp_
     assert points == tensorboard_points(trained)
     assert {steps[i]["start"] for i in range(5)} == {0}
     assert {steps[i]["start"] for i in range(5, 20)} == {5}
+    for run, lines in ((trained, expected_steps), (run_dir, steps)):
+        seconds = list(accumulate(e["step_s"] for e in lines))
+        assert [e["trained_s"] for e in lines] == pytest.approx(seconds, rel=1e-12)
+        store = Store(run / "checkpoints")
+        saved = {step: read_index(store.path(step)).state.trained_s for step in (5, 10, 20)}
+        assert saved == {step: lines[step - 1]["trained_s"] for step in saved}
+        assert not {"mfu", "mfu_dense", "memory_peak_bytes"} & set(lines[-1])  # of GPUs
+    assert steps[4] == expected_steps[4] and steps[5] != expected_steps[5]
 
 
 def test_trackers_have_every_figure_once_over_steps_done(trained):
     points = tensorboard_points(trained)
     assert points.pop("eval/loss") == points.pop("eval/bits_per_byte") == [10, 20]
     shown = ("loss", "lr", "grad_norm", "update_rms", "step_s", "tokens_per_s", "kept_layers")
-    assert points == {f"train/{name}": list(range(1, 21)) for name in (*shown, "flops_ratio")}
+    shown += ("flops_ratio", "tokens", "trained_s")
+    assert points == {f"train/{name}": list(range(1, 21)) for name in shown}
 
 
 def test_lines_say_what_their_numbers_are_of(trained, corpus):

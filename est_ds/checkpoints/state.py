@@ -31,6 +31,8 @@ class State(Stored):
         corpus: fingerprint of the training corpora.
         held_out: fingerprints of the held-out corpora by name.
         tokens: read so far.
+        trained_s: seconds that the steps took up to here, those that were left out included, of
+            all starts; None where an earlier version began the run and did not count them.
         next: None after the last step.
         divergence: see `training.divergence`.
         evaluation_due: a notice came before the evaluation after this step was done.
@@ -44,6 +46,7 @@ class State(Stored):
     corpus: str
     held_out: dict[str, str]
     tokens: int
+    trained_s: float | None = None
     next: Next | None
     divergence: Seen = Seen()
     evaluation_due: bool = False

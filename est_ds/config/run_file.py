@@ -51,7 +51,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
         overrides: `section.field=value`, the value in YAML. `model`, `method` and `data` may be
             the path of a file that holds the section; `model` also a folder with a `config.json`
             of Hugging Face. A new `method.name` replaces the whole method section, since the
-            other method's settings cannot take effect.
+            other method's settings cannot take effect; `steps` takes the place of the file's
+            `tokens`, and `tokens` that of its `steps`.
 
     Raises:
         UserError: a file is missing or no YAML mapping, or a field is wrong.
@@ -66,12 +67,21 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     # A section may stand in a file of its own: its path is relative to the file naming it, or,
     # in an override, to the working directory.
     read_sections(tree, path if path.is_dir() else path.parent)
+    _let_length_replace(tree, overrides or [])
     for override in overrides or []:
         _override(tree, override)
         read_sections(tree, Path())
     if not path.is_dir():
         _choose_held_out(tree)
     return checked(RunConfig, tree)
+
+
+def _let_length_replace(tree: dict[str, Any], overrides: list[str]) -> None:
+    """Leaves the file's `steps` out where an override gives `tokens`, and the other way round."""
+    given = {override.partition("=")[0] for override in overrides}
+    for own, other in (("steps", "tokens"), ("tokens", "steps")):
+        if own in given and other not in given:
+            tree.pop(other, None)
 
 
 def _choose_held_out(tree: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -382,6 +383,23 @@ class Seeds(Strict):
     method: Seed | None = None
 
 
+def steps_of_tokens(tokens: float, per_step: int, step: int = 0, before: int = 0) -> int:
+    """Steps of a run that reads so many tokens: the fewest that read them all.
+
+    Args:
+        per_step: tokens of a step.
+        step: the first step of which that is so.
+        before: tokens read by then.
+    """
+    return step + int(-((before - int(tokens)) // per_step))
+
+
+def _steps_or_tokens(schema: dict[str, Any]) -> None:
+    """A run file says one of the two."""
+    schema["required"].remove("steps")
+    schema["oneOf"] = [{"required": ["steps"]}, {"required": ["tokens"]}]
+
+
 class RunConfig(Strict):
     """One run. The sections `model`, `method` and `objective` are checked by the family, the method
     and the objective.
@@ -390,7 +408,9 @@ class RunConfig(Strict):
         run_dir: folder of the run, made when it is first trained.
         seed: of the first weights, the data order and the method's draws.
         seeds: seeds of their own for some of these.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the whole run; in their place `tokens` may stand.
+        tokens: that the whole run reads, instead of `steps`: rounded up to whole steps. It is not
+            in the resolved config, which says the steps.
         precision: of weights and activations; sums of gradients and the optimizer's state are
             float32 in both.
         model: a Hugging Face config.
@@ -415,10 +435,13 @@ class RunConfig(Strict):
         start: where a branch begins; `est-ds branch` writes it, and nobody else.
     """
 
+    model_config = ConfigDict(json_schema_extra=_steps_or_tokens)
+
     run_dir: PathText
     seed: Seed = 0
     seeds: Seeds = Seeds()
     steps: Positive
+    tokens: Positive | Annotated[float, Field(ge=1.0)] | None = Field(None, exclude=True)
     precision: Literal["fp32", "bf16"] = "fp32"
     model: dict[str, Any]
     method: dict[str, Any]
@@ -438,6 +461,31 @@ class RunConfig(Strict):
     compile: bool = False
     deepspeed: dict[str, Any] = {}
     start: Start | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_say_the_steps(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict) or tree.get("tokens") is None:
+            return tree
+        if tree.get("steps") is not None:
+            raise ValueError(
+                f"steps={tree['steps']} and tokens={tree['tokens']} both say how long the run is; "
+                f"remove one of them"
+            )
+        try:
+            start = tree.get("start") or {"step": 0, "tokens": 0}
+            per_step = tree["batch"]["global"] * tree["data"]["sequence"]
+            steps = steps_of_tokens(tree["tokens"], per_step, start["step"], start["tokens"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            steps = 1  # one of these fields is wrong, and will say so
+        return {**tree, "steps": max(1, steps)}
+
+    @field_validator("tokens")
+    @classmethod
+    def _tokens_are_whole(cls, value: int | float | None) -> int | None:
+        if value is not None and value != int(value):
+            raise ValueError("write a whole number, such as 50e9")
+        return value if value is None else int(value)
 
     @model_validator(mode="after")
     def _start_fits(self) -> RunConfig:

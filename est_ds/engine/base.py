@@ -29,6 +29,7 @@ from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
 from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
+from est_ds.ranks.gather import largest
 from est_ds.slicing.build import embedding_names, empty_model
 from est_ds.slicing.families.base import layer_paths
 from est_ds.slicing.subnetwork import Subnetwork
@@ -83,6 +84,20 @@ class Engine(ABC):
         """How busy the pipe stages were since the last call; None without a pipeline. Every
         process calls it."""
         return None
+
+    def memory_peak_bytes(self) -> int | None:
+        """The most that tensors took of any process's GPU since the last call; None on CPUs. Every
+        process calls it."""
+        if not self.on_gpu:
+            return None
+        peak = largest(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the layers are on a GPU."""
+        return torch.device(self.deepspeed.device).type == "cuda"
 
     @property
     def first_micro_batch(self) -> int:

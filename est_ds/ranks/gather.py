@@ -36,7 +36,18 @@ def is_same_on_all(text: str) -> bool:
     """Returns whether every rank gives the same text; two numbers are reduced, whatever it is."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little", signed=True) >> 1  # its negative fits too
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    least = torch.tensor([number, -number], device=device)
+    least = torch.tensor([number, -number], device=_device())
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return int(least[0]) == -int(least[1])
+
+
+def largest(number: int) -> int:
+    """Returns the largest of all ranks' numbers."""
+    most = torch.tensor(number, device=_device())
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def _device() -> str:
+    """Where tensors lie that the backend reduces."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -59,7 +59,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         (
             "tokens",
             f"{config.steps * tokens:,} = {config.steps:,} steps x {config.batch.global_:,} "
-            f"sequences x {config.data.sequence:,}",
+            f"sequences x {config.data.sequence:,}{_rounded(config)}",
         ),
         *([("begins", _begins(config.start))] if config.start else []),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
@@ -80,6 +80,12 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
         *([("not checked", "not here: " + ", ".join(unchecked))] if unchecked else []),
     ]
+
+
+def _rounded(config: RunConfig) -> str:
+    """That a run reads more than it was asked to, which need not be whole steps."""
+    asked, read = config.tokens, config.tokens_after(config.steps)
+    return f"; tokens={asked:,} rounded up to whole steps" if asked and asked < read else ""
 
 
 def _begins(start: Start) -> str:

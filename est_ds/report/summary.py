@@ -68,6 +68,8 @@ class Summary:
 
     Attributes:
         tokens: trained by all replicas together, of a branch also those before it.
+        trained_s: what the steps up to the last logged one took, over all starts, of a branch also
+            those before it; None where an earlier version did not count it.
         eval_loss: held-out loss at `eval_step`, nats per token; None before
             the first evaluation. Of several held-out corpora it is the mean.
         eval_losses: by the name of the corpus, where held-out corpora have names.
@@ -102,6 +104,7 @@ class Summary:
     num_steps: int
     total_steps: int
     tokens: int
+    trained_s: float | None
     train_loss: float
     eval_loss: float | None
     eval_step: int | None
@@ -184,6 +187,7 @@ def summary_of(run: RunFiles) -> Summary:
         num_steps=run.steps_done,
         total_steps=run.config.steps,
         tokens=run.config.tokens_after(run.steps_done - len(skipped)),
+        trained_s=run.steps[-1].get("trained_s"),
         train_loss=run.steps[-1]["loss"],
         eval_loss=last_evaluation.get("eval_loss"),
         eval_step=last_evaluation.get("step"),

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from est_ds.report.summary import PhaseSummary, Summary, summarise
 from est_ds.report.times import Timing, layout_text
-from est_ds.run.metrics import depth_text
+from est_ds.run.metrics import depth_text, use_texts
 from est_ds.run.step_times import StepTimes
 
 # Names of runs and phases are shown as they are.
@@ -92,7 +92,7 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
     parent = summary.parent
     rows = [
         *([("branch of", f"{parent.run_dir} at step {parent.step:,}")] if parent else []),
-        ("tokens trained", f"{summary.tokens:,}"),
+        ("tokens trained", _trained(summary)),
         ("held-out loss", _loss(summary)),
         ("unigram entropy", _entropy(summary)),
     ]
@@ -172,7 +172,17 @@ def _how_steps_went(summary: Summary) -> list[tuple[str, str]]:
         rows.append(
             ("update / lr", f"{', '.join(updates)} (RMS over the layers, {counted:,} steps)")
         )
+    for phase in summary.phases:
+        if texts := use_texts(phase.steps.used):
+            rows.append((f"GPUs, {phase.name}", ", ".join(texts)))
     return rows
+
+
+def _trained(summary: Summary) -> str:
+    text = f"{summary.tokens:,}"
+    return (
+        text if summary.trained_s is None else f"{text}, in steps of {seconds(summary.trained_s)}"
+    )
 
 
 def _is_dense(summary: Summary) -> bool:

@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from est_ds.disk import replace_text
-from est_ds.errors import naming
+from est_ds.errors import gigabytes, naming
 from est_ds.plans.phases import Phase
 
 FILE = "metrics.jsonl"
@@ -43,22 +44,30 @@ class Steps:
         update_rms: root mean square of the update over the learning rate; None if no step was
             measured.
         measured: number of those that were.
+        used: how the GPUs were used, by the names of the lines' fields: medians of `mfu` and
+            `mfu_dense`, the largest `memory_peak_bytes`; empty on CPUs.
     """
 
     clipped: float | None
     update_rms: float | None
     measured: int
+    used: dict[str, float] = field(default_factory=dict)
 
 
 def steps_of(lines: Sequence[dict[str, Any]]) -> Steps:
     """Returns what training lines say together."""
     clipped = [e["clipped"] for e in lines if "clipped" in e]
     updates = [e["update_rms"] for e in lines if e.get("update_rms") is not None]
+    used = [
+        (name, over, [e[name] for e in lines if name in e])
+        for name, over in (("mfu", median), ("mfu_dense", median), ("memory_peak_bytes", max))
+    ]
     mean_square = sum(u * u for u in updates) / len(updates) if updates else None
     return Steps(
         clipped=sum(clipped) / len(clipped) if clipped else None,
         update_rms=None if mean_square is None else math.sqrt(mean_square),
         measured=len(updates),
+        used={name: over(values) for name, over, values in used if values},
     )
 
 
@@ -75,7 +84,17 @@ def phase_note(steps: Steps) -> str:
         said.append(f"{steps.clipped:.0%} of the logged steps clipped")
     if steps.update_rms is not None:
         said.append(f"update {steps.update_rms:.2g} x lr (RMS, {steps.measured:,} steps)")
-    return ", ".join(said)
+    return ", ".join(said + use_texts(steps.used))
+
+
+def use_texts(used: dict[str, float]) -> list[str]:
+    """How GPUs were used, in words: their MFU, with that of the dense model's FLOPs, and memory."""
+    said = []
+    if "mfu" in used:
+        said.append(f"MFU {used['mfu']:.1%} (dense {used['mfu_dense']:.1%})")
+    if "memory_peak_bytes" in used:
+        said.append(f"{gigabytes(used['memory_peak_bytes'])} on a GPU")
+    return said
 
 
 def steps_logged(run_dir: Path) -> int:

@@ -143,11 +143,12 @@ class Runs:
 
     def overrides(self, arm: str, values: Values, steps: int | None = None) -> list[str]:
         """What an arm changes of the base, but for its seed."""
+        own = [*self.file.arms[arm].overrides, *override_texts(values)]
+        if steps is not None:
+            own = [text for text in own if not text.startswith("tokens=")] + [f"steps={steps}"]
         return [
             *DEFAULTS,
-            *self.file.arms[arm].overrides,
-            *override_texts(values),
-            *(() if steps is None else (f"steps={steps}",)),
+            *own,
             # Some folder: `evaluate.choice` of a run file depends on whether it has begun.
             f"run_dir={self.file.folder / 'unbegun'}",
         ]

@@ -11,7 +11,7 @@ from est_ds.checkpoints.index import Damaged, Index, read_index
 from est_ds.checkpoints.state import Seen, State
 from est_ds.checkpoints.store import Store
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
+from est_ds.config.sections import RunConfig, steps_of_tokens
 from est_ds.config.start import Start
 from est_ds.config.strict import checked
 from est_ds.design import Design, make_design
@@ -85,6 +85,10 @@ def branch(run: str, at: str, new: str, overrides: list[str]) -> str:
         )
     config = load_run(trunk.directory, overrides)
     config = config.model_copy(update={"run_dir": new, "start": None})
+    if config.tokens is not None:  # of the trunk and the branch together
+        read = trunk.index.state.tokens
+        steps = steps_of_tokens(config.tokens, config.tokens_per_step, trunk.step, read)
+        config = config.model_copy(update={"steps": steps})
     changed = changed_fields(trunk.config, config)
     changed = {field: values for field, values in changed.items() if _is_asked_for(field)}
     check_changes(trunk.config, config, changed, trunk.step)
@@ -134,7 +138,7 @@ def _index(trunk: Trunk, run: Run) -> Index:
     """`checkpoint.json` as the branch has it: what it resumes from is a checkpoint of its own."""
     former = trunk.index.state
     history = History(run.config.divergence, first_steps(run), _seen(trunk, run))
-    state = run_state(run, trunk.step, history, former.evaluation_due)
+    state = run_state(run, trunk.step, history, former.trained_s, former.evaluation_due)
     counts = {"optimizer_steps": former.optimizer_steps, "births": former.births}
     state = state.model_copy(update=counts)
     loss = trunk.index.eval_loss if _same_held_out(trunk, run, state) else None

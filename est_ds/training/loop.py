@@ -24,6 +24,7 @@ from est_ds.run.directory import lock_run_dir, write_config
 from est_ds.run.prepare import Run
 from est_ds.training.agreement import check_agreement, check_hashes
 from est_ds.training.boundaries import Boundary, is_boundary
+from est_ds.training.clock import Clock
 from est_ds.training.divergence import History
 from est_ds.training.evaluate import evaluate
 from est_ds.training.record import Recorder, Trained, measured_layers
@@ -43,6 +44,7 @@ class Job:
     history: History
     recorder: Recorder
     watchdog: Watchdog
+    clock: Clock
 
 
 def train(
@@ -94,7 +96,8 @@ def _train(
     history = History(config.divergence, first_steps(run), resumed and resumed.state.divergence)
     with Recorder(run, engine, start) as recorder, loader, Saver(engine, store) as saver:
         check_agreement(run, start)
-        job = Job(run, engine, store, saver, loader, history, recorder, watchdog)
+        clock = Clock(resumed.state.trained_s if resumed else 0.0)
+        job = Job(run, engine, store, saver, loader, history, recorder, watchdog, clock)
         saver.check_space()
         before.begin()
         _begin(job, start, resumed)
@@ -115,7 +118,7 @@ def _begin(job: Job, start: int, resumed: Index | None) -> None:
     if resumed and resumed.state.evaluation_due:  # a notice cut it short
         job.recorder.evaluated(start - 1, evaluate(job.run, job.engine, start - 1))
     if job.run.config.divergence.rolls_back and not resumed:
-        job.saver.save(0, run_state(job.run, 0, job.history), None)
+        job.saver.save(0, run_state(job.run, 0, job.history, 0.0), None)
 
 
 def _begin_phase(job: Job, step: int) -> None:
@@ -159,12 +162,12 @@ def train_step(job: Job, step: int) -> bool:
         began, cpu_began = time.perf_counter(), time.process_time()
         with engine.subnetwork.active(plans):
             loss = engine.train_batch(job.loader.micro_batches(step))
-        step_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
+        took = job.clock.ran(time.perf_counter() - began, time.process_time() - cpu_began)
         if history.judge(step, loss, engine.grad_norm) == "roll back":
             return False
         moved = before.rms_to(engine.layer_weights(layers)) if before else None
         norm = engine.grad_norm
-        trained = Trained(plans, loss, rate, norm, step_s, cpu_s, history.spike, moved)
+        trained = Trained(plans, loss, rate, norm, took, history.spike, moved)
     # Of this phase: not to be counted in the next.
     shares = engine.pipe_shares() if step + 1 == run.method.phase_of(step).until_step else None
     if reason := history.skipped.get(step):
@@ -198,7 +201,8 @@ def after_step(job: Job, done: int) -> None:
         job.recorder.sync()
         check_agreement(run, done)
         left_over = evaluation_due and eval_loss is None
-        job.saver.save(done, run_state(run, done, job.history, left_over), eval_loss)
+        state = run_state(run, done, job.history, job.clock.trained_s, left_over)
+        job.saver.save(done, state, eval_loss)
         notice = notice or noticed()
     if notice and not is_last:
         job.saver.finish()
@@ -243,5 +247,6 @@ def go_back(job: Job, step: int) -> int:
     load_checkpoint(job.engine, job.store, back)
     job.engine.forget_events(back.step)
     job.history.go_back(back.state.divergence)
+    job.clock.go_back(back.state.trained_s)
     job.recorder.went_back(back.step)
     return back.step

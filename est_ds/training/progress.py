@@ -11,7 +11,7 @@ from est_ds.ranks.world import say
 
 
 class Progress:
-    """Step, phase, loss, tokens/s and time left.
+    """The step, what is said of it, and the time left.
 
     Args:
         total: steps of the run.
@@ -51,14 +51,11 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def step(self, step: int, phase: str, loss: float, tokens_per_s: float) -> None:
-        """Shows that `step` is done."""
+    def step(self, step: int, text: str) -> None:
+        """Shows that `step` is done, with a text on how, and the time left."""
         if not self._shown:
             return
-        text = (
-            f"phase {phase}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  "
-            f"{clock(self._seconds_left(step))} left"
-        )
+        text += f"  {clock(self._seconds_left(step))} left"
         if self._bar:
             self._bar.update(self._task, completed=step + 1, description=text)
             return

@@ -14,24 +14,39 @@ import numpy as np
 import torch
 
 from est_ds.cost.flops import dense_flops, step_flops
+from est_ds.cost.peaks import mfu, peak_flops
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.engine.base import Engine
 from est_ds.plans.methods.base import SAVES_NOTHING, plan_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import StepPlans
 from est_ds.ranks.world import World, say
-from est_ds.run.metrics import MetricsFile, depth_text, nats, phase_note, read_phase
+from est_ds.report.plan_text import amount
+from est_ds.run.metrics import (
+    MetricsFile,
+    depth_text,
+    nats,
+    phase_note,
+    read_phase,
+    use_texts,
+)
 from est_ds.run.prepare import Run
 from est_ds.run.step_times import FILE, StepTimes
 from est_ds.run.windows import write_windows
 from est_ds.training.boundaries import Side
+from est_ds.training.clock import Times
 from est_ds.training.evaluate import HeldOut
-from est_ds.training.progress import Progress
+from est_ds.training.progress import Progress, clock
 
 if TYPE_CHECKING:
     from est_ds.engine.pipe_clock import PipeShares
 
 MEASURED = 64  # steps of a phase in which the update is measured
+# Fields of a line that trackers show too.
+TRACKED = (
+    *("loss", "lr", "grad_norm", "update_rms", "step_s", "tokens_per_s", "kept_layers"),
+    *("tokens", "trained_s", "mfu", "mfu_dense", "memory_peak_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Trained:
         loss: nats per token, the mean of all replicas.
         rate: learning rate.
         grad_norm: of all parameters, before clipping.
-        step_cpu_s: processor seconds of this process.
+        took: its times.
         spike: what the loss was, if it was a spike.
         moved: root mean square of what the step added to the weights of the layers, decay
             included (`engine.moved`); None where it was not measured.
@@ -52,8 +67,7 @@ class Trained:
     loss: float
     rate: float
     grad_norm: float
-    step_s: float
-    step_cpu_s: float
+    took: Times
     spike: str | None = None
     moved: float | None = None
 
@@ -93,6 +107,8 @@ class Recorder:
             self._metrics = MetricsFile(run.directory, start, layout_of(run, engine))
         self._progress = Progress(run.config.steps, start, _remaining(run, start), is_first)
         self._start = start
+        self._peak = _peak_of(run, engine)
+        self._used: dict[str, float] = {}
 
     def __enter__(self) -> Recorder:
         for line in _start_lines(self._run, self._engine, self._start):
@@ -124,11 +140,12 @@ class Recorder:
         """
         run, number = self._run, step.plans.step
         done, phase = number + 1, run.method.phase_of(number)
-        self._progress.step(number, phase.name, step.loss, run.tokens_per_step / step.step_s)
+        self._progress.step(number, self._shown(step, phase))
         is_end = done == phase.until_step
         if done % run.config.log.every and not is_end and not step.spike:
             return
         entry = _entry(run, step)
+        entry |= self._use(entry)
         if step.spike:
             entry["spike"] = step.spike
             self.note(f"step {number}: {step.spike}")
@@ -139,10 +156,35 @@ class Recorder:
             self._metrics.write_step(**entry)
             if is_end and (text := phase_note(read_phase(run.directory, phase))):
                 self.note(f"phase {phase.name}: {text}")
-        shown = ("loss", "lr", "grad_norm", "update_rms", "step_s", "tokens_per_s", "kept_layers")
-        events = {f"train/{n}": float(entry[n]) for n in shown if entry.get(n) is not None}
+        events = {f"train/{n}": float(entry[n]) for n in TRACKED if entry.get(n) is not None}
         events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
         self._engine.write_events(events, done)
+
+    def _use(self, entry: dict[str, Any]) -> dict[str, float]:
+        """How the GPUs were used, by a line of a step; nothing on CPUs."""
+        used: dict[str, float] = {}
+        if self._peak:
+            for name, flops in (("mfu", "flops_active"), ("mfu_dense", "flops_dense")):
+                used[name] = mfu(entry[flops], entry["step_s"], self._peak)
+        memory = self._engine.memory_peak_bytes()
+        if memory is not None:
+            used["memory_peak_bytes"] = memory
+        self._used = used
+        return used
+
+    def _shown(self, step: Trained, phase: Phase) -> str:
+        """A step in words, with how the GPUs were used when a line was last logged."""
+        tokens, took = self._run.config.tokens_after(step.plans.step + 1), step.took
+        spent = "" if took.trained_s is None else f" in {clock(took.trained_s)}"
+        return "  ".join(
+            [
+                f"phase {phase.name}",
+                f"loss {step.loss:.4f}",
+                f"{self._run.tokens_per_step / took.step_s:,.0f} tokens/s",
+                *use_texts(self._used),
+                f"{amount(tokens)} tokens{spent}",
+            ]
+        )
 
     def left_out(self, step: int, reason: str) -> None:
         """Shows and logs that a step was not trained."""
@@ -213,9 +255,9 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
         "grad_norm": step.grad_norm,
         "clipped": 0.0 < clip < step.grad_norm,
         "tokens": run.config.tokens_after(number + 1),
-        "step_s": step.step_s,
-        "step_cpu_s": step.step_cpu_s,
-        "tokens_per_s": run.tokens_per_step / step.step_s,
+        "step_s": step.took.step_s,
+        "step_cpu_s": step.took.cpu_s,
+        "tokens_per_s": run.tokens_per_step / step.took.step_s,
         "flops_active": mean(flops.model for flops in active),
         "flops_dense": dense.model,
         "blocks_active": mean(flops.blocks for flops in active),
@@ -224,6 +266,8 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
         "plan_digest": step.plans.digest,
         "data_digest": run.train.digest(number),
     }
+    if step.took.trained_s is not None:
+        entry["trained_s"] = step.took.trained_s
     if step.moved is not None and step.rate:
         entry["update_rms"] = step.moved / step.rate
     return entry
@@ -262,6 +306,9 @@ def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
         f"replicas, ZeRO {config.parallel.zero}, {config.precision}",
         f"{config.batch.equation(engine.num_replicas)} sequences of {config.data.sequence} tokens",
     ]
+    if engine.on_gpu and _peak_of(run, engine) is None:
+        name = torch.cuda.get_device_name()
+        lines.append(f"no MFU: the peak rate of {name} is not known (est_ds/cost/peaks.py)")
     if run.method.masked:
         lines.append(f"method.compute=masked: {SAVES_NOTHING}")
     return lines + _corpora(run)
@@ -277,6 +324,14 @@ def _corpora(run: Run) -> list[str]:
         + f"{count / windows.num_samples:.3g} epochs"
         for part, count, windows in zip(parts, counts, train.corpora)
     ]
+
+
+def _peak_of(run: Run, engine: Engine) -> float | None:
+    """Peak rate of all GPUs of a run together, FLOP/s; None on CPUs, and of unknown GPUs."""
+    if not engine.on_gpu:
+        return None
+    one = peak_flops(torch.cuda.get_device_name(), run.config.precision)
+    return None if one is None else one * run.processes
 
 
 def layout_of(run: Run, engine: Engine) -> dict[str, Any]:

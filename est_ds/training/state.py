@@ -14,14 +14,25 @@ from est_ds.run.prepare import Run
 from est_ds.training.divergence import History
 
 
-def run_state(run: Run, done: int, history: History, evaluation_due: bool = False) -> State:
-    """Returns what a checkpoint after `done` steps holds besides weights and moments."""
+def run_state(
+    run: Run,
+    done: int,
+    history: History,
+    trained_s: float | None,
+    evaluation_due: bool = False,
+) -> State:
+    """Returns what a checkpoint after `done` steps holds besides weights and moments.
+
+    Args:
+        trained_s: what its steps took; see `State`.
+    """
     return State(
         config=run.config.model_dump(mode="json", by_alias=True),
         versions=versions(),
         corpus=run.train.fingerprint,
         held_out={name: windows.corpus.fingerprint for name, windows in run.valid.items()},
         tokens=run.config.tokens_after(done),
+        trained_s=trained_s,
         next=_next(run, done),
         divergence=history.seen,
         evaluation_due=evaluation_due,

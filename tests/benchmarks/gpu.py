@@ -25,6 +25,7 @@ from common import fixed_method, model_section, random_batch, run_config, zero_e
 
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
+from est_ds.cost.peaks import mfu, peak_flops
 from est_ds.plans.methods.base import plan_loads
 from est_ds.slicing.leaf import Skippable
 
@@ -33,23 +34,6 @@ PHASES = {
     "layers, heads, columns .5": (0.5, 0.5, 0.5),
     "heads, columns .5": (1.0, 0.5, 0.5),
     "full": (1.0, 1.0, 1.0),
-}
-
-# Dense bf16 peak by the makers' data sheets, FLOP/s; the first name that is found counts.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
 }
 
 
@@ -78,10 +62,6 @@ def compile_layers(layers: dict[int, torch.nn.Module], backend: str) -> Graphs:
     }
     original.forward = torch.compile(original.forward, backend=graphs, dynamic=False)
     return graphs
-
-
-def peak_of(name: str, given: float | None) -> float | None:
-    return given or next((peak for key, peak in PEAKS.items() if key in name), None)
 
 
 def main() -> None:
@@ -122,7 +102,7 @@ def main() -> None:
     size = {"tokens": tokens, "sequence": options.sequence}
     whole = dense_flops(shape, **size).model
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = peak_of(name, options.peak)
+    peak = options.peak or peak_flops(name, precision)
     print(
         f"{name}, {precision}, torch {torch.__version__}, {tokens} tokens a step, ZeRO "
         f"{options.zero}, {'compiled by ' + options.backend if compiled else 'not compiled'}, peak "
@@ -172,7 +152,7 @@ def _print(rows: list[dict[str, Any]], tokens: int, whole: float, peak: float | 
     for row in rows:
         seconds, flops = row["seconds"], row["flops"]
         time_ratio, flops_ratio = seconds / rows[-1]["seconds"], flops / whole
-        active, dense = (f"{f / seconds / peak:.3f}" if peak else "-" for f in (flops, whole))
+        active, dense = (f"{mfu(f, seconds, peak):.3f}" if peak else "-" for f in (flops, whole))
         memory = "-" if row["memory"] is None else f"{row['memory'] / 2**30:.1f}"
         print(
             f"{row['phase']:26} {tokens / seconds:9.0f} {active:>10} {dense:>9} {time_ratio:6.3f} "

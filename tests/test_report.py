@@ -46,6 +46,7 @@ def make_run(
     steps=10,
     phases=(4, 6, 10),
     objective="causal",
+    gpu=False,
 ):
     """A run directory as a training loop that did not note layouts left it after `num_steps`."""
     folder.mkdir(exist_ok=True)
@@ -92,11 +93,19 @@ def make_run(
                 blocks_active=blocks,
                 blocks_dense=80,
                 kept_layers=4,
+                **(use_of_gpus(step, flops) if gpu else {}),
             )
         if evaluate and (step + 1) % 5 == 0:
             metrics.write(step=step, eval_loss=5.0 - step / 10)
     metrics.close()
     return folder / "run"
+
+
+def use_of_gpus(step, flops):
+    """What lines of steps on GPUs have besides."""
+    rate = 200 * STEP_S[step]  # FLOPs that they could have done meanwhile
+    used = {"mfu": flops / rate, "mfu_dense": 100 / rate, "memory_peak_bytes": (9 - step) * 10**9}
+    return {"trained_s": sum(STEP_S[: step + 1]), **used}
 
 
 def write_manifest(prefix, *, entropy, num_tokens=3, text_bytes=1):
@@ -117,6 +126,18 @@ def write_manifest(prefix, *, entropy, num_tokens=3, text_bytes=1):
         idx_sha256="0" * 64,
     )
     manifest_path(prefix).write_text(manifest.model_dump_json())
+
+
+def test_a_run_on_gpus_says_its_seconds_mfu_and_memory(tmp_path, capsys):
+    print_summary(make_run(tmp_path, gpu=True))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "tokens trained 5,120, in steps of 33.7 s" in said
+    # Medians over the lines, by hand: steps of 9, 1, 1.2 and 1.1 s; of 2 and 2.4 s; of 4, 4, 5, 4.
+    assert "GPUs, small MFU 17.4% (dense 43.6%), 9 GB on a GPU" in said
+    assert "GPUs, na<rr>ow [b] MFU 13.8% (dense 22.9%), 5 GB on a GPU" in said
+    assert "GPUs, full MFU 12.5% (dense 12.5%), 3 GB on a GPU" in said
+    print_summary(make_run(tmp_path / "cpu"))
+    assert "MFU" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -9,6 +9,8 @@ import pytest
 from a_study import EFFECTS, RATIOS, answers_of, make_study, measure, train
 from est_ds.errors import UserError
 from est_ds.studies.page import write_page
+from est_ds.studies.picture import study_figure, write_study_figure
+from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.text import interval_text
 from pages import Page
 
@@ -170,6 +172,33 @@ def test_runs_that_diverged_are_said_and_not_drawn(tmp_path):
     seeds = page.plot("ends").of("raptr")[0]
     assert seeds["text"] == ["seed 0", "seed 2"]
     assert {len(t["y"]) for t in page.plot("curves").of("raptr")} == {20, 3}
+
+
+def test_picture_shows_the_differences_and_the_curve(done, tmp_path):
+    answers = answers_of(done)
+    snapshot = Snapshot(done.runs, answers, done.results)
+    ends, differences = study_figure(snapshot).axes
+    names = [label.get_text() for label in differences.get_yticklabels()]
+    compared = {a.name: a.budgets["flops"] for a in answers.arms[1:]}
+    means = [compared[name].difference.interval.mean for name in names]
+    assert sorted(names) == sorted(name for name, c in compared.items() if c.difference)
+    assert means == sorted(means)
+    drawn = [line.get_xydata().tolist() for line in differences.get_lines()]
+    for row, name in enumerate(names):
+        interval = compared[name].difference.interval
+        assert [[interval.mean, row]] in drawn
+        assert [[interval.low, row], [interval.high, row]] in drawn
+    curve = ends.get_lines()[0].get_xydata()
+    usual = done.runs.first.flops.model
+    costs = sorted({r.flops / usual for r in answers.dense})
+    assert [x for x, _ in curve] == pytest.approx(costs)
+    for cost, loss in curve:
+        of_cost = [r.loss for r in answers.dense if r.flops / usual == pytest.approx(cost)]
+        assert loss == pytest.approx(fmean(of_cost))
+    file = write_study_figure(snapshot, tmp_path / "a" / "study.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="'.xyz' is no picture format"):
+        write_study_figure(snapshot, tmp_path / "study.xyz")
 
 
 def test_page_that_cannot_be_written_is_one_clear_error(tmp_path):

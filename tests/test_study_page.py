@@ -8,6 +8,7 @@ import pytest
 
 from a_study import EFFECTS, RATIOS, answers_of, make_study, measure, train
 from est_ds.errors import UserError
+from est_ds.studies.boundary_map import boundary_map
 from est_ds.studies.page import write_page
 from est_ds.studies.picture import study_figure, write_study_figure
 from est_ds.studies.snapshot import Snapshot
@@ -124,6 +125,36 @@ def test_boundaries_are_drawn_at_their_steps(page):
     assert subnetworks[0] - full[0] == pytest.approx(0.1) and subnetworks[1] == full[1]
     low, high = plot.layout["xaxis"]["range"]
     assert low < 200 < high and high - low < 100
+
+
+def test_arms_that_differ_in_their_boundaries_stand_on_a_map(tmp_path):
+    def ending(first, second, kept):
+        phases = [
+            {"until": first, "layers": kept},
+            {"until": second, "columns": kept},
+            {"until": 1.0},
+        ]
+        return {"method": {"name": "est", "phases": phases}}
+
+    ends = [(0.1, 0.2), (0.1, 0.5), (0.25, 0.5), (0.5, 0.75)]
+    arms = {f"a{i}": ending(*pair, 0.5) for i, pair in enumerate(ends)}
+    study = make_study(tmp_path, arms={"dense": {}, "more": ending(0.1, 0.2, 0.75), **arms})
+    train(study)
+    snapshot = Snapshot(study.runs, answers_of(study), study.results)
+    figure = boundary_map(snapshot)
+    [trace] = figure.data  # one method alone has enough arms: no buttons
+    assert not figure.layout.updatemenus
+    assert list(zip(trace.x, trace.y)) == ends
+    of = {
+        arm.name: arm.budgets["flops"].difference.interval.mean for arm in snapshot.answers.arms[1:]
+    }
+    assert [-c for c in trace.marker.color] == pytest.approx([of[name] for name in arms])
+    assert [t.partition("<br>")[0] for t in trace.text] == [f"{of[name]:+.3f}" for name in arms]
+    few = make_study(
+        tmp_path / "few", arms={"dense": {}, "a0": arms["a0"], "more": ending(0.1, 0.2, 0.75)}
+    )
+    train(few)
+    assert boundary_map(Snapshot(few.runs, answers_of(few), few.results)) is None
 
 
 def test_page_has_runs_study_file_and_versions(done, page):

@@ -144,7 +144,7 @@ def test_arms_that_differ_in_their_boundaries_stand_on_a_map(tmp_path):
     figure = boundary_map(snapshot)
     [trace] = figure.data  # one method alone has enough arms: no buttons
     assert not figure.layout.updatemenus
-    assert list(zip(trace.x, trace.y)) == ends
+    assert list(zip(trace.x, trace.y)) == [(f"{a:g}", f"{b:g}") for a, b in ends]
     of = {
         arm.name: arm.budgets["flops"].difference.interval.mean for arm in snapshot.answers.arms[1:]
     }

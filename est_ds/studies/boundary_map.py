@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from est_ds.report.interactive import new_figure, switch
 from est_ds.studies.answers import ArmAnswer
 from est_ds.studies.snapshot import Snapshot
+from est_ds.studies.statistics import Gain
 from est_ds.studies.text import gain_text, interval_text
 
 FEWEST = 4  # arms; fewer make no map
@@ -44,10 +45,10 @@ def boundary_map(snapshot: Snapshot) -> go.Figure | None:
     for name, places in maps.items():
         values = [_difference(place.arm, decides) for place in places]
         trace = go.Scatter(
-            x=[place.first for place in places],
-            y=[place.second for place in places],
+            x=[_share(place.first) for place in places],
+            y=[_share(place.second) for place in places],
             mode="markers+text",
-            text=[f"{v:+.3f}<br>{gain_text(p.arm.gain)}" for v, p in zip(values, places)],
+            text=[f"{v:+.3f}<br>{_gain(p.arm.gain)}" for v, p in zip(values, places)],
             customdata=[_hover(place.arm, decides) for place in places],
             hovertemplate="%{customdata}<extra></extra>",
             marker={
@@ -66,8 +67,12 @@ def boundary_map(snapshot: Snapshot) -> go.Figure | None:
         changes = {key: [drawn[key]] for key in ("x", "y", "text", "customdata")}
         changes["marker.color"] = [drawn["marker"]["color"]]
         options[name] = (changes, {})
-    figure.update_xaxes(title_text="end of the first phase, of the run", range=[0, 1])
-    figure.update_yaxes(range=[0, 1.05])
+    of = [place for places in maps.values() for place in places]
+    for axis, ends in (("xaxis", {p.first for p in of}), ("yaxis", {p.second for p in of})):
+        names = [_share(end) for end in sorted(ends)]
+        figure.layout[axis].update(type="category", categoryorder="array", categoryarray=names)
+        figure.layout[axis].range = [-0.6, len(names) - 0.4]
+    figure.update_xaxes(title_text="end of the first phase, as a part of the run")
     switch(figure, options)
     return figure
 
@@ -95,6 +100,14 @@ def _kind(method: dict[str, Any]) -> str:
     others = {k: v for k, v in method.items() if k not in ("name", "phases")}
     words = [", ".join(f"{k} {v:g}" for k, v in phase.items()) or "all" for phase in phases]
     return f"{method['name']}: {'; '.join(words)}" + (f" {json.dumps(others)}" if others else "")
+
+
+def _share(end: float) -> str:
+    return f"{end:.3g}"
+
+
+def _gain(gain: Gain | None) -> str:
+    return f"{gain.interval.mean:.2f}" if gain and gain.interval else gain_text(gain)
 
 
 def _difference(arm: ArmAnswer, budget: str) -> float:

@@ -307,8 +307,7 @@ def _start_lines(run: Run, engine: Engine, start: int) -> list[str]:
         f"{config.batch.equation(engine.num_replicas)} sequences of {config.data.sequence} tokens",
     ]
     if engine.on_gpu and _peak_of(run, engine) is None:
-        name = torch.cuda.get_device_name()
-        lines.append(f"no MFU: the peak rate of {name} is not known (est_ds/cost/peaks.py)")
+        lines.append(f"no MFU: nobody has listed the peak rate of {device_name()} (cost/peaks.py)")
     if run.method.masked:
         lines.append(f"method.compute=masked: {SAVES_NOTHING}")
     return lines + _corpora(run)
@@ -330,19 +329,23 @@ def _peak_of(run: Run, engine: Engine) -> float | None:
     """Peak rate of all GPUs of a run together, FLOP/s; None on CPUs, and of unknown GPUs."""
     if not engine.on_gpu:
         return None
-    one = peak_flops(torch.cuda.get_device_name(), run.config.precision)
+    one = peak_flops(device_name(), run.config.precision)
     return None if one is None else one * run.processes
+
+
+def device_name() -> str:
+    """The GPU's, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def layout_of(run: Run, engine: Engine) -> dict[str, Any]:
     """What the times of this start's steps depend on besides their plans."""
-    config, on_gpu = run.config, torch.cuda.is_available()
+    config = run.config
     set_too = {
         "cuts": run.cuts if config.parallel.pipe > 1 else None,
         "offload": config.parallel.offload,
         "activation_checkpointing": config.activation_checkpointing,
         "compile": config.compile,
     }
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    always = {"micro": config.batch.micro, "device": device}
+    always = {"micro": config.batch.micro, "device": device_name()}
     return engine.layout | always | {name: value for name, value in set_too.items() if value}

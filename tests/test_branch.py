@@ -316,6 +316,16 @@ def test_larger_batch_goes_on_behind_what_was_read(trunk, tmp_path):
     assert windows_of(again, 0, 3) == expected  # a branch of it counts from the same place
 
 
+def test_tokens_of_a_branch_are_its_own_and_its_parents(trunk, tmp_path):
+    """The trunk read 4 steps of 512; a step of the branch reads 1,536."""
+    run = branched(trunk, tmp_path / "b", ["batch.global=24", f"tokens={4 * 512 + 2 * 1536 + 1}"])
+    assert run.config.steps == AT + 3
+    again = branched(tmp_path / "b", tmp_path / "c", [f"tokens={4 * 512 + 2 * 1536}"])
+    assert again.config.steps == AT + 2
+    with pytest.raises(UserError, match="steps=4 leaves a branch at step 4 nothing to train"):
+        branch(str(trunk), str(AT), str(tmp_path / "d"), ["tokens=2048"])
+
+
 def test_another_corpus_is_read_from_its_start(trunk, tmp_path):
     config = load_run(trunk)
     parts = [f"{{corpus: {config.data.valid}, weight: 0.5}}"]

@@ -23,6 +23,7 @@ from est_ds.slicing.families.fields import dropout_of
 # Besides what a resumed run may change. Whatever is in neither list stays as it is.
 MAY_CHANGE = (
     "steps",
+    "tokens",  # says the steps
     "seed",
     "seeds.*",
     "method.*",

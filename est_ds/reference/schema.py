@@ -69,24 +69,22 @@ class Schemas:
 def read_schemas() -> Schemas:
     """Makes the schemas from the models."""
     kinds = [kind for known in VARIANTS.values() for kind in known.values()]
-    names, definitions = described(RunConfig, Study, Init, *kinds)
-    for name in names[3:]:  # the name chooses the section, so that it always stands there
+    (of_run, of_study, of_init, *names), definitions = described(RunConfig, Study, Init, *kinds)
+    name_of = dict(zip(kinds, names))
+    for name in names:  # the name chooses the section, so that it always stands there
         schema = definitions[name]
         schema["required"] = list(dict.fromkeys(["name", *schema.get("required", ())]))
         schema["properties"]["name"].pop("default", None)
-    reference = {kind: {"$ref": f"#/$defs/{name}"} for kind, name in zip(kinds, names[3:])}
-    run, study = definitions.pop(names[0]), definitions.pop(names[1])
+    run, study = definitions.pop(of_run), definitions.pop(of_study)
     fields = run["properties"]
     for section, known in VARIANTS.items():
         kept = {k: v for k, v in fields[section].items() if k in ("description", "default")}
-        fields[section] = {"anyOf": [reference[kind] for kind in known.values()], **kept}
-    fields["model"] = _model({"$ref": f"#/$defs/{names[2]}"}) | {
-        "description": fields["model"]["description"]
-    }
+        fields[section] = {"anyOf": [_reference(name_of[kind]) for kind in known.values()], **kept}
+    fields["model"] = _model(_reference(of_init), fields["model"]["description"])
     for section in SECTIONS:
         fields[section] = _or_a_file(fields[section])
     variants = {
-        section: {name: definitions[reference[kind]["$ref"][8:]] for name, kind in known.items()}
+        section: {name: definitions[name_of[kind]] for name, kind in known.items()}
         for section, known in VARIANTS.items()
     }
     return Schemas(run, study, variants, definitions)
@@ -101,11 +99,16 @@ def section_about(section: str, name: str) -> str:
     return " ".join(first.removeprefix(f"`{name}`: ").split())
 
 
-def _model(init: dict[str, Any]) -> dict[str, Any]:
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _model(init: dict[str, Any], description: str) -> dict[str, Any]:
     """The `model` section: its other keys are Hugging Face's."""
     known = [model_type for family in FAMILIES for model_type in family.model_types]
     return {
         "type": "object",
+        "description": description,
         "properties": {
             "model_type": {
                 "enum": known,

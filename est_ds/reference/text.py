@@ -84,12 +84,8 @@ def write_files(schemas: Schemas, folder: Path) -> list[Path]:
 
 
 def _plain(row: Row) -> str:
-    kind = row.type.replace("`", "")
-    return (
-        f"{kind}; {_default(row).replace('`', '')}"
-        if row.required
-        else (f"{kind}; default {_default(row).replace('`', '')}")
-    )
+    default = _default(row) if row.required else f"default {_default(row)}"
+    return f"{row.type}; {default}".replace("`", "")
 
 
 def _default(row: Row) -> str:

@@ -62,9 +62,10 @@ def test_a_run_in_tokens_is_the_run_in_steps(run_file):
     resolved = yaml.safe_load(asked.to_yaml())
     assert resolved["steps"] == 50 and "tokens" not in resolved
     assert asked.to_yaml() == plain.to_yaml() and not differences(plain, asked)
-    phases = make_design(asked).method.phases
+    designs = [make_design(config) for config in (asked, plain)]
+    phases = designs[0].method.phases
     assert [(p.from_step, p.until_step) for p in phases] == [(0, 15), (15, 50)]
-    rates = [[make_design(c).learning_rate(s) for s in range(50)] for c in (asked, plain)]
+    rates = [[design.learning_rate(step) for step in range(50)] for design in designs]
     assert rates[0] == rates[1]
 
 

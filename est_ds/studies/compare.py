@@ -69,7 +69,7 @@ def compare(path: str, wish: Wish) -> int:
     Raises:
         UserError: the study file, an arm, or the results do not fit.
     """
-    study = _open(path, wish)
+    study = open_study(path, wish)
     if wish.dry_run:
         todo = study.list_todo()
         print(todo_json(todo) if wish.json else todo_text(todo))
@@ -99,8 +99,12 @@ def compare(path: str, wish: Wish) -> int:
     return code
 
 
-def _open(path: str, wish: Wish) -> Session:
-    """Reads study and results, and checks them against each other; writes nothing."""
+def open_study(path: str, wish: Wish) -> Session:
+    """Reads study and results, and checks them against each other; writes nothing.
+
+    Raises:
+        UserError: the study file, an arm, or the results do not fit.
+    """
     file = load_study(path)
     results = read_results(file.results)
     arms = file.arms.keys()
@@ -264,9 +268,13 @@ class Session:
                 if key in self.results.runs:
                     clear(run)
 
+    def answers(self) -> Answers:
+        """What is known, whole or not."""
+        return answer(self.runs, self.wanted(), self.results)
+
     def show(self) -> Answers:
         """Prints what is known, whole or not."""
-        found = answer(self.runs, self.wanted(), self.results)
+        found = self.answers()
         if self.wish.json:
             print(answers_json(self.runs, found, self.results))
         else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from est_ds.report.analyses import analyses
 from est_ds.report.frame import row, write_whole
 from est_ds.report.interactive import figure_html, page, warnings_html, wide_table
 from est_ds.report.text import seconds
@@ -98,6 +99,7 @@ def render(snapshot: Snapshot) -> str:
         f'<p class="note">{escape(" ".join(notes(answers)))}</p>',
         warnings_html(answers.warnings),
         *(f"<h2>{escape(name)}</h2>\n{html}" for name, html in _figures(snapshot)),
+        analyses(snapshot.runs.file.folder),
         "<h2>Runs</h2>",
         wide_table(*_runs(snapshot)),
         "<h2>Study file</h2>",

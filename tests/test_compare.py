@@ -62,9 +62,9 @@ def test_results_alone_redraw_everything_and_seeds_that_were_added_stay(write_st
 
 def identity_of(file: Path) -> str:
     """The header that a study writes, as JSON."""
-    from est_ds.studies.compare import Wish, _open
+    from est_ds.studies.compare import Wish, open_study
 
-    return _open(str(file), Wish()).header.model_dump_json()
+    return open_study(str(file), Wish()).header.model_dump_json()
 
 
 # What it survives.
@@ -240,6 +240,14 @@ REFUSED = {
             "arms": {"dense": {"method": {"name": "layer_drop"}}},
         },
         "tune has method.drop, which may change the time of a step",
+    ),
+    "unknown task": (
+        {"evaluate": {"tasks": ["next_words"]}},
+        "evaluate.tasks[0]='next_words': input should be 'next_word' or 'cloze'",
+    ),
+    "a task twice": (
+        {"evaluate": {"tasks": ["cloze", "cloze"]}},
+        "evaluate.tasks: has a value twice",
     ),
     "no base": ({"base": "absent.yaml"}, "error: base='absent.yaml': "),
     "set and tuned": (

@@ -30,6 +30,7 @@ from est_ds.studies.runs import (
     wanted_runs,
 )
 from est_ds.studies.study_file import StudyFile, load_study
+from est_ds.studies.tasks import check_evaluate, scores_of
 from est_ds.studies.text import answers_json, answers_text, times_text, verdicts
 from est_ds.studies.times import known_ratios
 from est_ds.studies.todo import Todo, make_todo, todo_json, todo_text
@@ -123,6 +124,7 @@ def open_study(path: str, wish: Wish) -> Session:
     file = file.with_seeds(set(range(own + 1, own + 1 + wish.add_seeds)))
     runs = Runs(file)
     check_study(runs)
+    check_evaluate(runs)
     header = _header(runs)
     if results.header:
         results.begin(header)  # compares, and writes nothing
@@ -222,6 +224,12 @@ class Session:
 
     def _done(self, run: StudyRun, whole: bool) -> None:
         result = collect(run, self.runs.parameters(run), diverged=not whole)
+        if (asked := self.file.study.evaluate) and result.loss is not None:
+            try:
+                result = result.model_copy(update={"tasks": scores_of(run, asked)})
+            except UserError as e:
+                self._failed(run, f"it is trained, and its tasks were not scored: {e}")
+                return
         keep_windows(run, self.results.windows(run.key))
         self.results.add(result)
         if not self.file.study.keep_checkpoints:

@@ -243,7 +243,7 @@ REFUSED = {
     ),
     "unknown task": (
         {"evaluate": {"tasks": ["next_words"]}},
-        "evaluate.tasks[0]='next_words': input should be 'next_word' or 'cloze'",
+        "evaluate.tasks.0='next_words': input should be 'next_word' or 'cloze'",
     ),
     "a task twice": (
         {"evaluate": {"tasks": ["cloze", "cloze"]}},

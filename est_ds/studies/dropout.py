@@ -82,7 +82,7 @@ def measure_dropout(path: str, at: At, effort: Effort) -> tuple[dict[str, Any], 
     effort.check()
     began = time.monotonic()
     session = open_study(path, Wish())
-    runs = {name: _run_of(session, name) for name in session.file.arms}
+    runs = _first_runs(session)
     baseline = runs[session.file.baseline.name]
     state = _state(baseline, at)
     designs = {name: make_design(run.config) for name, run in runs.items()}
@@ -119,10 +119,12 @@ def measure_dropout(path: str, at: At, effort: Effort) -> tuple[dict[str, Any], 
     return numbers, of_run(session.file.folder)
 
 
-def _run_of(session: Session, arm: str) -> StudyRun:
-    """An arm's run with the first seed, at its best values as far as they are known."""
-    values = session.wanted().chosen[arm] or session.file.arms[arm].grid[0]
-    return session.runs.run(arm, next(iter(session.file.seeds)), values)
+def _first_runs(session: Session) -> dict[str, StudyRun]:
+    """Every arm's run with the first seed, at its best values as far as they are known."""
+    file, chosen = session.file, session.wanted().chosen
+    seed = next(iter(file.seeds))
+    values = {n: arm.grid[0] if chosen[n] is None else chosen[n] for n, arm in file.arms.items()}
+    return {name: session.runs.run(name, seed, own) for name, own in values.items()}
 
 
 def _state(baseline: StudyRun, at: At) -> _State:
@@ -135,7 +137,7 @@ def _state(baseline: StudyRun, at: At) -> _State:
     has_none = at.run is None and not Store.of(config.run_dir).steps()
     step = at.step or (FIRST if has_none else LATEST)
     if step != FIRST:
-        if at.run is None and has_none:
+        if has_none:
             raise UserError(
                 f"--step={step}: the baseline's run {config.run_dir!r} has no checkpoint; train it "
                 f"(est-ds compare) with keep_checkpoints: true, or use --step first."

@@ -79,10 +79,12 @@ def _phases_said(numbers: dict[str, Any]) -> Iterator[str]:
     for pair in numbers["alike"]:
         here, there = (numbers["arms"].get(pair[key], []) for key in ("arm", "like"))
         for one, other in zip(here, there):
-            ratio = one["gradient"]["variance"]["value"] / other["gradient"]["variance"]["value"]
+            if not (unit := other["gradient"]["variance"]["value"]):
+                continue  # nothing is drawn anew
+            ratio = one["gradient"]["variance"]["value"] / unit
             yield (
                 f"{pair['arm']}, {one['phase']}: {ratio:.3g} times the variance of {pair['like']} "
-                f"({one['micro_batches']} micro-batches a step against {other['micro_batches']})."
+                f"(micro-batches a step: {one['micro_batches']} and {other['micro_batches']})."
             )
 
 

@@ -64,7 +64,7 @@ DROPOUT = (
     "Asks whether a subnetwork step is structural dropout. Says how the arms of STUDY compare, and "
     "measures at the same weights and batches what every arm draws: the mean and the variance of "
     "the full model's gradient over the draws, and the loss of the subnetworks less that of the "
-    "full model. Holds 18 vectors of the parameters and a gradient for every batch."
+    "full model. Holds 20 vectors of the parameters, and one for every batch."
 )
 
 

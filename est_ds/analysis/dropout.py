@@ -8,7 +8,7 @@ theory calls a regularisation term. Everything drawn is what training draws at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -191,7 +191,7 @@ def _phase(
                 loss, found = draws.drawn(of_step, batch)
                 excess[k] += (loss - full_loss) / len(batches)
                 if scales:
-                    loss = draws.drawn_loss(_without_scale(of_step), batch)
+                    loss = draws.drawn_loss(without_scale(of_step), batch)
                     bare[k] += (loss - full_loss) / len(batches)
                 yield found
 
@@ -231,19 +231,17 @@ def _scales(plan: Plan) -> bool:
     return any(layer.scale != 1.0 for layer in kept) or any(part.scale != 1.0 for part in parts)
 
 
-def without_scale(plan: Plan) -> Plan:
-    """The same subnetwork, whose outputs are not rescaled."""
+def without_scale(plans: StepPlans) -> StepPlans:
+    """The same subnetworks, whose outputs are not rescaled."""
+    return StepPlans(plans.step, len(plans), lambda i: _bare(plans[i]))
 
+
+def _bare(plan: Plan) -> Plan:
     def bare(layer: LayerPlan) -> LayerPlan:
         parts = (_Bare(part.units, part.total, part.key_value_groups) for part in layer.parts)
         return LayerPlan(tuple(parts), positions=layer.positions)
 
     return replace(plan, layers=tuple(layer and bare(layer) for layer in plan.layers))
-
-
-def _without_scale(plans: StepPlans) -> StepPlans:
-    draw: Callable[[int], Plan] = lambda i: without_scale(plans[i])  # noqa: E731
-    return StepPlans(plans.step, len(plans), draw)
 
 
 def spread_of_batches(full: list[Tensor]) -> float | None:

@@ -20,6 +20,8 @@ from est_ds.analysis.moments import moments_of, statistics
 from est_ds.design import make_design
 from est_ds.slicing.build import build_model
 from est_ds.studies.compare import Wish, open_study
+from est_ds.studies.page import render
+from est_ds.studies.snapshot import Snapshot
 from made_studies import DENSE, LAYERS, result_of
 from subjects import LLAMA, SEQUENCE, VOCABULARY
 
@@ -233,6 +235,8 @@ def test_command_says_what_compare_says_and_measures_at_the_first_weights(study,
     folder = study.parent / "study" / "analysis"
     [picture] = folder.glob("*.png")
     assert said == json.loads(picture.with_suffix(".json").read_text())
+    page = render(Snapshot(session.runs, session.answers(), session.results))
+    assert "<h2>Analyses</h2>" in page and said["title"] in page
 
 
 def test_command_measures_at_a_checkpoint_of_any_run_of_the_model(study, trained, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import est_ds
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import Flops
 from est_ds.errors import UserError
@@ -37,6 +38,18 @@ def test_a_finished_run_is_asked_before_its_checkpoint_goes(write_study, trained
     result = read_results(session.results.file).runs[run.key]
     assert result.tasks == found.tasks and set(result.tasks) == set(TASKS)
     assert not (directory / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_study_that_is_trained_scores_its_runs(write_study, tmp_path):
+    asked = {"tasks": ["next_word"], "limit": 20}
+    shape = {"seeds": [0], "intervals": False, "budgets": ["tokens"], "arms": {"dense": DENSE}}
+    done = est_ds("compare", write_study(evaluate=asked, **shape))
+    assert done.returncode == 0, done.stdout + done.stderr
+    [result] = read_results(tmp_path / "study" / "results.jsonl").runs.values()
+    right = result.tasks["next_word"].metrics["acc"].value
+    assert 0 <= right <= 1 and f"{right:.4f}" in done.stdout.split("Tasks")[1]
+    assert not (tmp_path / "study" / "dense" / "seed_0" / "checkpoints").exists()
 
 
 def scored(right: float, limit: int | None = None) -> dict[str, TaskScore]:

@@ -21,9 +21,10 @@ from est_ds.errors import UserError
 from est_ds.launch.signals import Signals
 from est_ds.run.metrics import read_metrics
 from est_ds.run.windows import read_windows
+from est_ds.studies.checks import check_study
 from est_ds.studies.queue import Places, Watcher, on_gpus, train_all
 from est_ds.studies.results import Header, read_results
-from est_ds.studies.runs import Chooser, Runs, StudyRun, check_study, key_of, wanted_runs
+from est_ds.studies.runs import Chooser, Runs, StudyRun, key_of, wanted_runs
 from est_ds.studies.study_file import load_study
 from made_studies import DENSE, HALF_LAYERS, LAYERS, dense_loss, result_of
 

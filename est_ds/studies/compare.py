@@ -15,6 +15,7 @@ from est_ds.launch.signals import Signals
 from est_ds.report.style import check_ending
 from est_ds.run.metrics import steps_logged
 from est_ds.studies.answers import Answers, answer
+from est_ds.studies.checks import check_study
 from est_ds.studies.collect import clear, collect, keep_windows
 from est_ds.studies.measure import measure
 from est_ds.studies.page import write_page
@@ -26,7 +27,6 @@ from est_ds.studies.runs import (
     Runs,
     StudyRun,
     Wanted,
-    check_study,
     fingerprints,
     key_of,
     wanted_runs,

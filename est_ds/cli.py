@@ -17,7 +17,7 @@ from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
 from est_ds.reference.verb import add_fields
 from est_ds.score.verbs import add_eval, add_finetune, run_eval, run_finetune
-from est_ds.studies.verb import add_compare
+from est_ds.studies.verb import add_compare, add_dropout
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser("doctor", help="check nodes before a run is started on them")
     _add_doctor(doctor)
     add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
-    add_analyse(verbs.add_parser("analyse", help=SUMMARY))
+    add_dropout(add_analyse(verbs.add_parser("analyse", help=SUMMARY)))
     _add_report(verbs.add_parser("report", help="draw the page of a run, or of several together"))
     add_fields(
         verbs.add_parser("fields", help="print what every field of a run or study file means")

@@ -21,9 +21,10 @@ from est_ds.errors import UserError
 from est_ds.launch.signals import Signals
 from est_ds.run.metrics import read_metrics
 from est_ds.run.windows import read_windows
+from est_ds.studies.checks import check_study
 from est_ds.studies.queue import Places, Watcher, on_gpus, train_all
 from est_ds.studies.results import Header, read_results
-from est_ds.studies.runs import Chooser, Runs, StudyRun, check_study, key_of, wanted_runs
+from est_ds.studies.runs import Chooser, Runs, StudyRun, key_of, wanted_runs
 from est_ds.studies.study_file import load_study
 from made_studies import DENSE, HALF_LAYERS, LAYERS, dense_loss, result_of
 
@@ -62,9 +63,9 @@ def test_results_alone_redraw_everything_and_seeds_that_were_added_stay(write_st
 
 def identity_of(file: Path) -> str:
     """The header that a study writes, as JSON."""
-    from est_ds.studies.compare import Wish, _open
+    from est_ds.studies.compare import Wish, open_study
 
-    return _open(str(file), Wish()).header.model_dump_json()
+    return open_study(str(file), Wish()).header.model_dump_json()
 
 
 # What it survives.
@@ -240,6 +241,14 @@ REFUSED = {
             "arms": {"dense": {"method": {"name": "layer_drop"}}},
         },
         "tune has method.drop, which may change the time of a step",
+    ),
+    "unknown task": (
+        {"evaluate": {"tasks": ["next_words"]}},
+        "evaluate.tasks.0='next_words': input should be 'next_word' or 'cloze'",
+    ),
+    "a task twice": (
+        {"evaluate": {"tasks": ["cloze", "cloze"]}},
+        "evaluate.tasks: has a value twice",
     ),
     "no base": ({"base": "absent.yaml"}, "error: base='absent.yaml': "),
     "set and tuned": (

@@ -77,11 +77,11 @@ def measure_hessian(wanted: Wanted, effort: Effort) -> dict[str, Any]:
     hessian = Hessian(subject)
     groups = groups_of(subject.design, subject.model)
     samples = _enough(wanted, effort, hessian, list(groups.values()))
-    trace, error = _mean_and_error(samples.sum(1))
+    trace, error = mean_and_error(samples.sum(1))
     by_layer = {
         name: {
             "parameters": sum(hessian.parameters[i].numel() for i in places),
-            **dict(zip(("trace", "standard_error"), _mean_and_error(samples[:, column]))),
+            **dict(zip(("trace", "standard_error"), mean_and_error(samples[:, column]))),
         }
         for column, (name, places) in enumerate(groups.items())
     }
@@ -120,7 +120,7 @@ def _enough(
         for sample in samples:
             found.append(sample)
             if len(found) >= LEAST_SAMPLES:
-                mean, error = _mean_and_error(np.array(found).sum(1))
+                mean, error = mean_and_error(np.array(found).sum(1))
                 if error <= effort.error * abs(mean):
                     break
     return np.array(found)
@@ -183,8 +183,8 @@ def _sample_there(groups: list[list[int]], seed: int, sample: int) -> np.ndarray
     return one_sample(_opened, groups, seed, sample)
 
 
-def _mean_and_error(samples: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error."""
+def mean_and_error(samples: np.ndarray) -> tuple[float, float]:
+    """Returns the mean of independent values and its standard error."""
     return float(samples.mean()), float(samples.std(ddof=1) / math.sqrt(len(samples)))
 
 

@@ -122,19 +122,40 @@ def open_subject(wanted: Wanted, device: str | None = None) -> Subject:
     Raises:
         UserError: no such checkpoint, a damaged one, a model that still grows, or too few windows.
     """
-    design = make_design(load_run(wanted.run, list(wanted.overrides)))
-    store = Store.of(design.config.run_dir)
-    step = store.find(wanted.checkpoint)
-    check_run_dir(design.config)
-    _check_grown(design, step)
+    design, step = _found(wanted)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     batches = tuple(_batches(design, wanted.windows, device))
-    checkpoint = store.path(step)
+    model = with_weights(design.hf_config, _weights(design, step)).eval().to(device)
+    return Subject(design, step, model, batches)
+
+
+def open_weights(wanted: Wanted) -> tuple[Design, int, dict[str, Tensor]]:
+    """Opens a checkpoint alone.
+
+    Returns:
+        The design of its run, the steps that it was trained, and its weights in fp32 by their
+        Hugging Face names.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or a model that still grows.
+    """
+    design, step = _found(wanted)
+    return design, step, _weights(design, step)
+
+
+def _found(wanted: Wanted) -> tuple[Design, int]:
+    design = make_design(load_run(wanted.run, list(wanted.overrides)))
+    step = Store.of(design.config.run_dir).find(wanted.checkpoint)
+    check_run_dir(design.config)
+    _check_grown(design, step)
+    return design, step
+
+
+def _weights(design: Design, step: int) -> dict[str, Tensor]:
+    checkpoint = Store.of(design.config.run_dir).path(step)
     if wrong := damage(checkpoint):
         raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another one.")
-    weights = whole_weights(design, checkpoint, torch.float32)
-    model = with_weights(design.hf_config, weights).eval().to(device)
-    return Subject(design, step, model, batches)
+    return whole_weights(design, checkpoint, torch.float32)
 
 
 def _grown(design: Design, step: int) -> Plan | None:

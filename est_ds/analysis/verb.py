@@ -8,14 +8,20 @@ from pathlib import Path
 
 from est_ds.config.arguments import natural, positive, several
 
+Name = Callable[[str, Callable, str, str], argparse.ArgumentParser]
+
 SUMMARY = "measure what the papers measured, on a run or on a toy"
 
 
-def add_analyse(analyse: argparse.ArgumentParser) -> None:
-    """Adds the measurements to the verb."""
+def add_analyse(analyse: argparse.ArgumentParser) -> Name:
+    """Adds the measurements to the verb.
+
+    Returns:
+        What adds another one: word, function, help, description.
+    """
     analyse.description = (
-        "Measures what the papers measured. Numbers (JSON) and a figure (PNG) go into RUN's folder "
-        "analysis, and into its report; of a toy into --out."
+        "Measures what the papers measured. Numbers (JSON) and a figure (PNG) go into the folder "
+        "analysis of RUN or STUDY, and into its page; of a toy into --out."
     )
     analyse.set_defaults(parser=analyse)
     names = analyse.add_subparsers(metavar="NAME", required=True)
@@ -56,6 +62,7 @@ def add_analyse(analyse: argparse.ArgumentParser) -> None:
     toy = name("toy", _toy, "EST in one short file, on a two-layer perceptron; no run", TOY)
     _add_toy(toy)
     toy.add_argument("--seeds", type=positive, default=3, metavar="N", help="(default: 3)")
+    return name
 
 
 HESSIAN = (
@@ -164,7 +171,7 @@ def _hessian(parsed: argparse.Namespace, arguments: list[str]) -> None:
     design, steps = checkpoints_of(wanted)
     folder = of_run(Path(design.config.run_dir))
     if not parsed.along:
-        _give(hessian_result(measure_hessian(wanted, effort)), folder, parsed)
+        give(hessian_result(measure_hessian(wanted, effort)), folder, parsed)
         return
     each = []
     for step in steps:
@@ -173,7 +180,7 @@ def _hessian(parsed: argparse.Namespace, arguments: list[str]) -> None:
         each.append(result.numbers)
         if not parsed.json:
             print(result.said[0], flush=True)
-    _give(along_result(each, design.method.phases, design.config.steps), folder, parsed)
+    give(along_result(each, design.method.phases, design.config.steps), folder, parsed)
 
 
 def _stability(parsed: argparse.Namespace, arguments: list[str]) -> None:
@@ -185,7 +192,7 @@ def _stability(parsed: argparse.Namespace, arguments: list[str]) -> None:
     wanted = _wanted(parsed)
     design, _ = checkpoints_of(wanted)
     result = stability_result(measure_stability(wanted))
-    _give(result, of_run(Path(design.config.run_dir)), parsed)
+    give(result, of_run(Path(design.config.run_dir)), parsed)
 
 
 def _wanted(parsed: argparse.Namespace):
@@ -203,14 +210,14 @@ def _linear(parsed: argparse.Namespace, arguments: list[str]) -> None:
 
     given = {"depths": parsed.depths, "taus": parsed.taus, "seed": parsed.seed}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    _give(linear_result(measure_linear(settings)), parsed.out, parsed)
+    give(linear_result(measure_linear(settings)), parsed.out, parsed)
 
 
 def _toy(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.analysis.toy_results import measure_toy, toy_result
 
     seeds = range(parsed.seed, parsed.seed + parsed.seeds)
-    _give(toy_result(measure_toy(seeds)), parsed.out, parsed)
+    give(toy_result(measure_toy(seeds)), parsed.out, parsed)
 
 
 def _polynomial(parsed: argparse.Namespace, arguments: list[str]) -> None:
@@ -221,10 +228,10 @@ def _polynomial(parsed: argparse.Namespace, arguments: list[str]) -> None:
     sizes = {name: value for name, value in given.items() if value is not None}
     seeds = tuple(range(parsed.seed, parsed.seed + (parsed.seeds or 1)))
     result = polynomial_result(measure_polynomial(Settings(**sizes, seeds=seeds)))
-    _give(result, parsed.out, parsed)
+    give(result, parsed.out, parsed)
 
 
-def _give(result, folder: Path, parsed: argparse.Namespace) -> None:
+def give(result, folder: Path, parsed: argparse.Namespace) -> None:
     """Writes a result and prints it."""
     files = result.write(folder)
     if parsed.json:

@@ -81,23 +81,44 @@ def evaluate_run(config: RunConfig, wish: Wish) -> tuple[Evaluation, str]:
         return add_evaluation(source.run_dir, found), source.where
 
 
-def _check(wish: Wish, head: str) -> None:
-    """Checks what can be asked of a model.
+def score_tasks(config: RunConfig, wish: Wish) -> dict[str, TaskScore]:
+    """Asks a checkpoint est_ds' own tasks alone, and writes nothing.
+
+    Raises:
+        UserError: as `exported`; or the held-out text has too few words.
+    """
+    with exported(config, wish.checkpoint) as source:
+        model = source.model()
+        return where_there_is_room(model, lambda: _own_scores(source, model, wish))
+
+
+def check_tasks(tasks: tuple[str, ...], head: str, field: str) -> None:
+    """Checks whether a model can be asked tasks.
 
     Args:
         head: of transformers, as `AutoModelForCausalLM`.
+        field: that names them, for errors.
 
     Raises:
         UserError: it cannot.
     """
     is_causal, is_masked = head == "AutoModelForCausalLM", head == "AutoModelForMaskedLM"
-    unfit = [n for n in wish.tasks if not (is_causal or (is_masked and n == words.CLOZE))]
+    unfit = [n for n in tasks if not (is_causal or (is_masked and n == words.CLOZE))]
     if unfit:
         allowed = f"{words.CLOZE} alone" if is_masked else "no task"
         raise UserError(
-            f"--tasks={','.join(unfit)} asks a model that predicts the next token, and this run "
+            f"{field}={','.join(unfit)} asks a model that predicts the next token, and this run "
             f"trains {head}, of which {allowed} can be asked; leave it out."
         )
+
+
+def _check(wish: Wish, head: str) -> None:
+    """Checks what is asked.
+
+    Raises:
+        UserError: the model cannot be asked it, or an option has no effect.
+    """
+    check_tasks(wish.tasks, head, "--tasks")
     for name in ("include", "shots"):
         if getattr(wish, name) is not None and not wish.others:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun, Wanted
@@ -24,6 +24,7 @@ from est_ds.studies.statistics import (
     verdict,
 )
 from est_ds.studies.study_file import Values
+from est_ds.studies.tasks import TaskAnswer, task_answers, unasked
 from est_ds.studies.times import known_ratios
 
 # Step times that spread further, over the rounds, say nothing of equal seconds.
@@ -67,6 +68,7 @@ class ArmAnswer:
         budgets: by name; empty of the baseline.
         gain: in FLOPs; None without a curve of the baseline.
         gain_seconds: in seconds; None without step times.
+        tasks: by name, those that the study asks (`evaluate`).
     """
 
     name: str
@@ -80,6 +82,7 @@ class ArmAnswer:
     budgets: dict[str, Compared]
     gain: Gain | None = None
     gain_seconds: Gain | None = None
+    tasks: dict[str, TaskAnswer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
         *_warnings(runs, wanted, results),
         *_of_data(found, names),
         *_unsure(arms[1:]),
+        *unasked(file.study.evaluate, found.done),
         *_of_curves(file.study.dense_curve, curves, dense),
     )
     return Answers(tuple(arms), curves, tuple(dense), file.study.budgets[-1], warnings)
@@ -147,6 +151,12 @@ class _Found:
     def of_seeds(self, arm: str, steps: int | None = None) -> dict[int, RunResult]:
         found = {seed: self.result(arm, seed, steps) for seed in self.runs.file.seeds}
         return {seed: result for seed, result in found.items() if result}
+
+    @property
+    def done(self) -> list[RunResult]:
+        """Those of the study that are finished."""
+        runs = self.results.runs
+        return [runs[key] for key in self.wanted.by_key if key in runs]
 
     def baseline_runs(self) -> list[RunResult]:
         name = self.runs.file.baseline.name
@@ -194,6 +204,7 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
         time_ratio=times,
         time_spread=measured.arms[name].spread if times and measured else None,
         budgets=budgets,
+        tasks=task_answers(file.study.evaluate, results),
     )
     if name == file.baseline.name or not (curves.keys() & losses.keys()) or not run or not base:
         return known
@@ -324,13 +335,13 @@ def _warnings(runs: Runs, wanted: Wanted, results: Results) -> list[str]:
 def _edges(arm: str, grid: tuple[Values, ...], chosen: Values) -> list[str]:
     """Tuned fields whose best value is the smallest or the largest that was tried."""
     found = []
-    for i, (field, text) in enumerate(chosen):
+    for i, (name, text) in enumerate(chosen):
         tried = [json.loads(value) for value in dict.fromkeys(v[i][1] for v in grid)]
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in tried)
         if numbers and len(tried) > 1 and json.loads(text) in (min(tried), max(tried)):
             shown = ", ".join(f"{v:g}" for v in tried)
             found.append(
-                f"arm {arm}: the best {field}={json.loads(text):g} is at the edge of its grid "
+                f"arm {arm}: the best {name}={json.loads(text):g} is at the edge of its grid "
                 f"({shown}); add values beyond it"
             )
     return found

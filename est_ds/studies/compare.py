@@ -15,6 +15,7 @@ from est_ds.launch.signals import Signals
 from est_ds.report.style import check_ending
 from est_ds.run.metrics import steps_logged
 from est_ds.studies.answers import Answers, answer
+from est_ds.studies.checks import check_study
 from est_ds.studies.collect import clear, collect, keep_windows
 from est_ds.studies.measure import measure
 from est_ds.studies.page import write_page
@@ -26,13 +27,13 @@ from est_ds.studies.runs import (
     Runs,
     StudyRun,
     Wanted,
-    check_study,
     fingerprints,
     key_of,
     wanted_runs,
 )
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.study_file import StudyFile, load_study
+from est_ds.studies.tasks import check_evaluate, scores_of
 from est_ds.studies.text import answers_json, answers_text, times_text, verdicts
 from est_ds.studies.times import known_ratios
 from est_ds.studies.todo import Todo, make_todo, todo_json, todo_text
@@ -79,7 +80,7 @@ def compare(path: str, wish: Wish) -> int:
     """
     if wish.plot:
         check_ending(Path(wish.plot))
-    study = _open(path, wish)
+    study = open_study(path, wish)
     if wish.dry_run:
         todo = study.list_todo()
         print(todo_json(todo) if wish.json else todo_text(todo))
@@ -104,8 +105,12 @@ def compare(path: str, wish: Wish) -> int:
     return code
 
 
-def _open(path: str, wish: Wish) -> Session:
-    """Reads study and results, and checks them against each other; writes nothing."""
+def open_study(path: str, wish: Wish) -> Session:
+    """Reads study and results, and checks them against each other; writes nothing.
+
+    Raises:
+        UserError: the study file, an arm, or the results do not fit.
+    """
     file = load_study(path)
     results = read_results(file.results)
     arms = file.arms.keys()
@@ -124,6 +129,7 @@ def _open(path: str, wish: Wish) -> Session:
     file = file.with_seeds(set(range(own + 1, own + 1 + wish.add_seeds)))
     runs = Runs(file)
     check_study(runs)
+    check_evaluate(runs)
     header = _header(runs)
     if results.header:
         results.begin(header)  # compares, and writes nothing
@@ -235,6 +241,12 @@ class Session:
 
     def _done(self, run: StudyRun, whole: bool) -> None:
         result = collect(run, self.runs.parameters(run), diverged=not whole)
+        if (asked := self.file.study.evaluate) and result.loss is not None:
+            try:
+                result = result.model_copy(update={"tasks": scores_of(run, asked)})
+            except UserError as e:
+                self._failed(run, f"it is trained, and its tasks were not scored: {e}")
+                return
         keep_windows(run, self.results.windows(run.key))
         self.results.add(result)
         if not self.file.study.keep_checkpoints:
@@ -281,9 +293,13 @@ class Session:
                 if key in self.results.runs:
                     clear(run)
 
+    def answers(self) -> Answers:
+        """What is known, whole or not."""
+        return answer(self.runs, self.wanted(), self.results)
+
     def show(self) -> Answers:
         """Prints what is known, whole or not."""
-        found = answer(self.runs, self.wanted(), self.results)
+        found = self.answers()
         if self.wish.json:
             print(answers_json(self.runs, found, self.results))
         else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from est_ds.report.analyses import analyses
 from est_ds.report.frame import row, write_whole
 from est_ds.report.interactive import figure_html, page, warnings_html, wide_table
 from est_ds.report.text import seconds
@@ -18,11 +19,14 @@ from est_ds.studies.runs import Chooser, Runs, wanted_runs
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.text import (
     BUDGETS,
+    TASKS,
     gain_text,
     headline,
     interval_text,
     notes,
     ratio_text,
+    task_cells,
+    task_heads,
     values_text,
     verdict_text,
 )
@@ -102,8 +106,10 @@ def render(snapshot: Snapshot) -> str:
         f'<p class="lead">{escape(_lead(snapshot))}</p>',
         wide_table(*_verdicts(snapshot)),
         f'<p class="note">{escape(" ".join(notes(answers)))}</p>',
+        *_tasks(answers),
         warnings_html(answers.warnings),
         *(f"<h2>{escape(name)}</h2>\n{html}" for name, html in _figures(snapshot)),
+        analyses(snapshot.runs.file.folder),
         "<h2>Runs</h2>",
         wide_table(*_runs(snapshot)),
         "<h2>Study file</h2>",
@@ -127,6 +133,15 @@ def _lead(snapshot: Snapshot) -> str:
         f"{snapshot.runs.parameters(run):,} parameters, {run.steps:,} steps, {run.tokens:,} "
         f"tokens. Seeds {seeds}."
     )
+
+
+def _tasks(answers: Answers) -> Iterator[str]:
+    """The table of tasks, where there are some."""
+    if heads := task_heads(answers):
+        rows = [[arm.name, *task_cells(arm, heads)] for arm in answers.arms]
+        yield "<h2>Tasks</h2>"
+        yield wide_table(["arm", *heads], rows)
+        yield f'<p class="note">{escape(TASKS)}</p>'
 
 
 def _verdicts(snapshot: Snapshot) -> tuple[list[str], list[list[str]]]:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from est_ds.config.strict import Stored
 from est_ds.disk import replace_text
 from est_ds.errors import UserError, naming
+from est_ds.run.scores import TaskScore
 
 FORMAT = 1
 _RESTORE = "restore the file, or choose another study_dir (or results)."
@@ -50,6 +51,7 @@ class RunResult(Stored):
         data: digests of the batches of the first and the last step.
         boundaries: held-out losses at both sides of the phase boundaries (`evaluate.boundaries`).
         flops, blocks_flops: of the run, as its method expects them.
+        tasks: what the model scores at the end, by task, where the study asks for it.
         step_s: median over its logged steps; runs of one study share a machine, so that it is no
             measurement (that is `Times`).
     """
@@ -70,6 +72,7 @@ class RunResult(Stored):
     first_loss: float | None = None
     data: tuple[str, str] | None = None
     boundaries: list[dict[str, Any]] = []
+    tasks: dict[str, TaskScore] = {}
     step_s: float | None = None
     device: str = ""
     versions: dict[str, str] = {}

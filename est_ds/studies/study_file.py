@@ -35,6 +35,12 @@ DEFAULTS = (
 )
 
 
+def _listed_once(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(set(value)) < len(value):
+        raise ValueError("has a value twice; list it once")
+    return value
+
+
 class SeedLists(Strict):
     """Seeds of the parts of a run: one list, or a number that all have. The first seed of the study
     is made of the first of every list.
@@ -64,6 +70,23 @@ class SeedLists(Strict):
         return max(len(v) for v in (self.model, self.data, self.method) if isinstance(v, list))
 
 
+class Evaluate(Strict):
+    """What every finished run is asked beside its held-out loss.
+
+    Attributes:
+        tasks: est_ds' own, of the held-out text (`score.words`).
+        limit: places in the text that are asked about; None: all of them.
+    """
+
+    tasks: Annotated[tuple[Literal["next_word", "cloze"], ...], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+    @field_validator("tasks")
+    @classmethod
+    def _no_task_twice(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        return _listed_once(tasks)
+
+
 class Study(Strict):
     """What `est-ds compare` reads.
 
@@ -85,6 +108,7 @@ class Study(Strict):
         dense_curve: budgets of further baseline runs, as fractions of its steps, each trained to
             the end of its own schedule: what the gain in compute is read from.
         intervals: false for a pilot with one seed, which shows no interval and no verdict.
+        evaluate: tasks that finished runs are asked before their checkpoints go.
         keep_checkpoints: of finished runs, for export and branches.
         results: file of the results (default: `STUDY_DIR/results.jsonl`), relative to the study
             file.
@@ -105,15 +129,14 @@ class Study(Strict):
     screen: Annotated[float, Field(gt=0.0)] | None = None
     dense_curve: tuple[Annotated[float, Field(gt=0.0, le=10.0)], ...] = ()
     intervals: bool = True
+    evaluate: Evaluate | None = None
     keep_checkpoints: bool = False
     results: PathText | None = None
 
     @field_validator("seeds", "budgets", "dense_curve")
     @classmethod
     def _no_value_twice(cls, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and len(set(value)) < len(value):
-            raise ValueError("has a value twice; list it once")
-        return value
+        return _listed_once(value)
 
     @model_validator(mode="after")
     def _fits(self) -> Study:

@@ -14,6 +14,7 @@ from est_ds.studies.results import Results, Times
 from est_ds.studies.runs import Runs
 from est_ds.studies.statistics import Gain, Interval
 from est_ds.studies.study_file import Values
+from est_ds.studies.tasks import TaskAnswer
 
 BUDGETS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 
@@ -63,6 +64,10 @@ def answers_text(runs: Runs, answers: Answers) -> str:
     for budget in runs.file.study.budgets:
         parts += ["", f"At equal {BUDGETS[budget]} (loss less the baseline's, nats a token):"]
         parts.append(_budget_table(answers, budget))
+    if heads := task_heads(answers):
+        parts += ["", TASKS, _table("arm", *heads)]
+        for arm in answers.arms:
+            parts[-1].add_row(arm.name, *task_cells(arm, heads))
     parts += ["", *notes(answers), *(f"warning: {warning}" for warning in answers.warnings)]
     return rendered(f"{runs.file.folder}: arms against {answers.arms[0].name}", *parts, width=100)
 
@@ -107,6 +112,26 @@ def _budget_table(answers: Answers, budget: str) -> Table:
             cells = (str(difference.pairs), f"{ends.mean:+.4f}", between, p, seen)
         table.add_row(arm.name, f"{compared.steps:,}", *cells, verdict_text(compared))
     return table
+
+
+TASKS = "Tasks: share of right answers, mean +- standard deviation over the seeds."
+
+
+def task_heads(answers: Answers) -> list[str]:
+    """The tasks that an arm was asked."""
+    return list(dict.fromkeys(task for arm in answers.arms for task in arm.tasks))
+
+
+def task_cells(arm: ArmAnswer, tasks: list[str]) -> list[str]:
+    """What an arm scores in tasks."""
+    return [_task_text(arm.tasks.get(task)) for task in tasks]
+
+
+def _task_text(found: TaskAnswer | None) -> str:
+    if found is None:
+        return "-"
+    spread = "" if found.spread is None else f" +- {found.spread:.4f}"
+    return f"{found.mean.mean:.4f}{spread}"
 
 
 def _table(*columns: str) -> Table:

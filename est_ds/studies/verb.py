@@ -1,10 +1,12 @@
-"""`est-ds compare`: what may be asked, and what is called. Loads no library until then."""
+"""`est-ds compare` and `est-ds analyse dropout`: what may be asked, and what is called. Loads no
+library until then."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from est_ds.analysis.verb import Name, give
 from est_ds.config.arguments import positive
 
 
@@ -65,3 +67,56 @@ def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
         plot=parsed.plot,
     )
     sys.exit(compare(parsed.study, wish))
+
+
+DROPOUT = (
+    "Asks whether a subnetwork step is structural dropout. Says how the arms of STUDY compare, and "
+    "measures at the same weights and batches what every arm draws: the mean and the variance of "
+    "the full model's gradient over the draws, and the loss of the subnetworks less that of the "
+    "full model. Holds 20 vectors of the parameters, and one for every batch."
+)
+
+
+def add_dropout(name: Name) -> None:
+    """Adds `est-ds analyse dropout`, which is about a study."""
+    dropout = name("dropout", _dropout, "is a subnetwork step structural dropout: a study", DROPOUT)
+    dropout.add_argument("study", metavar="STUDY", help="a study file (YAML)")
+    dropout.add_argument(
+        "--run",
+        metavar="RUN",
+        help="measure at the weights of this run (default: the baseline's, with the first seed)",
+    )
+    dropout.add_argument(
+        "--step",
+        metavar="S",
+        help="a step with a checkpoint, latest, or first for the weights that the run begins with "
+        "(default: latest, or first without any checkpoint)",
+    )
+    dropout.add_argument(
+        "--draws",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="draws of every phase (default: 32)",
+    )
+    dropout.add_argument(
+        "--batches",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="global batches of training on which they are made (default: 2)",
+    )
+
+
+def _dropout(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    """Runs `est-ds analyse dropout`."""
+    from transformers.utils import logging
+
+    from est_ds.analysis.dropout import Effort
+    from est_ds.studies.dropout import At, measure_dropout
+    from est_ds.studies.dropout_result import dropout_result
+
+    logging.set_verbosity_error()
+    at = At(parsed.run, parsed.step)
+    numbers, folder = measure_dropout(parsed.study, at, Effort(parsed.draws, parsed.batches))
+    give(dropout_result(numbers), folder, parsed)

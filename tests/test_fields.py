@@ -166,7 +166,8 @@ def test_a_section_that_is_none_is_refused(capsys):
 def test_files_fit_the_schema_that_they_name(file):
     text = file.read_text()
     kind = "run" if file in RUN_FILES else "study"
-    assert f"\n# yaml-language-server: $schema=../{kind}.schema.json\n" in text
+    line = f"# yaml-language-server: $schema=../{kind}.schema.json"
+    assert line in text.splitlines(), f"add {line}"
     tree = yaml.safe_load(text)
     VALIDATORS[kind].validate(tree)
     for section in ("method", "model"):

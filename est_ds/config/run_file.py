@@ -38,7 +38,20 @@ NOT_OF_TRAINING = (
     "output_past",
     "gradient_checkpointing",
     "n_ctx",
+    "n_special",
+    "predict_special_tokens",
+    "is_llama_config",
+    "transformers.js_config",
+    "directionality",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "pooler_num_fc_layers",
+    "pooler_size_per_head",
+    "pooler_type",
 )
+# And what means nothing in the config.json of a model_type, though it may elsewhere: a T5's
+# positions are relative.
+IDLE_OF_TYPE = {("t5", "n_positions")}
 
 
 def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> RunConfig:
@@ -139,12 +152,20 @@ def read_sections(tree: dict[str, Any], folder: Path) -> None:
                 file = file / "config.json"
             read = read_mapping(file, what)
             if section == "model" and file.suffix == ".json":
-                read = {k: v for k, v in read.items() if not _says_nothing(k)}
+                read = of_training(read)
             tree[section] = expanded(read, PATHS, section)
 
 
-def _says_nothing(key: str) -> bool:
-    return key in NOT_OF_TRAINING or key.startswith("_")
+def of_training(config: dict[str, Any]) -> dict[str, Any]:
+    """What a Hugging Face config.json says of the model that is trained."""
+    model_type = config.get("model_type")
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in NOT_OF_TRAINING
+        and not key.startswith("_")
+        and (model_type, key) not in IDLE_OF_TYPE
+    }
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from est_ds.config.published import CONFIG, FROM, SHA256, anchored, of_training, with_weights
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
@@ -18,40 +19,13 @@ SECTIONS = ("model", "method", "data")  # that may stand in files of their own
 PATHS = (
     "run_dir",
     *SECTIONS,
+    "model.from",
     "data.train",
     "data.train.*.corpus",
     "data.valid",
     "data.valid.*",
     "data.tokenizer",
 )
-# What a published config.json says of its own weights and of use, not of training.
-NOT_OF_TRAINING = (
-    "architectures",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "task_specific_params",
-    "output_past",
-    "gradient_checkpointing",
-    "n_ctx",
-    "n_special",
-    "predict_special_tokens",
-    "is_llama_config",
-    "transformers.js_config",
-    "directionality",
-    "pooler_fc_size",
-    "pooler_num_attention_heads",
-    "pooler_num_fc_layers",
-    "pooler_size_per_head",
-    "pooler_type",
-)
-# And what means nothing in the config.json of a model_type, though it may elsewhere: a T5's
-# positions are relative.
-IDLE_OF_TYPE = {("t5", "n_positions")}
 
 
 def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> RunConfig:
@@ -64,7 +38,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
         overrides: `section.field=value`, the value in YAML. `model`, `method` and `data` may be
             the path of a file that holds the section; `model` also a folder with a `config.json`
             of Hugging Face. A new `method.name` replaces the whole method section, since the
-            other method's settings cannot take effect.
+            other method's settings cannot take effect; and `model.from` the whole model section,
+            since the weights come with their config.
 
     Raises:
         UserError: a file is missing or no YAML mapping, or a field is wrong.
@@ -84,6 +59,9 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
         read_sections(tree, Path())
     if not path.is_dir():
         _choose_held_out(tree)
+    model = tree.get("model")
+    if isinstance(model, dict) and not (path.is_dir() and SHA256 in model):
+        tree["model"] = with_weights(model, tree.get("run_dir"))
     return checked(RunConfig, tree)
 
 
@@ -149,23 +127,15 @@ def read_sections(tree: dict[str, Any], folder: Path) -> None:
         if isinstance(path := tree.get(section), str):
             file, what = folder / path, f"{section} file ({section})"
             if section == "model" and file.is_dir():
-                file = file / "config.json"
+                file = file / CONFIG
             read = read_mapping(file, what)
             if section == "model" and file.suffix == ".json":
                 read = of_training(read)
             tree[section] = expanded(read, PATHS, section)
-
-
-def of_training(config: dict[str, Any]) -> dict[str, Any]:
-    """What a Hugging Face config.json says of the model that is trained."""
-    model_type = config.get("model_type")
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in NOT_OF_TRAINING
-        and not key.startswith("_")
-        and (model_type, key) not in IDLE_OF_TYPE
-    }
+            if section == "model":
+                anchored(tree[section], file.parent)
+    if isinstance(model := tree.get("model"), dict):
+        anchored(model, folder)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -184,6 +154,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         section = tree.get("method")
         if not isinstance(section, dict) or section.get("name") != value:
             tree["method"] = {"name": value}
+        return
+    if field == f"model.{FROM}":
+        tree["model"] = {FROM: value}
         return
     node: Any = tree
     for depth, part in enumerate(path):

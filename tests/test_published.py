@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from conftest import refused
-from est_ds.config.run_file import of_training, read_sections
+from est_ds.config.published import of_training
+from est_ds.config.run_file import read_sections
 from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.slicing.families import hf_config
 

@@ -7,6 +7,7 @@ and more of their settings.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ TINY = {
     "overhead.py": (*SMALL, "--draws", "2"),
     "step.py": (*SMALL, "--vocabulary", "128"),
     "gpu.py": ("--tiny", "--backend", "none", "--warmup", "0", "--steps", "1"),
+    "naive.py": ("--steps", "12"),
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
     "packing.py": ("--rounds", "1"),
 }
@@ -51,6 +53,9 @@ def test_every_script_runs(corpus):
     assert done.returncode == 0, done.stderr
     for row in ("columns .5", "phase narrow", "dense step", "late: of these", "x the need of 8"):
         assert row in done.stdout, done.stdout
+    apart = re.findall(r"(by hand|est_ds): at most (\S+) from plain torch", done.stdout)
+    apart = {name: float(figure) for name, figure in apart}
+    assert apart["est_ds"] < 1e-5 < 1e-3 < apart["by hand"], done.stdout
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from est_ds.studies.text import answers_json, answers_text, times_text, verdicts
 from est_ds.studies.times import known_ratios
 from est_ds.studies.todo import Todo, make_todo, todo_json, todo_text
 from est_ds.training.progress import clock
+from est_ds.training.time_runs import LIMIT_S
 
 LOCK = ".lock"
 BEAT_S = 30.0
@@ -211,7 +212,8 @@ class Session:
         Raises:
             Failure: they could not be measured.
         """
-        self.say("measuring step times of all arms in turns")
+        arms = len(self.file.arms)
+        self.say(f"measuring step times of {arms} arms in turns, {LIMIT_S:.0f} s each and a start")
         log = self.file.folder / "times.log"
         with log.open("w") as f:
             try:

@@ -7,6 +7,7 @@ run and every ratio is taken within a round, so that a slow stretch of the machi
 
 from __future__ import annotations
 
+import atexit
 import statistics
 import tempfile
 import time
@@ -86,6 +87,7 @@ def zero_engine(config: RunConfig):
     world = World.from_environment()
     if not dist.is_initialized():
         start_processes(world)
+        atexit.register(dist.destroy_process_group)  # else NCCL complains of a store that is gone
     design = make_design(config)
     return build_engine(design, world, Path(tempfile.mkdtemp())), design.method.shape
 

@@ -25,7 +25,6 @@ from common import fixed_method, model_section, random_batch, run_config, zero_e
 
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
-from est_ds.engine.start import leave_processes
 from est_ds.plans.methods.base import plan_loads
 from est_ds.slicing.leaf import Skippable
 
@@ -156,7 +155,6 @@ def main() -> None:
             }
         )
     _print(rows, tokens, whole, peak)
-    leave_processes()
 
 
 def _now(on_gpu: bool) -> float:

@@ -31,6 +31,7 @@ from est_ds.slicing.build import build_model
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.weights import Weights
 from est_ds.training.branch import branch
+from exports import MODELS
 from forks import fork, wait
 from layouts import train_in
 from reference import assert_close, loss_of, plain_adamw
@@ -62,7 +63,8 @@ def publish(folder: Path, section: dict, **how) -> Path:
     """A folder as the library writes it, of a model that the library draws, wider than it would."""
     config = transformers.AutoConfig.for_model(**section)
     torch.manual_seed(11)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    auto = getattr(transformers, family_of(config.model_type).auto_class)
+    model = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -120,6 +122,23 @@ def test_run_that_has_begun_needs_the_folder_no_more(published, synthetic_run, t
 def test_every_layout_goes_on_from_published_weights(name, published, synthetic_run, tmp_path):
     begin = [*SHORT, f"model.from={published[name]}"]
     check_continuity(train_in(tmp_path, synthetic_run, [(one, name, begin) for one in LAYOUTS]))
+
+
+OTHERS = {"bert": "mlm", "t5": "ul2", "mamba": "causal"}  # with their objectives
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_go_on_from_published_weights(name, tiny_run, tmp_path):
+    folder = publish(tmp_path / "published", MODELS[name], max_shard_size="40KB")
+    begin = [
+        *SHORT,
+        f"objective={{name: {OTHERS[name]}}}",
+        f"model.from={folder}",
+        "data.sequence=32",
+    ]
+    layouts = ("1 process", "data 2, ZeRO 3", "data 2, ZeRO 2, offload", "pipe 2, ZeRO 1")
+    check_continuity(train_in(tmp_path, tiny_run, [(one, name, begin) for one in layouts]))
 
 
 def stored_otherwise(folder: Path, change) -> None:

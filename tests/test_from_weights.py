@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -34,6 +33,7 @@ from est_ds.training.branch import branch
 from exports import MODELS
 from forks import fork, wait
 from layouts import train_in
+from publishing import Hub, publish
 from reference import assert_close, loss_of, plain_adamw
 from workers import ROOT, launched, train_all
 
@@ -57,19 +57,6 @@ LAYOUTS = (
     "pipe 2, ZeRO 0",
     "pipe 2 x data 2, ZeRO 1",
 )
-
-
-def publish(folder: Path, section: dict, **how) -> Path:
-    """A folder as the library writes it, of a model that the library draws, wider than it would."""
-    config = transformers.AutoConfig.for_model(**section)
-    torch.manual_seed(11)
-    auto = getattr(transformers, family_of(config.model_type).auto_class)
-    model = auto.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder, **how)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -301,39 +288,6 @@ def test_a_begun_run_keeps_its_weights_hash(published, synthetic_run, tmp_path):
     published_weights.folder_of.cache_clear()
     assert prepare(load_run(synthetic_run, [*named, f"model.from={folder}"]), 1).config == config
     assert prepare(load_run(tmp_path / "run"), 1).config == config
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The part of the Hub's interface by which a repository's files are fetched."""
-
-    files: Path
-    commit = "c" * 40
-
-    def do_GET(self) -> None:
-        headers = {"X-Repo-Commit": self.commit}
-        if self.path.startswith("/api/models/someone/small"):
-            files = sorted(self.files.iterdir())
-            found = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "b" * 40}
-                     for f in files]  # fmt: skip
-            whole = {"id": "someone/small", "sha": self.commit, "siblings": []}
-            body = json.dumps(found if "/tree/" in self.path else whole).encode()
-        elif self.path.startswith("/someone/small/resolve/"):
-            body = (self.files / self.path.rpartition("/")[2]).read_bytes()
-            headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
 
 def test_a_name_of_the_hub_is_fetched_once_and_without_a_network_one_line_says_so(

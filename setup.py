@@ -34,6 +34,15 @@ def read_description():
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
+def list_presets():
+    """Run files and their sections as data files, in the folders that they name each other by."""
+    found = []
+    for part in ("data", "method", "mixture", "model", "run"):
+        files = sorted(f"configs/{part}/{f.name}" for f in (ROOT / "configs" / part).glob("*.yaml"))
+        found.append((f"share/est_ds/configs/{part}", files))
+    return found
+
+
 requirements, extras = read_pins()
 
 setup(
@@ -47,7 +56,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["est_ds", "est_ds.*", "data_prep", "data_prep.*"]),
     # Listed here so that a source distribution carries it: setup.py cannot run without it.
-    data_files=[("share/est_ds", [PINS])],
+    data_files=[("share/est_ds", [PINS]), *list_presets()],
     install_requires=requirements,
     extras_require=extras,
     entry_points={"console_scripts": ["est-ds = est_ds.cli:main"]},

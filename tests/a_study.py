@@ -98,7 +98,7 @@ def result_of(runs: Runs, run: StudyRun) -> RunResult:
     random = np.random.default_rng(int(run.key, 16))
     rate = float(dict(run.values).get("optimizer.lr", BEST_LR))
     seed = np.random.default_rng(run.seed).normal(0, 0.01)
-    loss = law(run.flops.model) + EFFECTS[run.arm] + seed + random.normal(0, 0.002)
+    loss = law(run.flops.model) + EFFECTS.get(run.arm, 0.0) + seed + random.normal(0, 0.002)
     loss += 0.05 * np.log2(rate / BEST_LR) ** 2
     every = run.config.evaluate.every
     done = [*range(every, run.steps, every), run.steps]

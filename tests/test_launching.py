@@ -203,6 +203,38 @@ def test_slurm_script_starts_every_node_and_queues_itself_again_when_pre_empted(
     assert ("scontrol requeue 42" in calls) == (code == "75")
 
 
+def test_skypilot_task_starts_every_node(tmp_path):
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    volume, checkout = tmp_path / "volume", tmp_path / "checkout"
+    volume.mkdir()
+    (checkout / "launch").mkdir(parents=True)
+    (checkout / "launch" / "env.sh").write_text(":\n")
+    shutil.copy(ROOT / "launch" / "node.sh", checkout / "launch")
+    text = task["run"].replace("/mnt/est_ds", str(volume))
+    done, calls = script(
+        tmp_path,
+        "-c",
+        f"cd {checkout}; {text}",
+        SKYPILOT_NODE_RANK="1",
+        SKYPILOT_NUM_NODES="2",
+        SKYPILOT_NODE_IPS="10.0.0.7\n10.0.0.8\n",
+        RUN="run.yaml",
+    )
+    assert done.returncode == 0, done.stderr
+    assert calls == ["est-ds train run.yaml --nodes 2 --node-rank 1 --master 10.0.0.7:29500"]
+    for name in ("data", "runs"):
+        assert (checkout / name).resolve() == volume / name and (volume / name).is_dir()
+
+
+def test_skypilot_task_fits_its_schema():
+    schemas = pytest.importorskip("sky.utils.schemas", reason="needs skypilot")
+    import jsonschema
+
+    task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+    jsonschema.Draft7Validator(schemas.get_task_schema()).validate(task)
+    jsonschema.Draft7Validator(schemas.get_resources_schema()).validate(task["resources"])
+
+
 # Containers and manifests
 
 

@@ -11,7 +11,7 @@ from est_ds.studies.runs import Chooser, Runs, StudyRun, wanted_runs
 from est_ds.studies.study_file import load_study
 from est_ds.studies.text import answers_text
 from est_ds.studies.times import known_ratios
-from made_studies import DENSE, HALF_LAYERS, answered, dense_loss, result_of, times_of
+from made_studies import DENSE, HALF_LAYERS, LAYERS, answered, dense_loss, result_of, times_of
 
 # What a study trains.
 
@@ -46,6 +46,37 @@ def test_a_grid_is_tried_on_the_first_seed_and_its_best_is_that_of_the_others(wr
     edges = [warning for warning in answers.warnings if "edge" in warning]
     assert len(edges) == 1 and "arm layers: the best optimizer.lr=0.004" in edges[0]
     assert "tuned" not in " ".join(set(answers.warnings) - set(edges))
+
+
+def test_an_arm_that_is_far_behind_on_the_first_seed_trains_no_other(write_study):
+    arms = {"near": {"method": HALF_LAYERS}, "far": {"method": LAYERS}}
+    file = write_study(arms={"dense": DENSE, **arms}, budgets=["tokens", "flops"], screen=0.3)
+
+    def loss_of(run):
+        worse = {"near": 0.1, "far": 0.5}.get(run.arm, 0.0)
+        return dense_loss(run) + worse + 0.01 * run.seed * (run.arm != "dense")
+
+    runs, wanted, results, answers = answered(file, loss_of)
+    seeds = {name: {r.seed for r in wanted.runs if r.arm == name} for name in runs.file.arms}
+    assert seeds == {"dense": {0, 1, 2}, "near": {0, 1, 2}, "far": {0}}
+    far = wanted.matched["far"]["flops"]
+    assert {r.seed for r in wanted.runs if (r.arm, r.steps) == ("dense", far)} == {0}
+    assert list(wanted.screened) == ["far"]
+    of = {arm.name: arm.budgets["flops"] for arm in answers.arms[1:]}
+    assert of["far"].verdict is None
+    assert "behind on the first seed, more than 0.3" in of["far"].unsure
+    assert of["near"].verdict == "costs"
+    # It counts as a test: the other one's p value is corrected for two arms.
+    assert of["near"].corrected == pytest.approx(2 * of["near"].difference.p)
+
+
+def test_no_other_seed_is_trained_before_the_first_one_tells(write_study):
+    file = write_study(screen=0.3)
+    runs = Runs(load_study(file))
+    waiting = wanted_runs(runs, Chooser({}, {}))
+    assert {r.seed for r in waiting.runs if r.arm != "dense"} == {0}
+    counted = wanted_runs(runs, Chooser({}, {}, guess=True))
+    assert len({r.seed for r in counted.runs if r.arm != "dense"}) == 3
 
 
 def test_two_arms_of_one_config_are_one_run(write_study):

@@ -8,7 +8,10 @@ import pytest
 
 from a_study import EFFECTS, RATIOS, answers_of, make_study, measure, train
 from est_ds.errors import UserError
+from est_ds.studies.boundary_map import boundary_map
 from est_ds.studies.page import write_page
+from est_ds.studies.picture import study_figure, write_study_figure
+from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.text import interval_text
 from pages import Page
 
@@ -124,6 +127,36 @@ def test_boundaries_are_drawn_at_their_steps(page):
     assert low < 200 < high and high - low < 100
 
 
+def test_arms_that_differ_in_their_boundaries_stand_on_a_map(tmp_path):
+    def ending(first, second, kept):
+        phases = [
+            {"until": first, "layers": kept},
+            {"until": second, "columns": kept},
+            {"until": 1.0},
+        ]
+        return {"method": {"name": "est", "phases": phases}}
+
+    ends = [(0.1, 0.2), (0.1, 0.5), (0.25, 0.5), (0.5, 0.75)]
+    arms = {f"a{i}": ending(*pair, 0.5) for i, pair in enumerate(ends)}
+    study = make_study(tmp_path, arms={"dense": {}, "more": ending(0.1, 0.2, 0.75), **arms})
+    train(study)
+    snapshot = Snapshot(study.runs, answers_of(study), study.results)
+    figure = boundary_map(snapshot)
+    [trace] = figure.data  # one method alone has enough arms: no buttons
+    assert not figure.layout.updatemenus
+    assert list(zip(trace.x, trace.y)) == [(f"{a:g}", f"{b:g}") for a, b in ends]
+    of = {
+        arm.name: arm.budgets["flops"].difference.interval.mean for arm in snapshot.answers.arms[1:]
+    }
+    assert [-c for c in trace.marker.color] == pytest.approx([of[name] for name in arms])
+    assert [t.partition("<br>")[0] for t in trace.text] == [f"{of[name]:+.3f}" for name in arms]
+    few = make_study(
+        tmp_path / "few", arms={"dense": {}, "a0": arms["a0"], "more": ending(0.1, 0.2, 0.75)}
+    )
+    train(few)
+    assert boundary_map(Snapshot(few.runs, answers_of(few), few.results)) is None
+
+
 def test_page_has_runs_study_file_and_versions(done, page):
     assert page.headings[-3:] == ["Runs", "Study file", "Versions and devices"]
     body = list(page.tree.iter("table"))[1].iter("tr")
@@ -170,6 +203,33 @@ def test_runs_that_diverged_are_said_and_not_drawn(tmp_path):
     seeds = page.plot("ends").of("raptr")[0]
     assert seeds["text"] == ["seed 0", "seed 2"]
     assert {len(t["y"]) for t in page.plot("curves").of("raptr")} == {20, 3}
+
+
+def test_picture_shows_the_differences_and_the_curve(done, tmp_path):
+    answers = answers_of(done)
+    snapshot = Snapshot(done.runs, answers, done.results)
+    ends, differences = study_figure(snapshot).axes
+    names = [label.get_text() for label in differences.get_yticklabels()]
+    compared = {a.name: a.budgets["flops"] for a in answers.arms[1:]}
+    means = [compared[name].difference.interval.mean for name in names]
+    assert sorted(names) == sorted(name for name, c in compared.items() if c.difference)
+    assert means == sorted(means)
+    drawn = [line.get_xydata().tolist() for line in differences.get_lines()]
+    for row, name in enumerate(names):
+        interval = compared[name].difference.interval
+        assert [[interval.mean, row]] in drawn
+        assert [[interval.low, row], [interval.high, row]] in drawn
+    curve = ends.get_lines()[0].get_xydata()
+    usual = done.runs.first.flops.model
+    costs = sorted({r.flops / usual for r in answers.dense})
+    assert [x for x, _ in curve] == pytest.approx(costs)
+    for cost, loss in curve:
+        of_cost = [r.loss for r in answers.dense if r.flops / usual == pytest.approx(cost)]
+        assert loss == pytest.approx(fmean(of_cost))
+    file = write_study_figure(snapshot, tmp_path / "a" / "study.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="'.xyz' is no picture format"):
+        write_study_figure(snapshot, tmp_path / "study.xyz")
 
 
 def test_page_that_cannot_be_written_is_one_clear_error(tmp_path):

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from est_ds.config import presets
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
@@ -48,6 +49,7 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     paths were replaced when it was written.
 
     Args:
+        path: a file or a run directory, or the name of a run file that est_ds ships.
         overrides: `section.field=value`, the value in YAML. `model`, `method` and `data` may be
             the path of a file that holds the section; `model` also a folder with a `config.json`
             of Hugging Face. A new `method.name` replaces the whole method section, since the
@@ -58,7 +60,7 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     """
     if not os.fspath(path):
         raise UserError("RUN is empty; give a run file (YAML) or a run directory.")
-    path = Path(path)
+    path = presets.run_file(Path(path))
     if path.is_dir():
         tree = _run_directory(path)
     else:

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from est_ds.cost.flops import step_flops
 from est_ds.design import Design
-from est_ds.errors import UserError
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
 from est_ds.report.estimate import Estimate, mean_kept
@@ -26,22 +25,7 @@ def write_plan_figure(estimate: Estimate, file: Path) -> Path:
     Raises:
         UserError: the file's ending names no picture format, or it cannot be written.
     """
-    figure = plan_figure(estimate)
-    known = sorted(figure.canvas.get_supported_filetypes())
-    try:
-        if file.suffix.lower().lstrip(".") not in known:
-            raise UserError(
-                f"plot file {str(file)!r}: the ending {file.suffix!r} is no picture format; use "
-                f"one of {', '.join('.' + name for name in known)}."
-            )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=150)
-    except OSError as e:
-        raise UserError(
-            f"plot file {str(file)!r} cannot be written: {e.strerror or e}; give a path in a "
-            f"folder that you may write to."
-        ) from None
-    return file
+    return style.write_figure(plan_figure(estimate), file)
 
 
 @style.styled()

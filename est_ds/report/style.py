@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from est_ds.errors import UserError
 from est_ds.plans.phases import Phase
 
 # Okabe and Ito's palette.
@@ -66,6 +68,38 @@ def dress(axes: Axes, title: str, ylabel: str) -> None:
     axes.set_xlabel(STEPS)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def write_figure(figure: Figure, file: Path) -> Path:
+    """Writes a picture into `file`, in the format that its ending names.
+
+    Raises:
+        UserError: the ending names no picture format, or the file cannot be written.
+    """
+    check_ending(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150)
+    except OSError as e:
+        raise UserError(
+            f"plot file {str(file)!r} cannot be written: {e.strerror or e}; give a path in a "
+            f"folder that you may write to."
+        ) from None
+    return file
+
+
+def check_ending(file: Path) -> None:
+    """Refuses a file whose ending names no picture format.
+
+    Raises:
+        UserError: as said.
+    """
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix.lower().lstrip(".") not in known:
+        raise UserError(
+            f"plot file {str(file)!r}: the ending {file.suffix!r} is no picture format; use "
+            f"one of {', '.join('.' + name for name in known)}."
+        )
 
 
 def power_of_thousand(largest: float) -> tuple[float, str]:

@@ -110,7 +110,7 @@ def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
     names = [baseline, *(name for name in file.arms if name != baseline)]
     arms = [_arm(found, name, curves) for name in names]
     for budget in file.study.budgets:
-        _correct(arms[1:], budget)
+        _correct(arms[1:], budget, wanted.screened, file.study.screen)
     warnings = (
         *_warnings(runs, wanted, results),
         *_of_data(found, names),
@@ -222,14 +222,27 @@ def _compared(
     return Compared(steps, difference, diverged=diverged, unsure=unsure)
 
 
-def _correct(arms: list[ArmAnswer], budget: str) -> None:
-    """Adds corrected p values and verdicts."""
+def _correct(
+    arms: list[ArmAnswer], budget: str, screened: Mapping[str, float], screen: float | None
+) -> None:
+    """Adds corrected p values and verdicts.
+
+    An arm that was screened out counts among the tests, as one that shows nothing: else those that
+    a lucky first seed has kept would be corrected for fewer.
+    """
     at = [arm.budgets[budget] if budget in arm.budgets else None for arm in arms]
-    corrected = holm([c.difference.p if c and c.difference else None for c in at])
+    p_values = [
+        1.0 if arm.name in screened else c.difference.p if c and c.difference else None
+        for arm, c in zip(arms, at)
+    ]
+    corrected = holm(p_values)
     tests = sum(p is not None for p in corrected)
     for arm, compared, p in zip(arms, at, corrected):
         if compared is None:
             continue
+        if arm.name in screened and not compared.diverged:
+            far = f"{screened[arm.name]:.3f} nats behind on the first seed, more than {screen:g}"
+            compared, p = replace(compared, unsure=compared.unsure or far), None
         if budget == "seconds" and (arm.time_spread or 0.0) > STEADY:
             unsure = f"its step times spread by {arm.time_spread:.0%}"
             compared = replace(compared, unsure=compared.unsure or unsure)

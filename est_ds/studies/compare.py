@@ -12,11 +12,13 @@ from est_ds.data.indexed import Corpus
 from est_ds.disk import hold
 from est_ds.errors import Failure, UserError, did_you_mean
 from est_ds.launch.signals import Signals
+from est_ds.report.style import check_ending
 from est_ds.run.metrics import steps_logged
 from est_ds.studies.answers import Answers, answer
 from est_ds.studies.collect import clear, collect, keep_windows
 from est_ds.studies.measure import measure
 from est_ds.studies.page import write_page
+from est_ds.studies.picture import write_study_figure
 from est_ds.studies.queue import Places, Running, Watcher, processes_of, train_all
 from est_ds.studies.results import Header, Results, read_results
 from est_ds.studies.runs import (
@@ -29,6 +31,7 @@ from est_ds.studies.runs import (
     key_of,
     wanted_runs,
 )
+from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.study_file import StudyFile, load_study
 from est_ds.studies.text import answers_json, answers_text, times_text, verdicts
 from est_ds.studies.times import known_ratios
@@ -50,6 +53,8 @@ class Wish:
         json: print JSON and nothing else.
         dry_run: say what would be trained.
         time_only: measure step times, and train nothing.
+        answer_only: answer from what is done, and train nothing.
+        plot: file to draw the answer into.
     """
 
     jobs: int | None = None
@@ -58,6 +63,8 @@ class Wish:
     json: bool = False
     dry_run: bool = False
     time_only: bool = False
+    answer_only: bool = False
+    plot: str | None = None
 
 
 def compare(path: str, wish: Wish) -> int:
@@ -67,8 +74,10 @@ def compare(path: str, wish: Wish) -> int:
         Exit code: 0 done, 1 a run failed, 75 or 128 + n after a signal.
 
     Raises:
-        UserError: the study file, an arm, or the results do not fit.
+        UserError: the study file, an arm, or the results do not fit; the plot cannot be written.
     """
+    if wish.plot:
+        check_ending(Path(wish.plot))
     study = _open(path, wish)
     if wish.dry_run:
         todo = study.list_todo()
@@ -89,12 +98,7 @@ def compare(path: str, wish: Wish) -> int:
     with lock:
         study.results = read_results(study.file.results, repair=True)
         study.results.begin(study.header)
-        if wish.time_only or study.needs_times:
-            study.measure()
-        if not wish.time_only and study.todo():
-            study.say(todo_text(study.list_todo()))
-        study.clear_finished()
-        code = 0 if wish.time_only else study.train()
+        code = 0 if wish.answer_only else study.work()
     study.show()
     return code
 
@@ -190,6 +194,17 @@ class Session:
         known = known_ratios(self.runs, self.results.times)
         return asked and not self.file.arms.keys() <= known.keys()
 
+    def work(self) -> int:
+        """Measures and trains what is not done; returns the exit code of `train`."""
+        if self.wish.time_only or self.needs_times:
+            self.measure()
+        if self.wish.time_only:
+            return 0
+        if self.todo():
+            self.say(todo_text(self.list_todo()))
+        self.clear_finished()
+        return self.train()
+
     def measure(self) -> None:
         """Measures the step times of all arms, while nothing trains.
 
@@ -276,4 +291,7 @@ class Session:
         for run, why in self.failed.values():
             self.say(f"failed: {run.name}: {why}")
         self.say(f"the page is {write_page(self.runs, found, self.results)}")
+        if self.wish.plot:
+            snapshot = Snapshot(self.runs, found, self.results)
+            self.say(f"the picture is {write_study_figure(snapshot, Path(self.wish.plot))}")
         return found

@@ -11,6 +11,7 @@ from est_ds.report.interactive import figure_html, page, warnings_html, wide_tab
 from est_ds.report.text import seconds
 from est_ds.studies import plots, run_plots
 from est_ds.studies.answers import Answers, ArmAnswer
+from est_ds.studies.boundary_map import boundary_map
 from est_ds.studies.boundary_plot import boundaries
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Chooser, Runs, wanted_runs
@@ -49,6 +50,11 @@ GAINS = (
     "right of the line the arm is cheaper. Bars are 95 % intervals over the seeds. A triangle "
     "points to where the gain lies beyond the costs that were trained: it is a bound. An arm "
     "without a point has no gain that can be told. Rounds of tuning are not counted."
+)
+MAP = (
+    "Arms of one method by the ends of their first two phases; buttons choose method and rates. In "
+    "a square: the difference from {baseline} at equal {budget} in nats a token (blue is better, "
+    "red is worse), and the gain in FLOPs."
 )
 CURVES = (
     "The full model's held-out loss while it trains; of one that grows, as deep as it was then. "
@@ -165,6 +171,9 @@ def _figures(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
         yield "Paired differences", figure_html(figure, "differences", caption)
     if figure := plots.gains(snapshot):
         yield "Gain", figure_html(figure, "gains", GAINS.format(baseline=name))
+    if figure := boundary_map(snapshot):
+        caption = MAP.format(baseline=name, budget=BUDGETS[snapshot.answers.decides])
+        yield "Map of boundaries", figure_html(figure, "map", caption)
     if figure := run_plots.held_out_curves(snapshot):
         yield "Held-out loss while training", figure_html(figure, "curves", CURVES + timed)
     for number, (field, figure) in enumerate(run_plots.tuning_curves(snapshot).items()):

@@ -35,6 +35,9 @@ POLL_S = 0.2
 # For what a killed study has left running to notice that, and to end.
 LEFT_OVER_S = 30.0
 
+# Exit codes of a run that was asked to end by others than the study.
+ENDED = (preempt.EXIT_CODE, 130, -signal.SIGINT, 128 + signal.SIGHUP)
+
 
 @dataclass(frozen=True)
 class Places:
@@ -155,7 +158,7 @@ def train_all(places: Places, watcher: Watcher, signals: Signals) -> int:
     notified, changed = False, True
     try:
         while True:
-            left = [r for r in running if not _ended(r, watcher)]
+            left = [r for r in running if not _ended(r, watcher, signals.code is not None)]
             changed = changed or len(left) < len(running)
             running[:] = left
             if signals.code is None and changed:
@@ -249,8 +252,13 @@ def _wait_for(lock: Path) -> None:
             time.sleep(POLL_S)
 
 
-def _ended(running: Running, watcher: Watcher) -> bool:
-    """Whether a run has ended; hands on what came of it."""
+def _ended(running: Running, watcher: Watcher, signalled: bool) -> bool:
+    """Whether a run has ended; hands on what came of it.
+
+    Args:
+        signalled: whether the study ends by a signal: a run that has not heeded it yet, because it
+            was starting, has not failed.
+    """
     code = running.process.poll()
     if code is None:
         return False
@@ -260,7 +268,12 @@ def _ended(running: Running, watcher: Watcher) -> bool:
             watcher.done(running.run, code == 0)
         except (UserError, Failure) as e:
             watcher.failed(running.run, str(e))
-    elif code not in (preempt.EXIT_CODE, 130, -signal.SIGINT, 128 + signal.SIGHUP):
+    elif not signalled and code not in (
+        preempt.EXIT_CODE,
+        130,
+        -signal.SIGINT,
+        128 + signal.SIGHUP,
+    ):
         watcher.failed(running.run, f"exit code {code}; {_last_line(running.run)}")
     return True
 

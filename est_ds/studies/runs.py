@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -196,11 +197,13 @@ class Wanted:
         runs: in the order in which they are to be trained, none twice.
         chosen: the tuned values of every arm; None while its grid is not finished.
         matched: steps of the baseline by arm and budget, where they are known.
+        screened: how far arms that train no other seed are behind on the first one, in nats.
     """
 
     runs: tuple[StudyRun, ...]
     chosen: dict[str, Values | None]
     matched: dict[str, dict[str, int]]
+    screened: dict[str, float]
 
     @cached_property
     def by_key(self) -> dict[str, StudyRun]:
@@ -231,6 +234,13 @@ class Chooser:
             return min(arm.grid, key=lambda values: self.losses[keys[values]])
         return arm.grid[0] if self.guess else None
 
+    def behind(self, run: StudyRun, baseline: StudyRun) -> float | None:
+        """Nats by which a run's loss is above the baseline's; None while one is not known."""
+        here, there = self.losses.get(run.key), self.losses.get(baseline.key)
+        if here is None or there is None or not math.isfinite(there):
+            return None
+        return here - there
+
 
 def wanted_runs(runs: Runs, chooser: Chooser, only: str | None = None) -> Wanted:
     """Lists the runs of a study: seed by seed, the baseline before the others.
@@ -248,6 +258,7 @@ def wanted_runs(runs: Runs, chooser: Chooser, only: str | None = None) -> Wanted
     chosen = {arm.name: chooser.best(runs, arm) for arm in arms}
     grid = [runs.run(arm.name, first, values) for arm in arms for values in arm.grid]
     matched: dict[str, dict[str, int]] = {arm.name: {} for arm in arms}
+    behind: dict[str, float | None] = {}
     curve: list[int] = []
     own = chosen[baseline.name]
     if own is not None:
@@ -257,19 +268,28 @@ def wanted_runs(runs: Runs, chooser: Chooser, only: str | None = None) -> Wanted
             if (values := chosen[arm.name]) is not None:
                 run = runs.run(arm.name, first, values)
                 matched[arm.name] = _matched(file, run, dense, chooser.time_ratios)
-    steps = sorted({n for by_budget in matched.values() for n in by_budget.values()} | {*curve})
+                at = matched[arm.name].get(file.study.budgets[-1])
+                there = runs.run(baseline.name, first, own, at if at != dense.steps else None)
+                behind[arm.name] = None if at is None else chooser.behind(run, there)
+    screen = file.study.screen
+    screened = {a: d for a, d in behind.items() if screen and d is not None and d > screen}
+    # Those of whom the first seed does not tell yet wait, if the study screens.
+    wait = {a for a, d in behind.items() if screen and d is None and not chooser.guess}
     listed = grid
     for seed in file.seeds:
+        left_out = set() if seed == first else screened.keys() | wait
         for arm in arms:
-            if (values := chosen[arm.name]) is not None:
+            if arm.name not in left_out and (values := chosen[arm.name]) is not None:
                 listed.append(runs.run(arm.name, seed, values))
         if own is not None:
             usual = runs.run(baseline.name, seed, own).steps
-            listed += [runs.run(baseline.name, seed, own, n) for n in steps if n != usual]
+            by_budget = [n for arm, n in matched.items() if arm not in left_out]
+            steps = {*curve, *(n for budgets in by_budget for n in budgets.values())} - {usual}
+            listed += [runs.run(baseline.name, seed, own, n) for n in sorted(steps)]
     found: dict[str, StudyRun] = {}
     for run in listed:  # of two arms with the same config the first one trains it
         found.setdefault(run.key, run)
-    return Wanted(tuple(found.values()), chosen, matched)
+    return Wanted(tuple(found.values()), chosen, matched, screened)
 
 
 def _matched(

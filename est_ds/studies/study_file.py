@@ -74,6 +74,8 @@ class Study(Strict):
             that of the other seeds.
         budgets: what is made equal: the tokens, the FLOPs, the seconds. The last one listed gives
             the verdict.
+        screen: nats. An arm that on the first seed is further behind the baseline, at the budget
+            that gives the verdict, trains no other seed and has no verdict.
         dense_curve: budgets of further baseline runs, as fractions of its steps, each trained to
             the end of its own schedule: what the gain in compute is read from.
         intervals: false for a pilot with one seed, which shows no interval and no verdict.
@@ -94,6 +96,7 @@ class Study(Strict):
     ] = [0, 1, 2]
     tune: Grid = {}
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)] = ("tokens", "flops")
+    screen: Annotated[float, Field(gt=0.0)] | None = None
     dense_curve: tuple[Annotated[float, Field(gt=0.0, le=10.0)], ...] = ()
     intervals: bool = True
     keep_checkpoints: bool = False
@@ -121,6 +124,10 @@ class Study(Strict):
             )
         if not self.intervals and self.seed_count > 1:
             raise ValueError("intervals=false has no effect with several seeds; remove it")
+        if self.screen is not None and self.seed_count == 1:
+            raise ValueError(
+                "screen has no effect with one seed; remove it, or list two or more seeds"
+            )
         return self
 
     @property

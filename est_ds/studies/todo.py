@@ -10,6 +10,7 @@ from typing import Any
 from est_ds.report.text import seconds
 from est_ds.studies.results import Results
 from est_ds.studies.runs import Runs, StudyRun
+from est_ds.training.record import device_name
 
 START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
 
@@ -99,11 +100,13 @@ def todo_json(todo: Todo) -> str:
 
 def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
     """How long runs take one after the other, with their starts: by the step times measured, or
-    by those of the runs that are done; None where neither are there."""
-    total, per_flop = 0.0, _s_per_flop(results)
+    by those of the runs that are done, on this device; None where neither are there."""
+    device = device_name()
+    total, per_flop = 0.0, _s_per_flop(results, device)
+    times = results.times.arms if results.times and results.times.device == device else {}
     for run in todo:
-        if results.times and run.arm in results.times.arms:
-            total += run.steps * results.times.arms[run.arm].step_s + START_S
+        if run.arm in times:
+            total += run.steps * times[run.arm].step_s + START_S
         elif per_flop is not None:
             total += run.flops.model * per_flop + START_S
         else:
@@ -111,8 +114,8 @@ def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
     return total
 
 
-def _s_per_flop(results: Results) -> float | None:
-    done = [r for r in results.runs.values() if r.step_s is not None]
+def _s_per_flop(results: Results, device: str) -> float | None:
+    done = [r for r in results.runs.values() if r.step_s is not None and r.device == device]
     return sum(r.steps * r.step_s for r in done) / sum(r.flops for r in done) if done else None
 
 

@@ -27,6 +27,10 @@ def add_compare(study: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the step times of all arms in turns with the baseline's, and train nothing",
     )
+    nothing.add_argument(
+        "--answer-only", action="store_true", help="answer from what is done, and train nothing"
+    )
+    study.add_argument("--plot", metavar="FILE", help="also draw the answer into a picture")
     study.add_argument(
         "--jobs",
         type=positive,
@@ -45,8 +49,11 @@ def add_compare(study: argparse.ArgumentParser) -> None:
 
 def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
     """Runs `est-ds compare`."""
+    from est_ds.errors import UserError
     from est_ds.studies.compare import Wish, compare
 
+    if parsed.plot and parsed.dry_run:
+        raise UserError("--plot has no effect with --dry-run; use --answer-only.")
     wish = Wish(
         jobs=parsed.jobs,
         only=parsed.only,
@@ -54,5 +61,7 @@ def _compare(parsed: argparse.Namespace, arguments: list[str]) -> None:
         json=parsed.json,
         dry_run=parsed.dry_run,
         time_only=parsed.time_only,
+        answer_only=parsed.answer_only,
+        plot=parsed.plot,
     )
     sys.exit(compare(parsed.study, wish))

@@ -279,15 +279,19 @@ def _corpora(run: Run) -> list[str]:
     ]
 
 
+def device_name() -> str:
+    """The GPU's, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def layout_of(run: Run, engine: Engine) -> dict[str, Any]:
     """What the times of this start's steps depend on besides their plans."""
-    config, on_gpu = run.config, torch.cuda.is_available()
+    config = run.config
     set_too = {
         "cuts": run.cuts if config.parallel.pipe > 1 else None,
         "offload": config.parallel.offload,
         "activation_checkpointing": config.activation_checkpointing,
         "compile": config.compile,
     }
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    always = {"micro": config.batch.micro, "device": device}
+    always = {"micro": config.batch.micro, "device": device_name()}
     return engine.layout | always | {name: value for name, value in set_too.items() if value}

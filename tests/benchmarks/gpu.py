@@ -25,6 +25,7 @@ from common import fixed_method, model_section, random_batch, run_config, zero_e
 
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
+from est_ds.engine.start import leave_processes
 from est_ds.plans.methods.base import plan_loads
 from est_ds.slicing.leaf import Skippable
 
@@ -155,6 +156,7 @@ def main() -> None:
             }
         )
     _print(rows, tokens, whole, peak)
+    leave_processes()
 
 
 def _now(on_gpu: bool) -> float:

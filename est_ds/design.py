@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
+from est_ds.config.published import FROM
 from est_ds.config.sections import RunConfig
 from est_ds.cost.pipe_cuts import pipe_cuts
 from est_ds.data.mixture import PhaseWeights
@@ -21,10 +22,11 @@ from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import phases_until
 from est_ds.plans.plan import StepPlans
-from est_ds.slicing.build import empty_model, initialise
+from est_ds.slicing.build import allocate, empty_model, initialise
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.families.base import Family
 from est_ds.slicing.families.fields import Init, dropout_of
+from est_ds.slicing.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,39 @@ class Design:
         """The plans of the micro-batches of a step."""
         return self.method.plans(step, self.config.batch.micro_batches)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the run begins with published weights (`model.from`)."""
+        return FROM in self.config.model
+
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether these are all that it begins with: no layer is still to come."""
+        return self.has_weights and len(self.method.layers(0)) == self.method.shape.num_layers
+
+    def weights(self) -> Weights:
+        """The published weights that the run begins with.
+
+        Raises:
+            UserError: they are not those of its model.
+        """
+        return Weights(self.config.model, self.hf_config, self.method.layers(0))
+
+    def begin(self, model: nn.Module, paths: Iterable[str]) -> None:
+        """Gives submodules of an empty model what the run begins with: drawn weights, or room for
+        published ones, which are read into the engine.
+
+        Args:
+            paths: of the submodules; "" is the whole model.
+        """
+        if self.draws_nothing:
+            allocate(model, paths)
+        else:
+            self.draw(model, paths)
+
     def draw(self, model: nn.Module, paths: Iterable[str]) -> None:
-        """Gives submodules of an empty model the weights that the run begins with; whatever is
-        drawn, at the start or when the model grows, is drawn here.
+        """Draws the weights of submodules of an empty model; whatever is drawn, at the start or
+        when the model grows, is drawn here.
 
         Args:
             paths: of the submodules; "" is the whole model.
@@ -125,6 +157,11 @@ def make_design(config: RunConfig) -> Design:
         _check_micro_batches(config, hf)
     design = Design(config, hf, family, method, objective)
     design.cuts
+    if design.draws_nothing and config.seeds.model is not None:
+        raise UserError(
+            f"seeds.model={config.seeds.model} cannot take effect with model.from, which gives all "
+            f"first weights; remove it."
+        )
     if shape.encoder_layers and design.decoder_start is None:
         raise UserError(
             "model.pad_token_id=None and no model.decoder_start_token_id: the decoder has no first "

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import cycle
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -56,7 +57,11 @@ def plain_adamw(
     """
     torch.set_num_threads(1)
     run = prepare(config, 1)
-    model = build_model(run.hf_config, config.seed)
+    if folder := config.model.get("from"):
+        auto = getattr(transformers, run.family.auto_class)
+        model = auto.from_pretrained(folder, attn_implementation=run.family.attention)
+    else:
+        model = build_model(run.hf_config, config.seed)
     if double:
         _make_double(model)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

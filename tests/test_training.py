@@ -22,6 +22,7 @@ from est_ds.config.run_file import load_run
 from est_ds.design import make_design
 from est_ds.run.directory import check_run_dir, write_config
 from est_ds.run.metrics import read_metrics
+from est_ds.run.prepare import prepare
 from reference import assert_close, plain_adamw
 
 
@@ -185,9 +186,14 @@ def test_export_is_the_trained_model(trained, reference, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     for name, weight in reference.model.state_dict().items():
         torch.testing.assert_close(exported[name], weight, rtol=1e-3, atol=1e-4)
-    # Its config.json is a model section as it is.
+    # Its config.json is a model section as it is, and a run may begin with its weights.
     again = make_design(load_run(trained, [f"model={tmp_path / 'hf'}"]))
     assert again.method.shape == make_design(load_run(trained)).method.shape
+    begun = load_run(trained, [f"model.from={tmp_path / 'hf'}", f"run_dir={tmp_path / 'next'}"])
+    weights = prepare(begun, 4).weights()
+    for name in weights.names:
+        flat = exported[name].flatten()
+        assert torch.equal(weights.read(name, "weight", 0, len(flat)), flat)
     ids = AutoTokenizer.from_pretrained(tmp_path / "hf")("def f():\n    return 1\n")["input_ids"]
     assert len(ids) > 4
 

@@ -70,6 +70,7 @@ class Checkpoint:
 
     Attributes:
         index: its `checkpoint.json`.
+        names: of the parameters that it holds.
         keys: what it holds of every element: weight, exp_avg, exp_avg_sq, ...
 
     Raises:
@@ -78,6 +79,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, index: Index | None = None) -> None:
         self.index = index or read_index(folder)
+        self.names = self.index.parameters.keys()
         self.keys: set[str] = set()
         self._files = ExitStack()
         # name -> (start, stop, file) of the ranges, in their order

@@ -14,6 +14,7 @@ from est_ds.engine.base import Engine
 from est_ds.errors import UserError
 from est_ds.ranks.gather import gathered, of_rank_0
 from est_ds.ranks.world import say
+from est_ds.slicing.weights import Weights
 
 
 def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
@@ -31,16 +32,35 @@ def load_checkpoint(engine: Engine, store: Store, index: Index) -> None:
                     f"{checkpoint} is of another model: {name} has the shape {written.get(name)} "
                     f"there, and {shape} in this run; choose another run_dir."
                 )
-        steps = index.state.optimizer_steps
-        with torch.no_grad():
-            for fragment in engine.fragments.held():
-                for key, tensor in fragment.states.items():
-                    if key in held.keys:
-                        tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
-                    else:  # elements did not count their own steps, and go on so
-                        tensor.fill_(steps - born(index.state.births, fragment.name))
-        engine.fragments.commit(steps, index.state.births)
+        _fill(engine, held, index.state.optimizer_steps, index.state.births)
         engine.set_steps_done(index.step)
+
+
+def load_weights(engine: Engine) -> None:
+    """Loads the published weights that a run begins with into an engine of any layout, with zero
+    moments. Every rank calls it."""
+    _fill(engine, engine.design.weights(), 0, {})
+
+
+def _fill(
+    engine: Engine, held: Checkpoint | Weights, steps: int, births: Mapping[str, int]
+) -> None:
+    """Writes what is held into an engine: the one way in, whatever it comes from.
+
+    Args:
+        steps: AdamW's count.
+        births: see `State.births`.
+    """
+    with torch.no_grad():
+        for fragment in engine.fragments.held():
+            if fragment.name not in held.names:
+                continue  # of a layer that is still to come
+            for key, tensor in fragment.states.items():
+                if key in held.keys:
+                    tensor.copy_(held.read(fragment.name, key, fragment.start, fragment.stop))
+                else:  # elements did not count their own steps, and go on so; or nothing did
+                    tensor.fill_(steps - born(births, fragment.name))
+    engine.fragments.commit(steps, births)
 
 
 def born(births: Mapping[str, int], name: str) -> int:

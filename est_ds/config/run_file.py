@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from est_ds.config import presets
+from est_ds.config.published import CONFIG, FROM, SHA256, anchored, of_training, with_weights
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
@@ -19,26 +20,12 @@ SECTIONS = ("model", "method", "data")  # that may stand in files of their own
 PATHS = (
     "run_dir",
     *SECTIONS,
+    "model.from",
     "data.train",
     "data.train.*.corpus",
     "data.valid",
     "data.valid.*",
     "data.tokenizer",
-)
-# What a published config.json says of its own weights and of use, not of training.
-NOT_OF_TRAINING = (
-    "architectures",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "task_specific_params",
-    "output_past",
-    "gradient_checkpointing",
-    "n_ctx",
 )
 
 
@@ -53,7 +40,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
         overrides: `section.field=value`, the value in YAML. `model`, `method` and `data` may be
             the path of a file that holds the section; `model` also a folder with a `config.json`
             of Hugging Face. A new `method.name` replaces the whole method section, since the
-            other method's settings cannot take effect; `steps` takes the place of the file's
+            other method's settings cannot take effect; and `model.from` the whole model section,
+            since the weights come with their config. `steps` takes the place of the file's
             `tokens`, and `tokens` that of its `steps`.
 
     Raises:
@@ -75,6 +63,9 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
         read_sections(tree, Path())
     if not path.is_dir():
         _choose_held_out(tree)
+    model = tree.get("model")
+    if isinstance(model, dict) and not (path.is_dir() and SHA256 in model):
+        tree["model"] = with_weights(model, tree.get("run_dir"))
     return checked(RunConfig, tree)
 
 
@@ -148,15 +139,15 @@ def read_sections(tree: dict[str, Any], folder: Path) -> None:
         if isinstance(path := tree.get(section), str):
             file, what = folder / path, f"{section} file ({section})"
             if section == "model" and file.is_dir():
-                file = file / "config.json"
+                file = file / CONFIG
             read = read_mapping(file, what)
             if section == "model" and file.suffix == ".json":
-                read = {k: v for k, v in read.items() if not _says_nothing(k)}
+                read = of_training(read)
             tree[section] = expanded(read, PATHS, section)
-
-
-def _says_nothing(key: str) -> bool:
-    return key in NOT_OF_TRAINING or key.startswith("_")
+            if section == "model":
+                anchored(tree[section], file.parent)
+    if isinstance(model := tree.get("model"), dict):
+        anchored(model, folder)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -175,6 +166,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         section = tree.get("method")
         if not isinstance(section, dict) or section.get("name") != value:
             tree["method"] = {"name": value}
+        return
+    if field == f"model.{FROM}":
+        tree["model"] = {FROM: value}
         return
     node: Any = tree
     for depth, part in enumerate(path):

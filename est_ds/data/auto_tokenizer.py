@@ -15,6 +15,7 @@ from est_ds.data.tokenizer import (
     defining_files,
     sentencepiece_alone,
     tokenizer_files,
+    tokenizer_sha256,
 )
 from est_ds.errors import UserError
 
@@ -105,6 +106,33 @@ def check_same_ids(text: str, transformers: list[int], sentencepiece: list[int])
             f"ids of the corpus; give a folder that holds its tokenizer.json, such as "
             f"AutoTokenizer.from_pretrained(DIR).save_pretrained(NEW) writes."
         )
+
+
+def check_same_tokenizer(tokenizer: str | Path, other: Path) -> None:
+    """Checks that a tokenizer's ids mean the same in the tokenizer beside published weights, which
+    may have more of them.
+
+    Raises:
+        UserError: they do not.
+    """
+    if tokenizer_sha256(tokenizer) == tokenizer_sha256(other):
+        return
+    ours, theirs = load_tokenizer(tokenizer), load_tokenizer(other)
+    known = theirs.get_vocab()
+    for token, id_ in sorted(ours.get_vocab().items(), key=lambda pair: pair[1]):
+        if known.get(token) != id_:
+            raise UserError(
+                f"data.tokenizer={str(tokenizer)!r} has the id {id_} for {token!r}, and the "
+                f"tokenizer of the weights (model.from={str(other)!r}) has {known.get(token)}: the "
+                f"weights are of other ids; pack the corpora with that tokenizer, and give it."
+            )
+    for text in _PROBES:
+        if (ids := plain_ids(ours, text)) != (others := plain_ids(theirs, text)):
+            raise UserError(
+                f"data.tokenizer={str(tokenizer)!r} gives {ids[:6]} for {text!r}, and that of the "
+                f"weights (model.from={str(other)!r}) {others[:6]}; pack the corpora with that "
+                f"tokenizer, and give it."
+            )
 
 
 def special_tokens(processor: Any) -> dict[str, str | None]:

@@ -59,6 +59,11 @@ def defining_files(tokenizer: str | Path) -> list[Path]:
     )
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / n).is_file() for n in (SENTENCEPIECE, HUGGING_FACE, *VOCABULARIES))
+
+
 def tokenizer_files(tokenizer: str | Path) -> list[Path]:
     """Every file of a tokenizer's folder that Hugging Face reads; of a sentencepiece model alone,
     that one.

@@ -33,7 +33,7 @@ class PieceModule(nn.Module):
 
     def __init__(self, design: Design, model: nn.Module, piece: Piece, checkpointing: bool) -> None:
         super().__init__()
-        design.draw(model, piece.modules)
+        design.begin(model, piece.modules)
         held = [model.get_submodule(path) for path in piece.modules]
         self.held = nn.ModuleList(held)
         self.piece = piece

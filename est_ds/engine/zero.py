@@ -42,9 +42,9 @@ class ZeroEngine(base.Engine):
             tensorboard_dir=str(folder),
         )
         if config.parallel.zero == 3:
-            _draw_sharded(model, design, settings)
+            _begin_sharded(model, design, settings)
         else:
-            design.draw(model, [""])
+            design.begin(model, [""])
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.design = design
@@ -115,9 +115,9 @@ class ZeroEngine(base.Engine):
         return (value / self.num_replicas).item()
 
 
-def _draw_sharded(model: nn.Module, design: Design, settings: dict[str, Any]) -> None:
-    """Draws the model, every parameter cut into shares as soon as its layer is drawn, so that no
-    process holds the whole, but where weights are tied."""
+def _begin_sharded(model: nn.Module, design: Design, settings: dict[str, Any]) -> None:
+    """Gives the model what the run begins with, every parameter cut into shares as soon as its
+    layer has it, so that no process holds the whole, but where drawn weights are tied."""
     import deepspeed
 
     config, hf_config = design.config, design.hf_config
@@ -128,12 +128,19 @@ def _draw_sharded(model: nn.Module, design: Design, settings: dict[str, Any]) ->
         paths = [""]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     for path in dict.fromkeys(paths):
-        design.draw(model, [path])
         module = model.get_submodule(path)
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)  # and not the buffers
+        if design.draws_nothing:  # so that no memory is written before the module is cut
+            _cast(module, dtype)
+        design.begin(model, [path])
+        _cast(module, dtype)
         with start.quiet():
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts parameters, and not the buffers."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _gather_for_readers(family: Family, layers: Iterable[nn.Module]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from est_ds.config.meanings import about, described
+from est_ds.config.published import FROM, SHA256
 from est_ds.config.run_file import SECTIONS
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import Strict
@@ -116,8 +117,16 @@ def _model(init: dict[str, Any], description: str) -> dict[str, Any]:
                 "its config.",
             },
             "init": {**init, "description": "how wide the first weights are drawn."},
+            FROM: {
+                "type": "string",
+                "description": "a Hugging Face folder whose weights the run begins with, and whose "
+                "config it has; then model_type is its own.",
+            },
+            SHA256: {
+                "type": "string",
+                "description": "hash of its weight files; the resolved config says it.",
+            },
         },
-        "required": ["model_type"],
     }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
+from est_ds.config.published import FROM, SHA256
 from est_ds.config.sections import RunConfig
 from est_ds.config.start import Start
 from est_ds.cost.flops import StepSize, gradient_share
@@ -62,6 +64,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"sequences x {config.data.sequence:,}{_rounded(config)}",
         ),
         *([("begins", _begins(config.start))] if config.start else []),
+        *([("weights", _weights(config.model))] if FROM in config.model else []),
         ("model FLOPs", f"{cost:.3e} in all; dense training takes {dense:.3e}"),
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         *_stacking(estimate),
@@ -93,6 +96,10 @@ def _begins(start: Start) -> str:
         f"at step {start.step:,}, {start.tokens:,} tokens behind it, with a checkpoint of another "
         f"run (parent.yaml); all figures here are of the whole schedule, from step 0"
     )
+
+
+def _weights(section: dict[str, Any]) -> str:
+    return f"of {section[FROM]} (sha256 {section[SHA256][:12]}...)"
 
 
 def _stacking(estimate: Estimate) -> list[tuple[str, str]]:

@@ -20,9 +20,10 @@ LOCK = ".lock"
 UNBEGUN = (LOCK, ".config.yaml.partial")  # of a run killed before it had a config.yaml
 
 # Fields that a resumed run may change; all others make it another run. Corpora may move: the
-# checkpoint holds their fingerprints.
+# checkpoint holds their fingerprints. So may weights, whose hash is a field.
 FREE_TO_CHANGE = (
     "run_dir",
+    "model.from",
     "parallel.*",
     "batch.micro",
     "checkpoint.*",

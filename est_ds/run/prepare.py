@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 
+from est_ds.config.published import FROM, folder_of, has_begun
 from est_ds.config.sections import RunConfig
+from est_ds.data.auto_tokenizer import check_same_tokenizer
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
+from est_ds.data.tokenizer import is_tokenizer
 from est_ds.design import Design, corpus_weights, make_design
 from est_ds.engine.settings import check_zero_section
 from est_ds.errors import UserError
@@ -45,8 +48,12 @@ class Run(Design):
             windows.corpus.check_hashes()
 
 
-def prepare(config: RunConfig, processes: int) -> Run:
-    """Everything `make_design` checks, the batch equation, the corpora and the run directory.
+def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run:
+    """Everything `make_design` checks, the batch equation, the corpora, the run directory, and the
+    published weights of a run that has still to begin with them.
+
+    Args:
+        branches: the run will begin with a checkpoint of another.
 
     Raises:
         UserError: something does not fit or is missing; nothing has been written.
@@ -63,6 +70,8 @@ def prepare(config: RunConfig, processes: int) -> Run:
         corpus.check_tokenizer(data.tokenizer)
     batches, windows = _data(design, train, valid)
     check_run_dir(config)
+    if not branches:
+        _check_weights(design)
     parts = {f.name: getattr(design, f.name) for f in fields(design)}
     return Run(**parts, processes=processes, train=batches, valid=windows)
 
@@ -92,7 +101,26 @@ def unchecked_data(design: Design) -> list[str]:
             corpus.check_tokenizer(data.tokenizer)
     if None not in corpora.values():
         _data(design, train, valid)
+    _check_weights(design, has_tokenizer)
     return absent
+
+
+def _check_weights(design: Design, has_tokenizer: bool = True) -> None:
+    """Checks the published weights that a run is still to begin with, and their tokenizer if one
+    lies beside them.
+
+    Args:
+        has_tokenizer: whether the corpora's tokenizer is here.
+
+    Raises:
+        UserError: they are not those of the run's model, or of its corpora's ids.
+    """
+    if not design.has_weights or has_begun(Path(design.config.run_dir)):
+        return
+    design.weights().check_ties()
+    folder = folder_of(design.config.model[FROM])
+    if has_tokenizer and is_tokenizer(folder):
+        check_same_tokenizer(design.config.data.tokenizer, folder)
 
 
 def _check_corpus(design: Design, corpus: Corpus) -> None:

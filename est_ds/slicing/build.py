@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,6 +41,20 @@ def embedding_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, p in model.named_parameters() if id(p) in held)
 
 
+def allocate(model: nn.Module, paths: Iterable[str]) -> None:
+    """Gives the submodules at `paths` memory for weights that are read later, and their buffers.
+
+    What lies in that memory is nobody's; until it is written the system does not count it.
+
+    Args:
+        model: a model with empty weights.
+        paths: see `initialise`.
+    """
+    for path in paths:
+        _allocate(model, path)
+        _tie(model, path, lambda owner: _allocate(model, owner))
+
+
 def initialise(
     model: nn.Module, paths: Iterable[str], seed: int, residual_std: float | None = None
 ) -> None:
@@ -60,27 +74,52 @@ def initialise(
         _draw(model, path, seed)
         if residual_std is not None:
             _draw_projections(model, path, seed, residual_std)
-        tied = {
-            target: source
-            for target, source in model.all_tied_weights_keys.items()
-            if not path or target.startswith(f"{path}.")
-        }
         # After the draw above, which wrote into a parameter that was tied already.
-        for owner in {source.rpartition(".")[0] for source in tied.values()}:
-            _draw(model, owner, seed)
-        for target, source in tied.items():
-            owner, _, leaf = target.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+        _tie(model, path, lambda owner: _draw(model, owner, seed))
+
+
+def _tie(model: nn.Module, path: str, fill: Callable[[str], None]) -> None:
+    """Ties what is under `path` and tied.
+
+    Args:
+        fill: gives the module at a path, which owns what others are tied to, its weights.
+    """
+    tied = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if not path or target.startswith(f"{path}.")
+    }
+    for owner in {source.rpartition(".")[0] for source in tied.values()}:
+        fill(owner)
+    for target, source in tied.items():
+        owner, _, leaf = target.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(source))
+
+
+def _allocate(model: nn.Module, path: str) -> None:
+    from transformers import PreTrainedModel
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for module in _materialised(model.get_submodule(path)):
+            if module._buffers and not isinstance(module, PreTrainedModel):
+                model._init_weights(module)
+
+
+def _materialised(root: nn.Module) -> list[nn.Module]:
+    """All modules under `root`, which have memory afterwards."""
+    found = list(root.modules())
+    for module in found:
+        if any(t.is_meta for t in [*module.parameters(False), *module.buffers(False)]):
+            module.to_empty(device="cpu", recurse=False)
+    return found
 
 
 def _draw(model: nn.Module, path: str, seed: int) -> None:
     from transformers import PreTrainedModel
 
     root, family = model.get_submodule(path), family_of(model.config.model_type)
+    _materialised(root)
     found = [(f"{path}.{name}".strip("."), m) for name, m in root.named_modules()]
-    for _, module in found:
-        if any(t.is_meta for t in [*module.parameters(False), *module.buffers(False)]):
-            module.to_empty(device="cpu", recurse=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, module in reversed(found):  # children before parents, as the library does
             if isinstance(module, PreTrainedModel):

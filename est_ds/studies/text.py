@@ -74,14 +74,20 @@ def answers_text(runs: Runs, answers: Answers) -> str:
 
 def _arms_table(answers: Answers) -> Table:
     table = _table("arm", "seeds", "held-out\nloss", "model\nFLOPs", "blocks\nFLOPs", "step\ntime")
-    for name in ("gain in FLOPs", "gain in seconds", "tuned"):
-        table.add_column(name, vertical="bottom", overflow="fold")
+    timed = any(arm.gain_seconds for arm in answers.arms)
+    tuned = {tuple(field for field, _ in arm.values) for arm in answers.arms if arm.values}
+    one = len(tuned) == 1 and len(next(iter(tuned))) == 1  # field, which its head names
+    table.add_column("gain in FLOPs", vertical="bottom", no_wrap=True)
+    if timed:
+        table.add_column("gain in seconds", vertical="bottom", no_wrap=True)
+    table.add_column(next(iter(tuned))[0] if one else "tuned", vertical="bottom", overflow="fold")
     for arm in answers.arms:
         loss = f"{arm.loss.mean:.4f}" if arm.loss else "-"
         ratios = (arm.flops_ratio, arm.blocks_ratio, arm.time_ratio)
         cells = (arm.name, str(len(arm.losses)), loss, *(ratio_text(r) for r in ratios))
-        gains = (gain_text(arm.gain), gain_text(arm.gain_seconds))
-        table.add_row(*cells, *gains, values_text(arm.values))
+        gains = (gain_text(arm.gain), *((gain_text(arm.gain_seconds),) if timed else ()))
+        values = arm.values[0][1] if one and arm.values else values_text(arm.values)
+        table.add_row(*cells, *gains, values)
     return table
 
 
@@ -134,10 +140,15 @@ def _task_text(found: TaskAnswer | None) -> str:
     return f"{found.mean.mean:.4f}{spread}"
 
 
+WHOLE = ("arm", "95 % interval")  # columns whose cells stay on one line
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", vertical="bottom", overflow="fold")
+        justify = "right" if i else "left"
+        whole = name in WHOLE
+        table.add_column(name, justify=justify, vertical="bottom", overflow="fold", no_wrap=whole)
     return table
 
 

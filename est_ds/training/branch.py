@@ -123,7 +123,7 @@ def _trunk(run: str, at: str) -> Trunk:
 
 def _prepared(trunk: Trunk, config: RunConfig) -> tuple[Run, list[Position]]:
     """The branch with its `start`, and where its corpora stand."""
-    run = prepare(config, config.parallel.pipe)
+    run = prepare(config, config.parallel.pipe, branches=True)
     check_tokenizer(trunk.config, config)
     positions = expected_positions(trunk.config, trunk.index.state.corpus, run, trunk.step)
     start = Start(
@@ -131,7 +131,8 @@ def _prepared(trunk: Trunk, config: RunConfig) -> tuple[Run, list[Position]]:
         tokens=trunk.index.state.tokens,
         reading=reading_of(trunk.config, config, positions, trunk.step),
     )
-    return prepare(config.model_copy(update={"start": start}), config.parallel.pipe), positions
+    config = config.model_copy(update={"start": start})
+    return prepare(config, config.parallel.pipe, branches=True), positions
 
 
 def _index(trunk: Trunk, run: Run) -> Index:

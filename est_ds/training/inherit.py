@@ -79,7 +79,7 @@ def check_depth(there: Method, here: Method, step: int) -> None:
     Raises:
         UserError: it would take layers that do not exist yet, or leave some out.
     """
-    former, now = (_layers(method, max(step - 1, 0)) for method in (there, here))
+    former, now = (method.layers(max(step - 1, 0)) for method in (there, here))
     if former != now:
         raise UserError(
             f"method: after {step} steps the model of the parent (method.name="
@@ -87,12 +87,6 @@ def check_depth(there: Method, here: Method, step: int) -> None:
             f"{here.settings.name!r} it would have {len(now)}, {now}; choose method.phases that "
             f"have these layers before step {step} (they may grow at it), or another --at."
         )
-
-
-def _layers(method: Method, step: int) -> list[int]:
-    """Layers that exist when `step` is done; a growth at the next step is still to come."""
-    whole = method.whole(step)
-    return list(range(method.shape.num_layers)) if whole is None else sorted(whole.kept_layers)
 
 
 def check_tokenizer(there: RunConfig, here: RunConfig) -> None:

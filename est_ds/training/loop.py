@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from est_ds.checkpoints.index import Index
-from est_ds.checkpoints.resume import choose_checkpoint, load_checkpoint
+from est_ds.checkpoints.resume import choose_checkpoint, load_checkpoint, load_weights
 from est_ds.checkpoints.store import Store
 from est_ds.checkpoints.writer import Saver
 from est_ds.data.prefetch import Prefetched
@@ -91,6 +91,9 @@ def _train(
     engine = build(run, world, run.directory / "tensorboard")
     if resumed:
         load_checkpoint(engine, store, resumed)
+    elif run.has_weights:
+        watchdog.mark(0, "reading weights")
+        load_weights(engine)
     engine.forget_events(start)
     loader = Prefetched(run.train, config.steps, engine.portion)
     history = History(config.divergence, first_steps(run), resumed and resumed.state.divergence)
@@ -114,10 +117,11 @@ def _train(
 
 
 def _begin(job: Job, start: int, resumed: Index | None) -> None:
-    """Does what the checkpoint left to be done; a run that may go back needs one to go back to."""
+    """Does what the checkpoint left to be done; a run that may go back needs one to go back to, and
+    one that begins with published weights needs them no more."""
     if resumed and resumed.state.evaluation_due:  # a notice cut it short
         job.recorder.evaluated(start - 1, evaluate(job.run, job.engine, start - 1))
-    if job.run.config.divergence.rolls_back and not resumed:
+    if (job.run.config.divergence.rolls_back or job.run.has_weights) and not resumed:
         job.saver.save(0, run_state(job.run, 0, job.history, 0.0), None)
 
 

@@ -17,6 +17,7 @@ from typing import TextIO
 
 import torch
 
+from est_ds.checkpoints.resume import load_weights
 from est_ds.config.run_file import load_run
 from est_ds.engine.build import build_engine
 from est_ds.engine.patches import forget_former_pipeline
@@ -116,7 +117,10 @@ def _measure(
         watchdog.mark(number, f"building {name}")
         forget_former_pipeline()
         run = prepare(load_run(run_file, overrides), world.size)
-        return Measured.of(name, run, build_engine(run, world, folder / str(number)))
+        engine = build_engine(run, world, folder / str(number))
+        if run.has_weights:
+            load_weights(engine)
+        return Measured.of(name, run, engine)
 
     baseline = measured(0)
     for number in range(1, len(runs)):

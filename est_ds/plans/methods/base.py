@@ -162,8 +162,12 @@ class Method(ABC):
 
     def depth(self, step: int) -> int:
         """Layers of the model that is evaluated at `step`."""
+        return len(self.layers(step))
+
+    def layers(self, step: int) -> list[int]:
+        """The layers that exist when `step` is done."""
         whole = self.whole(step)
-        return self.shape.num_layers if whole is None else len(whole.kept_layers)
+        return list(range(self.shape.num_layers)) if whole is None else sorted(whole.kept_layers)
 
     def mean_loads(self, phase: int) -> tuple[Load, ...]:
         """Loads averaged over the steps of a phase; they are constant unless a method says so."""

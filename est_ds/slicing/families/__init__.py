@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from est_ds.config.published import FROM, SHA256
 from est_ds.errors import UserError, did_you_mean
 from est_ds.plans.shape import Attention
 from est_ds.slicing.families.base import Family
@@ -58,10 +59,13 @@ def hf_config(section: dict[str, Any], sequence: int | None = None) -> Any:
     init = init_of(section, fields)
     section = todays_section(section, fields)
     del section["model_type"]
-    section.pop("init", None)
+    for key in ("init", FROM, SHA256):
+        section.pop(key, None)
     for key in section:
         if key not in known:
-            hint = did_you_mean(key, known | {"init"}).strip() or "see the class's documentation"
+            hint = (
+                did_you_mean(key, known | {"init", FROM}).strip() or "see the class's documentation"
+            )
             raise UserError(f"unknown key 'model.{key}' for model_type {model_type!r}; {hint}")
     family.check_section(section)
     try:

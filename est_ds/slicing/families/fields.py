@@ -32,6 +32,8 @@ ONE_VALUE = {
     "problem_type": None,
     "pretraining_tp": 1,
     "reorder_and_upcast_attn": False,
+    "rope_interleaved": False,
+    "use_mrope": False,
     "position_embedding_type": "absolute",
 }
 # Of `rope_parameters`, by their `rope_type`; the library passes over others with a warning.

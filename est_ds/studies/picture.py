@@ -16,7 +16,7 @@ from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.text import BUDGETS
 
 COLOURS = {"pays": BLUE, "costs": RED, "undecided": ORANGE}
-WIDEST = 1.0  # nats: what is further off is out of sight
+WIDEST = 1.5  # nats: what is further off is out of sight
 
 
 def write_study_figure(snapshot: Snapshot, file: Path) -> Path:
@@ -34,7 +34,7 @@ def study_figure(snapshot: Snapshot) -> Figure:
     compared = _compared(snapshot)
     figure = Figure(figsize=(9.6, max(3.6, 1.2 + 0.2 * len(compared))), layout="constrained")
     ends, differences = figure.subplots(1, 2)
-    _draw_ends(ends, snapshot, [arm for arm, _ in compared])
+    _draw_ends(ends, snapshot)
     _draw_differences(differences, snapshot, compared)
     return figure
 
@@ -50,7 +50,7 @@ def _compared(snapshot: Snapshot) -> list[tuple[ArmAnswer, Compared]]:
     return sorted(found, key=lambda pair: pair[1].difference.interval.mean)
 
 
-def _draw_ends(axes: Axes, snapshot: Snapshot, arms: list[ArmAnswer]) -> None:
+def _draw_ends(axes: Axes, snapshot: Snapshot) -> None:
     """Every mean over the seeds, of the baseline at several budgets."""
     axes.set_title("Loss at the end of a run")
     axes.set_xlabel(f"model FLOPs, over those of {snapshot.baseline.name}")
@@ -67,9 +67,11 @@ def _draw_ends(axes: Axes, snapshot: Snapshot, arms: list[ArmAnswer]) -> None:
     curve = [(cost, _mean(losses, shared)) for cost, losses in sorted(by_cost.items())]
     if curve:
         axes.plot(*zip(*curve), color=BLACK, marker="o", ms=3, label=snapshot.baseline.name)
-    for arm in arms:
+    for arm in snapshot.answers.arms[1:]:
+        if not arm.losses:
+            continue
         loss = _mean(arm.losses, shared)
-        colour = _colour(arm.budgets[snapshot.answers.decides])
+        colour = _colour(arm.budgets.get(snapshot.answers.decides))
         axes.plot(arm.flops_ratio, loss, "o", color=colour, ms=4)
         axes.annotate(
             arm.name,
@@ -110,7 +112,7 @@ def _draw_differences(
         if verdict in shown:
             axes.plot([], [], "o", color=COLOURS[verdict], ms=4, label=verdict)
     axes.plot([], [], "o", color=GREY, mfc="none", ms=3, label="no verdict; a seed")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
 
 
 def _mean(losses: Mapping[int, float], shared: set[int]) -> float:
@@ -118,5 +120,5 @@ def _mean(losses: Mapping[int, float], shared: set[int]) -> float:
     return mean([losses[seed] for seed in losses.keys() & shared] or losses.values())
 
 
-def _colour(compared: Compared) -> str:
-    return COLOURS.get(compared.verdict or "", GREY)
+def _colour(compared: Compared | None) -> str:
+    return COLOURS.get(compared.verdict or "", GREY) if compared else GREY

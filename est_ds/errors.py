@@ -44,6 +44,15 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.3g} GB"
 
 
+def amount(count: float) -> str:
+    """A large number with a unit: 8.2 k, 369 k, 12.6 G."""
+    for unit in ("", " k", " M", " G", " T"):
+        if count < 999.5:
+            break
+        count /= 1000.0
+    return f"{count:.3g}{unit}"
+
+
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Adds the path to an error of reading or writing that names none, as of an open file."""

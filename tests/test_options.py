@@ -97,7 +97,8 @@ def check(some, folder: Path, run: Path, expected) -> None:
     jobs: dict[int, list] = {}
     for i, (overrides, column) in enumerate(some):
         directory = folder / str(i)
-        job = {"run": run, "overrides": [f"run_dir={directory}", *arguments(column, overrides)]}
+        given = [o.replace("output_path: csv", f"output_path: {folder}/csv") for o in overrides]
+        job = {"run": run, "overrides": [f"run_dir={directory}", *arguments(column, given)]}
         jobs.setdefault(LAYOUTS[COLUMNS[column]][0], []).append(job)
     for processes, of_them in jobs.items():
         train_all(folder / f"processes_{processes}", processes, of_them)

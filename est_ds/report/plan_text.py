@@ -15,7 +15,7 @@ from est_ds.config.start import Start
 from est_ds.cost.flops import StepSize, gradient_share
 from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
-from est_ds.errors import UserError
+from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
@@ -283,15 +283,6 @@ def layouts(config: RunConfig) -> list[tuple[int, int]]:
 def short(count: float) -> str:
     """A mean count: whole where it is whole, else with one or two decimals."""
     return f"{count:,.0f}" if count == round(count) else f"{count:,.2f}".rstrip("0")
-
-
-def amount(count: float) -> str:
-    """A large number with a unit: 8.2 k, 369 k, 12.6 G."""
-    for unit in ("", " k", " M", " G", " T"):
-        if count < 999.5:
-            break
-        count /= 1000.0
-    return f"{count:.3g}{unit}"
 
 
 def gibibytes(size_bytes: float) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TextIO
 
+from est_ds.config.corpora import Data
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import Data, RunConfig
+from est_ds.config.sections import RunConfig
 from est_ds.disk import hold, replace_text
 from est_ds.errors import UserError
 from est_ds.run.metrics import FILE, read_metrics

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from est_ds.report.interactive import new_figure, switch
+from est_ds.report.style import BLUE, RED
 from est_ds.studies.answers import ArmAnswer
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.statistics import Gain
@@ -16,7 +17,7 @@ from est_ds.studies.text import gain_text, interval_text
 
 FEWEST = 4  # arms; fewer make no map
 # Red for what is worse than the baseline, blue for what is better, white between.
-SCALE = [(0.0, "#d55e00"), (0.5, "#f4f4f4"), (1.0, "#0072b2")]
+SCALE = [(0.0, RED), (0.5, "#f4f4f4"), (1.0, BLUE)]
 LEAST_SPAN = 0.01  # nats, of the colours to either side of white
 
 

@@ -94,10 +94,7 @@ def _draw_differences(
     axes.set_xlabel("nats a token, left of 0 the arm is better; 95 % intervals")
     axes.axvline(0.0, color=BLACK, lw=0.8)
     for row, (arm, found) in enumerate(compared):
-        baseline = {
-            r.seed: r.loss for r in answers.dense if r.steps == found.steps and r.loss is not None
-        }
-        pairs = [arm.losses[seed] - baseline[seed] for seed in arm.losses.keys() & baseline.keys()]
+        pairs = list(snapshot.pairs(arm, found).values())
         colour, middle = _colour(found), found.difference.interval
         axes.plot(pairs, [row] * len(pairs), "o", color=colour, ms=3, mfc="none", mew=0.7)
         if middle.low is not None:

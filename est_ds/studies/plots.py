@@ -209,10 +209,7 @@ def _interval(compared: Compared | None) -> Interval | None:
 def _difference(snapshot: Snapshot, arm: ArmAnswer, budget: str) -> list[go.Scatter]:
     """Differences of an arm's seeds, and their mean with its interval; empty if unknown."""
     compared, look = arm.budgets.get(budget), snapshot.looks[arm.name]
-    interval, pairs = _interval(compared), {}
-    if compared and interval:
-        dense = {r.seed: r.loss for r in snapshot.answers.dense if r.steps == compared.steps}
-        pairs = {s: loss - dense[s] for s, loss in arm.losses.items() if dense.get(s) is not None}
+    interval, pairs = _interval(compared), snapshot.pairs(arm, compared)
     seeds = go.Scatter(
         x=list(pairs.values()),
         y=[arm.name] * max(1, len(pairs)),

@@ -10,7 +10,7 @@ import numpy as np
 
 from est_ds.cost.flops import phase_ratios
 from est_ds.report.interactive import Look, look
-from est_ds.studies.answers import Answers, ArmAnswer
+from est_ds.studies.answers import Answers, ArmAnswer, Compared
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun
 from est_ds.studies.times import known_ratios
@@ -67,6 +67,14 @@ class Snapshot:
         keys = {s: self.runs.run(arm.name, s, arm.values).key for s in self.runs.file.seeds}
         runs = self.results.runs
         return {seed: runs[key] for seed, key in keys.items() if key in runs}
+
+    def pairs(self, arm: ArmAnswer, compared: Compared | None) -> dict[int, float]:
+        """Loss of an arm less the baseline's, in nats, by the seeds that both have; `compared` is
+        the arm at a budget."""
+        if compared is None:
+            return {}
+        dense = {r.seed: r.loss for r in self.answers.dense if r.steps == compared.steps}
+        return {s: loss - dense[s] for s, loss in arm.losses.items() if dense.get(s) is not None}
 
     def spent(self, arm: ArmAnswer, steps: Sequence[int]) -> dict[str, list[float]]:
         """What a run of an arm has cost after so many steps, by cost.

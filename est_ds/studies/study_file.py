@@ -70,7 +70,7 @@ class SeedLists(Strict):
         return max(len(v) for v in (self.model, self.data, self.method) if isinstance(v, list))
 
 
-class Evaluate(Strict):
+class StudyEvaluate(Strict):
     """What every finished run is asked beside its held-out loss.
 
     Attributes:
@@ -129,7 +129,7 @@ class Study(Strict):
     screen: Annotated[float, Field(gt=0.0)] | None = None
     dense_curve: tuple[Annotated[float, Field(gt=0.0, le=10.0)], ...] = ()
     intervals: bool = True
-    evaluate: Evaluate | None = None
+    evaluate: StudyEvaluate | None = None
     keep_checkpoints: bool = False
     results: PathText | None = None
 

@@ -13,7 +13,7 @@ from est_ds.score.evaluate import Wish, check_tasks, score_tasks
 from est_ds.studies.results import RunResult
 from est_ds.studies.runs import Runs, StudyRun
 from est_ds.studies.statistics import Interval, t_interval
-from est_ds.studies.study_file import Evaluate
+from est_ds.studies.study_file import StudyEvaluate
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def check_evaluate(runs: Runs) -> None:
             check_tasks(asked.tasks, head, "evaluate.tasks")
 
 
-def scores_of(run: StudyRun, asked: Evaluate) -> dict[str, TaskScore]:
+def scores_of(run: StudyRun, asked: StudyEvaluate) -> dict[str, TaskScore]:
     """Asks the last checkpoint of a run.
 
     Raises:
@@ -54,7 +54,9 @@ def scores_of(run: StudyRun, asked: Evaluate) -> dict[str, TaskScore]:
     return score_tasks(run.config, Wish(LATEST, asked.tasks, limit=asked.limit))
 
 
-def task_answers(asked: Evaluate | None, results: Mapping[int, RunResult]) -> dict[str, TaskAnswer]:
+def task_answers(
+    asked: StudyEvaluate | None, results: Mapping[int, RunResult]
+) -> dict[str, TaskAnswer]:
     """What an arm scores, by task.
 
     Args:
@@ -72,7 +74,7 @@ def task_answers(asked: Evaluate | None, results: Mapping[int, RunResult]) -> di
     return found
 
 
-def unasked(asked: Evaluate | None, results: Iterable[RunResult]) -> list[str]:
+def unasked(asked: StudyEvaluate | None, results: Iterable[RunResult]) -> list[str]:
     """Warns of runs that are done and have no score of a task."""
     done = [result for result in results if result.loss is not None]
     lacking = [r for r in done if asked and not all(_score(r, t, asked) for t in asked.tasks)]
@@ -85,7 +87,7 @@ def unasked(asked: Evaluate | None, results: Iterable[RunResult]) -> list[str]:
     ]
 
 
-def _score(result: RunResult, task: str, asked: Evaluate) -> TaskScore | None:
+def _score(result: RunResult, task: str, asked: StudyEvaluate) -> TaskScore | None:
     """What a run scored in a task as it is asked now; None if it was not, or on other places."""
     score = result.tasks.get(task)
     return score if score and score.settings.get("limit") == asked.limit else None

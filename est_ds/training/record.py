@@ -17,11 +17,11 @@ from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.peaks import mfu, peak_flops
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.engine.base import Engine
+from est_ds.errors import amount
 from est_ds.plans.methods.base import SAVES_NOTHING, plan_loads
 from est_ds.plans.phases import Phase
 from est_ds.plans.plan import StepPlans
 from est_ds.ranks.world import World, say
-from est_ds.report.plan_text import amount
 from est_ds.run.metrics import (
     MetricsFile,
     depth_text,

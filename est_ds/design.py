@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
@@ -90,6 +91,23 @@ class Design:
             UserError: they are not those of its model.
         """
         return Weights(self.config.model, self.hf_config, self.method.layers(0))
+
+    def first_model(self) -> nn.Module:
+        """The whole model in this process, in fp32, with what the run begins with.
+
+        Raises:
+            UserError: published weights are not those of its model.
+        """
+        model = empty_model(self.hf_config)
+        self.draw(model, [""])
+        if self.has_weights:
+            held = self.weights()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in held.names:  # others are of layers that are still to come
+                        read = held.read(name, "weight", 0, parameter.numel())
+                        parameter.copy_(read.view_as(parameter))
+        return model
 
     def begin(self, model: nn.Module, paths: Iterable[str]) -> None:
         """Gives submodules of an empty model what the run begins with: drawn weights, or room for

@@ -86,6 +86,17 @@ def test_run_under_zero_3_begins_with_tied_weights(published, synthetic_run, tmp
     check_continuity(train_in(tmp_path, synthetic_run, [("data 2, ZeRO 3", "qwen3", begin)]))
 
 
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_first_model_is_the_published_one(family, published, synthetic_run):
+    begin = [*SHORT, f"model.from={published[family]}"]
+    found = make_design(load_run(synthetic_run, begin)).first_model().state_dict()
+    auto = transformers.AutoModelForCausalLM.from_pretrained(published[family], dtype="float32")
+    expected = auto.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
 @pytest.mark.slow
 def test_run_that_has_begun_needs_the_folder_no_more(published, synthetic_run, tmp_path):
     """It was killed in its first step, and goes on by its run file in another layout."""

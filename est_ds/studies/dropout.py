@@ -144,10 +144,7 @@ def _state(baseline: StudyRun, at: At) -> _State:
             )
         design, done, weights = open_weights(Wanted(at.run or config.run_dir, (), step))
         return _State(Path(design.config.run_dir), done, weights)
-    design = make_design(config)
-    model = empty_model(design.hf_config)
-    design.draw(model, [""])
-    return _State(Path(config.run_dir), 0, model.state_dict())
+    return _State(Path(config.run_dir), 0, make_design(config).first_model().state_dict())
 
 
 def _fits(design: Design, weights: dict[str, Tensor]) -> bool:

@@ -215,7 +215,7 @@ def test_store_that_hangs_ends_the_run_and_the_line_that_waits_is_named(folder):
     run_dir = folder / "run"
     with trained(folder, run_dir, "watchdog.limit_s=20") as job:
         os.mkfifo(run_dir / "checkpoints" / ".latest.partial")
-        named = ["rank 0 on ", "is held up at est_ds/disk.py:", "(replace_text)"]
+        named = ["rank 0 on ", "is held up at est_ds/disk.py:", "(replace_bytes)"]
         check_end(job, "no progress for 20 s", *named)
     check_goes_on(folder, run_dir)
 

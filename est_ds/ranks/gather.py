@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from est_ds.errors import UserError
 
 T = TypeVar("T")
 
@@ -30,6 +34,33 @@ def of_rank_0(value: T) -> T:
     values: list[Any] = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_threads(work: Callable[[], object] | None, goes_on: Callable[[], None]) -> None:
+    """Runs something long on a thread of each rank that has something to do, until all are done.
+
+    Args:
+        work: None: this rank has nothing to do.
+        goes_on: called every second while any rank works.
+
+    Raises:
+        UserError: it raised one on some rank; all raise it.
+        Exception: it raised another on this rank.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        working: Future[object] | None = pool.submit(work) if work else None
+        while True:
+            goes_on()
+            done = working is None or bool(wait([working], 1.0).done)
+            error = working.exception() if working and done else None
+            everyone = gathered((done, error))
+            for _, found in everyone:
+                if isinstance(found, UserError):
+                    raise found
+            if error:
+                raise error
+            if all(done for done, _ in everyone):
+                return
 
 
 def is_same_on_all(text: str) -> bool:

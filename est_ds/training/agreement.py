@@ -8,11 +8,10 @@ every checkpoint and at every phase change, and at no cost in between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from est_ds.errors import Failure, UserError
+from est_ds.errors import Failure
 from est_ds.plans.plan import Plan, StepPlans
-from est_ds.ranks.gather import gathered, is_same_on_all
+from est_ds.ranks.gather import gathered, is_same_on_all, on_threads
 from est_ds.run.prepare import Run
 
 
@@ -62,17 +61,4 @@ def check_hashes(run: Run, reads: bool, goes_on: Callable[[], None]) -> None:
     Raises:
         UserError: a file was altered, or a corpus has no manifest; all raise it.
     """
-    with ThreadPoolExecutor(1) as pool:
-        reading: Future[None] | None = pool.submit(run.check_hashes) if reads else None
-        while True:
-            goes_on()
-            done = reading is None or bool(wait([reading], 1.0).done)
-            error = reading.exception() if reading and done else None
-            everyone = gathered((done, error))
-            for _, found in everyone:
-                if isinstance(found, UserError):
-                    raise found
-            if error:
-                raise error
-            if all(done for done, _ in everyone):
-                return
+    on_threads(run.check_hashes if reads else None, goes_on)

@@ -188,13 +188,18 @@ class Copier:
         another but by the store: some may have gone.
 
         Args:
-            limit_s: for how long; `copy_wait_s` if None.
+            limit_s: for how long, if the last try did not fail; `copy_wait_s` if None, and then in
+                any case.
         """
+        gives_up = limit_s is not None
         limit_s = self._settings.copy_limit_s if limit_s is None else limit_s
         deadline = time.monotonic() + limit_s + (0.0 if self._is_first else LATE_S)
         with suppress(dist.DistError, OSError):
             while time.monotonic() < deadline and self._thread.is_alive():
-                if self._left is None if self._is_first else self._board.has_ended():
+                if self._is_first:
+                    if self._left is None or (gives_up and self._status.error):
+                        break
+                elif self._board.has_ended():
                     break
                 self._goes_on()
                 time.sleep(EVERY_S / 5)

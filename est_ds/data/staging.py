@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 
+from est_ds.config.corpora import Data
 from est_ds.config.kinds import is_url
 from est_ds.data.manifest import Manifest, manifest_path, read_manifest
 from est_ds.data.remote import Remote, RemoteError, persistent
@@ -55,12 +56,12 @@ def is_staged(prefix: str, manifest: Manifest) -> bool:
     return _is_whole(_place(prefix, manifest, cache_folder()), manifest)
 
 
-def allowance_s(prefixes: Iterable[str]) -> float:
-    """How much longer than others a node may take to start, since it has corpora to fetch."""
+def fetching_s(data: Data) -> float:
+    """How much later than others a node may start, since it has corpora to fetch."""
+    prefixes = [*(part.corpus for part in data.parts), *data.held_out.values()]
     manifests = [read_manifest(prefix) for prefix in prefixes if is_url(prefix)]
-    return sum(sum(f.bytes for f in _files("", m).values()) for m in manifests if m) / (
-        SLOW_BYTES_PER_S
-    )
+    files = [file for manifest in manifests if manifest for file in _files("", manifest).values()]
+    return sum(file.bytes for file in files) / SLOW_BYTES_PER_S
 
 
 @cache

@@ -16,6 +16,7 @@ from est_ds.checkpoints.resume import choose_checkpoint, load_checkpoint, load_w
 from est_ds.checkpoints.store import Store
 from est_ds.checkpoints.writer import Saver
 from est_ds.data.prefetch import Prefetched
+from est_ds.data.staging import fetching_s
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
 from est_ds.engine.start import start_processes
@@ -75,7 +76,7 @@ def train(
     lock = lock_run_dir(config) if world.is_first else None
     limit_s = config.watchdog.limit_s
     with BeforeTraining(world) as before:
-        meeting = join(world, limit_s, before.reached)
+        meeting = join(world, limit_s + fetching_s(config.data), before.reached)
         with Watchdog(meeting, world, limit_s) as watchdog:
             if config.data.verify == "hashes":
                 check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))

@@ -1,9 +1,8 @@
-"""A real S3 server (moto's) in a process of its own, and faults on the way to it."""
+"""Servers of buckets in processes of their own (moto's of S3), and faults on the way to one."""
 
 from __future__ import annotations
 
 import http.client
-import os
 import subprocess
 import sys
 import threading
@@ -30,18 +29,25 @@ def s3_server(log: Path) -> Iterator[int]:
     """Runs the server; gives its port."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with _serving(command, f"http://127.0.0.1:{port}/moto-api/data.json", log):
+        yield port
+
+
+@contextmanager
+def _serving(command: list[str], url: str, log: Path) -> Iterator[None]:
+    """Runs a server from when it answers."""
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=dict(os.environ))
+        process = subprocess.Popen(command, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + 60
         while True:
             try:
-                urlopen(f"http://127.0.0.1:{port}/moto-api/data.json", timeout=5).close()
+                urlopen(url, timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
-        yield port
+        yield
     finally:
         process.kill()
         process.wait()
@@ -130,3 +136,14 @@ class Way:
             threading.Thread(target=proxy.serve_forever, daemon=True).start()
             yield proxy.server_address[1]
             proxy.shutdown()
+
+
+@contextmanager
+def gcs_server(log: Path) -> Iterator[str]:
+    """Runs a stand-in of Google Cloud Storage with a bucket; gives its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--port", str(port)]
+    command += ["--in-memory", "--default-bucket", BUCKET]
+    address = f"http://127.0.0.1:{port}"
+    with _serving(command, f"{address}/storage/v1/b?project=tests", log):
+        yield address

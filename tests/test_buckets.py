@@ -15,7 +15,7 @@ import fsspec
 import pytest
 import torch.distributed as dist
 
-from buckets import BUCKET, SECRET, Way, credentials, s3_server
+from buckets import BUCKET, SECRET, Way, credentials, gcs_server, s3_server
 from conftest import ROOT, fork_ranks, refused, train
 from est_ds.checkpoints import copier as copier_file
 from est_ds.checkpoints.bucket import Bucket
@@ -276,6 +276,24 @@ def test_file_of_many_requests_arrives_whole_or_not_at_all(way, tmp_path, monkey
         wrong = describe(file).model_copy(update={"sha256": "0" * 64})
         remote.fetch("a", tmp_path / "again", wrong, lambda _: None)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.slow
+def test_copies_in_google_cloud_storage(copied, alone, tmp_path, monkeypatch):
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    shutil.copytree(copied[0] / "checkpoints", tmp_path / "run" / "checkpoints")
+    store, notes = Store.of(tmp_path / "run"), []
+    with gcs_server(tmp_path / "log.txt") as address:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        bucket = Bucket(f"gs://{BUCKET}/run")
+        with copier_of(store, copies_to(bucket.url), alone, notes) as copier:
+            assert copier.settle() is None, notes
+            copier.offer(2)
+            copier.offer(4)
+            assert copier.settle() is None, notes
+        assert bucket.steps() == [4]
+        fetched(bucket, 4, tmp_path)
 
 
 def make_checkpoint(store: Store, step: int) -> None:

@@ -7,6 +7,7 @@ google-auth read them. No message holds one.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import time
@@ -103,7 +104,11 @@ class Remote:
     def __init__(self, url: str, field: str) -> None:
         check_installed(url, field)
         self.url, scheme = url, url.partition("://")[0]
-        options = {} if scheme == "file" else {"use_listings_cache": False}
+        options = {}
+        if scheme in PACKAGES:
+            options["use_listings_cache"] = False
+            # What it logs besides what it raises may hold keys.
+            logging.getLogger(PACKAGES[scheme][0]).setLevel(logging.CRITICAL)
         self._files = fsspec.filesystem(scheme, **options)
         self._folder = self._files._strip_protocol(url).rstrip("/")
 

@@ -136,6 +136,8 @@ class Copier:
         self._thread = threading.Thread(target=self._quietly, args=(work,), daemon=True)
 
     def __enter__(self) -> Copier:
+        if self._is_first:
+            self._status.wanted = self._store.latest  # which a killed run may have left uncopied
         self._thread.start()
         return self
 
@@ -230,7 +232,6 @@ class Copier:
 
     def _lead(self) -> None:
         """Has what is wanted copied, on rank 0."""
-        self._catch_up()
         while (step := self._next()) is not None:
             wait_s = FIRST_WAIT_S
             while (error := self._try(step)) is not None:
@@ -260,18 +261,6 @@ class Copier:
             self._status.busy, self._status.wanted = self._status.wanted, None
             return self._status.busy
 
-    def _catch_up(self) -> None:
-        """Asks for a copy of the newest checkpoint, if a killed run left it without one."""
-        latest = self._store.latest
-        if latest is None:
-            return
-        with suppress(RemoteError):
-            if self._bucket.index(latest) is not None:
-                return
-        with self._changed:
-            if self._status.wanted is None:
-                self._status.wanted = latest
-
     def _try(self, step: int) -> str | None:
         """Copies a checkpoint; returns what went wrong."""
         began = time.monotonic()
@@ -281,6 +270,8 @@ class Copier:
             return str(e)
         with self._changed:
             self._status.error = None
+        if index is None:
+            return None
         size = gigabytes(sum(file.bytes for file in index.files.values()))
         took = time.monotonic() - began
         self._note(f"checkpoint {step} copied to {self._bucket.url} ({size}, {took:.0f} s)")
@@ -290,8 +281,11 @@ class Copier:
             self._note(f"warning: older copies could not be removed ({e})")
         return None
 
-    def _copy(self, step: int) -> Index:
+    def _copy(self, step: int) -> Index | None:
+        """Returns what was copied; None if the bucket has it."""
         index = read_index(self._store.path(step))
+        if self._bucket.index(step) == index:
+            return None
         self._bucket.begin(step)
         self._number += 1
         self._board.order(self._number, step)

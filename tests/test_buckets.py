@@ -32,6 +32,8 @@ from est_ds.data.staging import CACHE, _staged_corpus, _staged_folder
 from est_ds.disk import describe, hold
 from est_ds.errors import UserError
 from est_ds.run.metrics import read_metrics
+from est_ds.studies.runs import Runs
+from est_ds.studies.study_file import load_study
 from forks import fork, wait
 
 SHORT = ("method.name=full", "steps=4", "schedule.warmup=1", "evaluate.every=4")
@@ -204,6 +206,18 @@ def test_notice_waits_for_the_last_copy(way, tiny_run, tmp_path):
     bucket = Bucket(f"s3://{BUCKET}/notice")
     assert bucket.newest() == read_index(Store.of(run).path(latest))
     fetched(bucket, latest, tmp_path)
+
+
+def test_branch_takes_no_copies_of_its_parents_for_its_own(copied, capsys, tmp_path):
+    arguments = ("branch", copied[0], "--at", "2", "--run-dir", tmp_path / "branch", "steps=8")
+    assert "give the branch a folder of its own" in refused(capsys, *arguments)
+    assert not (tmp_path / "branch").exists()
+
+
+def test_runs_of_a_study_have_copies_apart(write_study):
+    study = write_study(set={"steps": 8, "checkpoint": {"every": 4, "copy_to": "file:///there"}})
+    runs = Runs(load_study(study))
+    assert runs.run("layers", 1, ()).config.checkpoint.copy_to == "file:///there/layers/seed_1"
 
 
 # Copies alone

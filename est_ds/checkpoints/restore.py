@@ -20,7 +20,7 @@ from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.data.remote import RemoteError, RemoteMissing, persistent
-from est_ds.disk import replace_bytes, replace_text, sync_folder
+from est_ds.disk import describe, replace_bytes, replace_text, sync_folder
 from est_ds.errors import Failure, UserError, gigabytes
 from est_ds.ranks.gather import gathered, of_rank_0, on_threads
 from est_ds.ranks.world import say
@@ -125,10 +125,12 @@ def _restore(store: Store, bucket: Bucket, copy: Index, goes_on: Callable[[], No
 
 
 def _fetch(bucket: Bucket, copy: Index, folder: Path, part: tuple[int, int]) -> None:
+    folder.mkdir(exist_ok=True)  # a shared file system may show it late
     for name in sorted(copy.files)[part[0] :: part[1]]:
-        file, there = folder / name, f"{tag_of(copy.step)}/{name}"
-        if not file.exists():  # else it is whole, and hashed again before the run resumes from it
-            persistent(partial(bucket.fetch, there, file, copy.files[name], lambda _: None))
+        file, expected = folder / name, copy.files[name]
+        if not file.exists() or describe(file) != expected:
+            there = f"{tag_of(copy.step)}/{name}"
+            persistent(partial(bucket.fetch, there, file, expected, lambda _: None))
 
 
 def _make_room(store: Store, folder: Path, copy: Index) -> None:

@@ -150,8 +150,8 @@ class Checkpoint(Strict):
         copy_to: each is also copied to this folder of a bucket in the background, and kept there
             by the same rules: `s3://BUCKET/FOLDER`, `gs://BUCKET/FOLDER` or `file:///FOLDER`, of
             this run alone. `resume: auto` looks there too.
-        copy_required: a copy that fails ends the run before the next checkpoint is written;
-            without this it is tried again while the run goes on.
+        copy_required: a copy that is not done in time ends the run before the next checkpoint is
+            written; without this it is tried again while the run goes on.
         copy_wait_s: seconds that the end of a run, or a notice, waits for the last copy, and with
             `copy_required` the next checkpoint for the former one's (default 600).
     """

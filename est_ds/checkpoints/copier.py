@@ -159,15 +159,19 @@ class Copier:
         with self._changed:
             return {s for s in (self._status.wanted, self._status.busy) if s is not None}
 
-    def settle(self) -> str | None:
+    def settle(self, gives_up: bool = False) -> str | None:
         """Waits until nothing is to be copied, or `copy_wait_s` are over. Every rank calls it.
+
+        Args:
+            gives_up: it does not wait for a copy that has failed to be tried again.
 
         Returns:
             What is still not copied, and why; None if all is.
         """
         deadline = time.monotonic() + self._settings.copy_limit_s
         while True:
-            left, over = of_rank_0((self._left, time.monotonic() > deadline))
+            over = time.monotonic() > deadline or (gives_up and self._status.error is not None)
+            left, over = of_rank_0((self._left, over))
             if left is None or over:
                 return left
             self._goes_on()

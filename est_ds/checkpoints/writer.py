@@ -175,14 +175,14 @@ class Saver:
         self._content = None
 
     def settle(self) -> None:
-        """Waits until nothing is being written or copied. Every rank calls it.
+        """Waits until nothing is being written or sent. Every rank calls it.
 
         Raises:
             Failure: as of `finish`.
         """
         self.finish()
         if self._copier:
-            self._copier.settle()
+            self._copier.settle(gives_up=True)
 
     def _open(self) -> None:
         self._store.folder.mkdir(parents=True, exist_ok=True)

@@ -278,9 +278,11 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.launch.retries import train_again_until_done
     from est_ds.run.directory import lock_run_dir
     from est_ds.run.prepare import prepare
+    from est_ds.run.tracker_kinds import check_trackers
     from est_ds.training.loop import train
 
     config = load_run(parsed.run, parsed.overrides)
+    check_trackers(config)
     end_with_starter()  # the launcher, or a study
     if launched():
         if parsed.restarts:

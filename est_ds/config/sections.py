@@ -225,17 +225,38 @@ class Divergence(Strict):
         return 10 if self.limit is None else self.limit
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Log(Strict):
-    """What is logged.
+    """What is logged, and where it is shown.
 
     Attributes:
         every: steps from one line of `metrics.jsonl` to the next.
+        to: trackers that show the figures of these lines, and the config. TensorBoard's files are
+            in the run directory; the others are extras of the package, and take their own
+            environment variables.
+        project: the W&B or trackio project, or MLflow experiment (default: what their variables
+            say, or est_ds).
         step_times: after the last checkpoint the phases' steps are timed in turns
             (`training.turns`).
     """
 
     every: Positive = 1
+    to: tuple[TrackerName, ...] = ("tensorboard",)
+    project: Annotated[str, Field(min_length=1)] | None = None
     step_times: bool = True
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Log:
+        if twice := [name for name in self.to if self.to.count(name) > 1]:
+            raise ValueError(f"to names {twice[0]} more than once; name it once")
+        if self.project is not None and not set(self.to) - {"tensorboard"}:
+            raise ValueError(
+                f"project={self.project!r} has no effect with to={list(self.to)}; remove it, or "
+                f"add wandb, mlflow or trackio to log.to"
+            )
+        return self
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -36,12 +36,14 @@ class Tracker(ABC):
     Attributes:
         name: in `log.to`, and of its extra.
         hides: whether it can hide points, so that what is trained anew is sent anew.
+        in_rows: whether it takes all figures of an x at once.
         tracker: accelerate's, from `start` on.
         new_name: a name for a run that is new there.
     """
 
     name: str
     hides = False
+    in_rows = False
     tracker: Any
 
     def __init__(self, config: RunConfig) -> None:
@@ -71,6 +73,10 @@ class Tracker(ABC):
     def describe(self, about: dict[str, Any], is_new: bool) -> None:
         """Saves what there is to know of a run, which may be new there."""
         self.tracker.store_init_configuration(about)
+
+    def log(self, figures: dict[str, float], done: int) -> None:
+        """Sends figures of an x."""
+        self.tracker.log(figures, step=done)
 
     def hide_after(self, done: int) -> None:
         """Hides the points after `done` steps."""
@@ -109,9 +115,11 @@ class TensorBoard(Tracker):
 
 
 class Wandb(Tracker):
-    """Its files are in `wandb/` of the run directory."""
+    """Its files are in `wandb/` of the run directory. It keeps a row to itself, where a kill loses
+    it, until it is told that it is whole; from then on it takes no more of that x."""
 
     name = "wandb"
+    in_rows = True
 
     def start(self, run: str | None, done: int) -> str:
         import wandb
@@ -123,6 +131,9 @@ class Wandb(Tracker):
         given = {"id": run, "name": os.environ.get("WANDB_NAME", run), "resume": "allow"}
         self._begin(WandBTracker(project, dir=self.directory, settings=settings, **given))
         return run
+
+    def log(self, figures: dict[str, float], done: int) -> None:
+        self.tracker.log(figures, step=done, commit=True)
 
     def finish(self, ended_well: bool) -> None:
         self.tracker.run.finish(exit_code=0 if ended_well else 1)
@@ -144,7 +155,7 @@ class Mlflow(Tracker):
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         artifacts = None
         if MLFLOW_STORE not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{self.directory}/mlflow.db")
+            mlflow.set_tracking_uri(_sqlite(_whole_database(self.directory / "mlflow.db")))
             artifacts = (self.directory / "mlruns").as_uri()
         tracker = MLflowTracker(PROJECT, logging_dir=artifacts, run_name=self.new_name)
         # The variables of MLflow have the last word in accelerate.
@@ -166,6 +177,23 @@ class Mlflow(Tracker):
         import mlflow
 
         mlflow.end_run("FINISHED" if ended_well else "FAILED")
+
+
+def _whole_database(file: Path) -> Path:
+    """Makes MLflow's database where there is none. It takes many statements, and one that a kill
+    has left half made can never be opened."""
+    if not file.exists():
+        from mlflow import MlflowClient
+
+        beside = file.with_suffix(".partial")
+        beside.unlink(missing_ok=True)
+        MlflowClient(_sqlite(beside)).search_experiments()
+        os.replace(beside, file)
+    return file
+
+
+def _sqlite(file: Path) -> str:
+    return f"sqlite:///{file}"
 
 
 class Trackio(Tracker):

@@ -154,6 +154,7 @@ class _Thread(threading.Thread):
         self.error: str | None = None
         self._tracker, self._file = tracker, tracker.directory / FOLDER / f"{tracker.name}.json"
         self._mark = Mark(run=tracker.new_name)
+        self._held: list[Point] = []  # of one x
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._calls.put(partial(self._begin, about, start))
         self._ended_well = False
@@ -179,6 +180,7 @@ class _Thread(threading.Thread):
         try:
             for call in iter(self._calls.get, None):
                 call()
+            self._send_held()
             self._tracker.finish(self._ended_well)
         except Exception as e:  # whatever a library, a disk or a network raises
             self.error = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
@@ -200,12 +202,22 @@ class _Thread(threading.Thread):
         return {kind: min(last, done) for kind, last in self._mark.sent.items()}
 
     def _send(self, point: Point) -> None:
-        former = self._mark
-        if point.done <= former.sent.get(point.kind, -1):
+        if self._held and self._held[0].done != point.done:
+            self._send_held()
+        self._held.append(point)
+        if not self._tracker.in_rows:
+            self._send_held()
+
+    def _send_held(self) -> None:
+        former, held = self._mark, self._held
+        new = [point for point in held if point.done > former.sent.get(point.kind, -1)]
+        self._held = []
+        if not new:
             return
-        self._write(Mark(run=former.run, sent=former.sent | {point.kind: point.done}))
+        self._write(Mark(run=former.run, sent=former.sent | {p.kind: p.done for p in new}))
         try:
-            self._tracker.tracker.log(point.figures, step=point.done)
+            figures = {name: x for point in new for name, x in point.figures.items()}
+            self._tracker.log(figures, new[0].done)
         except Exception:
             self._write(former)
             raise

@@ -127,6 +127,10 @@ class Wandb(Tracker):
 
         run = run or self.new_name
         settings = wandb.Settings(silent=True, console="off", finish_timeout=LIMIT_S)
+        mode = wandb.setup(settings).settings.mode
+        # It would ask a terminal for a key, though nobody may sit there.
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no API key: run wandb login, or set WANDB_MODE=offline")
         project = self.project or os.environ.get("WANDB_PROJECT", PROJECT)
         given = {"id": run, "name": os.environ.get("WANDB_NAME", run), "resume": "allow"}
         self._begin(WandBTracker(project, dir=self.directory, settings=settings, **given))

@@ -182,7 +182,7 @@ class _Thread(threading.Thread):
                 call()
             self._send_held()
             self._tracker.finish(self._ended_well)
-        except Exception as e:  # whatever a library, a disk or a network raises
+        except BaseException as e:  # whatever a library, a disk or a network raises
             self.error = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
 
     def _begin(self, about: dict[str, Any], done: int) -> None:

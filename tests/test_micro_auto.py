@@ -89,13 +89,13 @@ def test_only_what_starts_the_processes_finds_it(tiny_run, tmp_path, capsys, mon
 def test_training_begins_with_what_fits_and_its_config_says_so(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     done = est_ds(
-        "train", tiny_run, f"run_dir={run_dir}", AUTO, ALONE, "steps=1", "method.name=full"
+        "train", tiny_run, f"run_dir={run_dir}", AUTO, ALONE, "steps=2", "method.name=full"
     )
     assert done.returncode == 0, done.stderr
     assert "batch.micro=auto: 8, estimated at" in done.stdout
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["batch"]["micro"] == 8
     assert "micro_batch 8 x accumulation 1" in done.stdout
-    [step], _ = read_metrics(run_dir)
+    [step, _], _ = read_metrics(run_dir)
     assert step["layout"]["micro"] == 8
 
 

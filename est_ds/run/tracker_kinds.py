@@ -39,6 +39,7 @@ class Tracker(ABC):
         in_rows: whether it takes all figures of an x at once.
         tracker: accelerate's, from `start` on.
         new_name: a name for a run that is new there.
+        limit_s: how long it may take at the end, where the watchdog still looks.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Tracker(ABC):
     def __init__(self, config: RunConfig) -> None:
         self.directory = Path(config.run_dir).absolute()
         self.project = config.log.project
+        self.limit_s = min(LIMIT_S, config.watchdog.limit_s / 2)
         # W&B takes no other characters.
         base = re.sub(r"[^\w-]", "-", self.directory.name, flags=re.ASCII)[:60]
         self.new_name = f"{base}-{secrets.token_hex(4)}"
@@ -126,7 +128,7 @@ class Wandb(Tracker):
         from accelerate.tracking import WandBTracker
 
         run = run or self.new_name
-        settings = wandb.Settings(silent=True, console="off", finish_timeout=LIMIT_S)
+        settings = wandb.Settings(silent=True, console="off", finish_timeout=self.limit_s)
         mode = wandb.setup(settings).settings.mode
         # It would ask a terminal for a key, though nobody may sit there.
         if mode == "online" and not wandb.login(prompt=False, verify=False):

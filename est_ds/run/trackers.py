@@ -13,6 +13,7 @@ import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from typing import Any
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import Stored
 from est_ds.plans.methods.base import Method
-from est_ds.run.tracker_kinds import LIMIT_S, Tracker, describe_run, make_trackers
+from est_ds.run.tracker_kinds import Tracker, describe_run, make_trackers
 
 FOLDER = "trackers"
 
@@ -101,6 +102,7 @@ class Trackers:
     ) -> None:
         self._method, self._note = method, note
         made = make_trackers(config)
+        self._limit_s = max((tracker.limit_s for tracker in made), default=0.0)
         about = describe_run(config, method.phases) if made else {}
         self._threads = [_Thread(tracker, about, start) for tracker in made]
         for line in lines() if made else ():
@@ -126,10 +128,11 @@ class Trackers:
         """
         for thread in self._threads:
             thread.end(ended_well)
+        end = time.monotonic() + self._limit_s
         for thread in self._threads:
-            thread.join(LIMIT_S)
+            thread.join(max(0.0, end - time.monotonic()))
             if thread.is_alive():
-                thread.error = f"not ready {LIMIT_S:.0f} s after the end"
+                thread.error = f"not ready {self._limit_s:.0f} s after the end"
         self._warn()
 
     def _warn(self) -> None:

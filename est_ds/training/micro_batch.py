@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,18 +170,19 @@ def main(arguments: list[str]) -> None:
     end_with_starter()
     run, *overrides = [word for word in arguments if not word.startswith("--")]
     try:
-        config = load_run(run, overrides)
         meeting = start_processes(world, GAVE_UP_S)
+        config = load_run(run, overrides)
         with Watchdog(meeting, world, GAVE_UP_S) as watchdog:
-            _train_some(config, world, watchdog)
+            try:
+                _train_some(config, world, watchdog)
+            except Exception as e:
+                if _is_lack_of_memory(e):
+                    print(TOO_LARGE, file=sys.stderr, flush=True)
+                    os._exit(1)  # the others may be waiting for this one
+                raise
     except (UserError, Failure) as e:
         print(f"est-ds: {e}", file=sys.stderr, flush=True)
         leave_processes(2 if isinstance(e, UserError) else 1)
-    except Exception as e:
-        traceback.print_exc()
-        if _is_lack_of_memory(e):
-            print(TOO_LARGE, file=sys.stderr, flush=True)
-        os._exit(1)  # the others may be waiting for this one
     leave_processes()
 
 

@@ -255,11 +255,14 @@ def of_trackio(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {n: [(step, metrics[n]) for step, metrics in rows if n in metrics] for n in names}
 
 
+def needs(name: str):
+    reason = f"{name} is not installed here: pip install -e '.[{name}]'"
+    return pytest.param(name, marks=pytest.mark.skipif(not is_here(name), reason=reason))
+
+
 @slow
-@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("name", [needs(name) for name in EXTRAS])
 def test_a_killed_and_resumed_run_is_one_run_with_every_point_once(name, resumed):
-    if not is_here(name):
-        pytest.skip(f"{name} is not installed here: pip install 'est_ds[{name}]'")
     found = {"wandb": of_wandb, "mlflow": of_mlflow, "trackio": of_trackio}[name](resumed)
     of = make_design(make_config()).method
     expected: dict[str, dict[int, float]] = {}

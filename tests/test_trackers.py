@@ -39,13 +39,16 @@ def method(**changes):
     return make_design(make_config(**changes)).method
 
 
-def track(run_dir: Path, start: int, known: int, sent: list[dict], *changes: int) -> list[str]:
+def track(
+    run_dir: Path, start: int, known: int, sent: list[dict], *changes: int, **of_run
+) -> list[str]:
     """Tracks lines in one start of a run that has logged `known` lines; returns what was said.
 
     Args:
         changes: before these lines the run goes back to the step of the next line.
+        of_run: sections of the run.
     """
-    config, said = make_config(run_dir=str(run_dir)), []
+    config, said = make_config(run_dir=str(run_dir), **of_run), []
     trackers = Trackers(config, method(), start, lambda: LINES[:known], said.append)
     for i, line in enumerate(sent):
         if i in changes:
@@ -164,7 +167,7 @@ def kill_before(step: int, trackers: Path, names: list[str]) -> None:
             while min(sent(name) + (name == "wandb") for name in names) < step:
                 assert time.monotonic() < end
                 time.sleep(0.1)
-            time.sleep(3)  # trackio sends on a thread of its own
+            time.sleep(10)  # trackio sends on a thread of its own
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(job, at)
 
@@ -258,6 +261,27 @@ def of_trackio(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def needs(name: str):
     reason = f"{name} is not installed here: pip install -e '.[{name}]'"
     return pytest.param(name, marks=pytest.mark.skipif(not is_here(name), reason=reason))
+
+
+@slow
+@pytest.mark.parametrize("name", [needs("mlflow")])
+def test_mlflow_gets_what_a_kill_lost_on_its_way(name, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracker_kinds, "LIMIT_S", 300.0)  # its first database takes long
+    run_dir, log = tmp_path / "run", {"to": [name]}
+    run_dir.mkdir()
+    assert track(run_dir, 0, 0, LINES[:3], log=log) == []
+    file = run_dir / "trackers" / "mlflow.json"
+    mark = json.loads(file.read_text())
+    assert mark["sent"] == {"train": 3}
+    file.write_text(json.dumps(mark | {"sent": {"train": 4}}))  # and killed before it was sent
+    assert track(run_dir, 2, 2, LINES[2:], log=log) == []
+    points = MlflowClient(f"sqlite:///{run_dir}/mlflow.db").get_metric_history(
+        mark["run"], "train/loss"
+    )
+    assert sorted((p.step, p.value) for p in points) == [(i + 1, 9.0 - i) for i in range(6)]
 
 
 @slow

@@ -193,7 +193,8 @@ class _Thread(threading.Thread):
         if known:
             self._mark = Mark.model_validate_json(self._file.read_text())
         run = self._tracker.start(self._mark.run if known else None, done)
-        sent = self._until(done) if self._tracker.hides else self._mark.sent
+        marked = self._mark.sent
+        sent = self._until(done) if self._tracker.hides else self._tracker.sent(marked)
         self._write(Mark(run=run, sent=sent))
         self._tracker.describe(about, is_new=not known)
 

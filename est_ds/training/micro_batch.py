@@ -158,10 +158,11 @@ def _fits(arguments: list[str], where: Launch) -> bool:
         return False
     if code >= 128:  # a signal, and so a wish
         raise KeyboardInterrupt
-    last = next(filter(None, reversed(said.splitlines())), "it said nothing")
+    lines = said.strip().splitlines() or ["they said nothing"]
     if code == 2:
-        raise UserError(last.removeprefix("est-ds: "))
-    raise Failure(f"batch.micro=auto: the trial of {micro} failed: {last}")
+        raise UserError(lines[-1].removeprefix("est-ds: "))
+    end = " / ".join(line.strip() for line in lines[-8:])
+    raise Failure(f"batch.micro=auto: the trial of {micro} failed: {end}")
 
 
 def main(arguments: list[str]) -> None:

@@ -278,9 +278,12 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.launch.retries import train_again_until_done
     from est_ds.run.directory import lock_run_dir
     from est_ds.run.prepare import prepare
+    from est_ds.run.tracker_kinds import check_trackers
     from est_ds.training.loop import train
+    from est_ds.training.micro_batch import find_micro
 
     config = load_run(parsed.run, parsed.overrides)
+    check_trackers(config)
     end_with_starter()  # the launcher, or a study
     if launched():
         if parsed.restarts:
@@ -298,7 +301,10 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         if world.is_first:
             _summary(config.run_dir)
         leave_processes()
-    where = where_to(config, parsed)
+    where, overrides = where_to(config, parsed), list(parsed.overrides)
+    if config.batch.is_auto:
+        overrides.append(f"batch.micro={find_micro(parsed.run, overrides, where)}")
+        config = load_run(parsed.run, overrides)
     checkpoints = Store.of(prepare(config, where.processes).directory)
     if checkpoints.latest == config.steps:
         print(f"{config.run_dir} is done: all {config.steps} steps are behind it.")
@@ -308,7 +314,7 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if where.is_first:
         lock_run_dir(config).close()
     # Without the options that say where: DeepSpeed's launcher would take some as its own.
-    arguments = ["train", parsed.run, *parsed.overrides]
+    arguments = ["train", parsed.run, *overrides]
     sys.exit(train_again_until_done(arguments, where, config, parsed.restarts))
 
 

@@ -156,6 +156,11 @@ def make_design(config: RunConfig) -> Design:
     Raises:
         UserError: they do not fit.
     """
+    if config.batch.is_auto:
+        raise UserError(
+            "batch.micro=auto: only est-ds train (which starts the processes) and est-ds plan find "
+            "out how much fits; give a number here."
+        )
     check_deepspeed_section(config)
     hf = hf_config(config.model, config.data.sequence)
     _check_dropout(config, hf)

@@ -83,9 +83,16 @@ REFUSED = {
         ["round_robin_gradients", "wrong weights"],
     ),
     "owned DeepSpeed key that is off": (
-        ["deepspeed.tensorboard.enabled=false"],
-        ["deepspeed.tensorboard", "run_dir"],
+        ["deepspeed.steps_per_print=0"],
+        ["deepspeed.steps_per_print", "log.every"],
     ),
+    "two TensorBoards": (
+        ["deepspeed.tensorboard={enabled: true}"],
+        ["log.to=tensorboard", "deepspeed.tensorboard"],
+    ),
+    "unknown tracker": (["log.to=[tensorbord]"], ["log.to.0='tensorbord'", "'tensorboard'"]),
+    "tracker named twice": (["log.to=[tensorboard, tensorboard]"], ["log", "more than once"]),
+    "project of TensorBoard": (["log.project=mine"], ["project='mine'", "no effect"]),
     "unknown DeepSpeed key": (
         ["deepspeed.zero_optimisation.overlap_comm=true"],
         ["deepspeed.zero_optimisation", "'zero_optimization'"],

@@ -371,7 +371,7 @@ def load_measured(run: str, overrides: list[str], folder: str) -> None:
     design = make_design(load_run(run, overrides))
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    load_weights(build_engine(design, world, Path(folder)))
+    load_weights(build_engine(design, world))
     print(f"peak={_memory('VmHWM') - before}")
     leave_processes()
 

@@ -70,9 +70,7 @@ def test_buckets_are_even_as_deepspeed_asks(synthetic_run):
     """A pipe stage, or a BERT whose head has a bias for every token, may have an odd number."""
     config = load_run(synthetic_run, arguments("ZeRO 1", ()))
     for parameters, bucket in ((1, 2), (6, 6), (7, 8), (10**9 + 1, 500_000_000)):
-        settings = deepspeed_config(
-            config, data_parallel=2, parameters=parameters, tensorboard_dir="none"
-        )
+        settings = deepspeed_config(config, data_parallel=2, parameters=parameters)
         assert settings["zero_optimization"]["allgather_bucket_size"] == bucket
     odd = ("deepspeed.zero_optimization.allgather_bucket_size=7",)
     with pytest.raises(UserError, match="allgather_bucket_size=7: must be even; use 8"):

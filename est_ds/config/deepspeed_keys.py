@@ -24,7 +24,6 @@ OWNED = {
     "zero_optimization.offload_optimizer": "parallel.offload",
     "zero_force_ds_cpu_optimizer": "parallel.offload",
     "data_types.grad_accum_dtype": "precision (gradients are accumulated in fp32)",
-    "tensorboard": "run_dir (TensorBoard's files stand in run_dir/tensorboard)",
     "pipeline.activation_checkpoint_interval": "activation_checkpointing",
     "checkpoint": "checkpoint",
 }
@@ -89,6 +88,7 @@ WORKS = {
     "gradient_predivide_factor": (0, 1),
     "memory_breakdown": _ALL,
     "prescale_gradients": (0, 1),
+    "tensorboard": _ALL,
     "timers": _ALL,
     "wall_clock_breakdown": _ALL,
     "wandb": _ALL,
@@ -139,6 +139,12 @@ def check_deepspeed_section(config: RunConfig) -> None:
     for key, reason in refused.items():
         if _holds(section, key, even_off=key == "zero_optimization.compute_grad_norm"):
             raise UserError(f"deepspeed.{key} is refused: {reason}; remove it.")
+    for name in config.log.to:
+        if _holds(section, name):
+            raise UserError(
+                f"log.to={name} and deepspeed.{name} would both show every figure; remove one of "
+                f"them."
+            )
     _check_keys(section, "deepspeed", WORKS, REFUSED, zero)
     if "zero_optimization" in section:
         _check_zero_section(section["zero_optimization"], zero)

@@ -10,7 +10,7 @@ from typing import Any
 
 from est_ds.config import presets
 from est_ds.config.published import CONFIG, FROM, SHA256, anchored, of_training, with_weights
-from est_ds.config.sections import RunConfig
+from est_ds.config.sections import AUTO, RunConfig
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
 from est_ds.errors import UserError
@@ -62,6 +62,7 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     for override in overrides or []:
         _override(tree, override)
         read_sections(tree, Path())
+    _keep_micro(tree)
     if not path.is_dir():
         _choose_held_out(tree)
     model = tree.get("model")
@@ -83,12 +84,29 @@ def _choose_held_out(tree: dict[str, Any]) -> None:
     evaluate, run_dir = tree.get("evaluate"), tree.get("run_dir")
     if not isinstance(evaluate, dict) or "choice" in evaluate or not isinstance(run_dir, str):
         return
-    config = Path(run_dir) / "config.yaml"
     try:
-        began = read_mapping(config, "run file")["evaluate"] if config.is_file() else None
+        began = _section_of_begun(run_dir, "evaluate")
         evaluate["choice"] = "even" if began is None else began.get("choice", "first")
     except (OSError, UserError, KeyError, AttributeError):
         return  # `run.directory.check_run_dir` says what is wrong with it
+
+
+def _keep_micro(tree: dict[str, Any]) -> None:
+    """Sets `batch.micro` where it is `auto` and a run that has begun found it out."""
+    batch, run_dir = tree.get("batch"), tree.get("run_dir")
+    if not isinstance(batch, dict) or batch.get("micro") != AUTO or not isinstance(run_dir, str):
+        return
+    try:
+        began = _section_of_begun(run_dir, "batch")
+        batch["micro"] = AUTO if began is None else began["micro"]
+    except (OSError, UserError, KeyError, TypeError):
+        return  # as above
+
+
+def _section_of_begun(run_dir: str, section: str) -> Any:
+    """A section of the `config.yaml` of a run directory; None if there is none."""
+    config = Path(run_dir) / "config.yaml"
+    return read_mapping(config, "run file")[section] if config.is_file() else None
 
 
 def _run_directory(directory: Path) -> dict[str, Any]:

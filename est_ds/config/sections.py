@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     ConfigDict,
     Field,
+    PrivateAttr,
     field_validator,
     model_validator,
 )
@@ -19,17 +20,40 @@ from est_ds.config.strict import Strict
 from est_ds.config.yaml12 import dump
 from est_ds.errors import UserError
 
+AUTO = "auto"
+
+
+def _or_auto(schema: dict[str, Any]) -> None:
+    """What a run file may say in the place of a whole number."""
+    number = {name: schema.pop(name) for name in ("type", "minimum")}
+    schema["anyOf"] = [number, {"const": AUTO}]
+
 
 class Batch(Strict):
     """Sequences: global = micro x accumulation x data_parallel.
 
     Attributes:
         global: sequences of a step, over all replicas.
-        micro: sequences that a replica computes at once.
+        micro: sequences that a replica computes at once; `auto`: the most that fit, found before
+            the run begins, and kept.
     """
 
     global_: Positive = Field(alias="global")
-    micro: Positive
+    micro: Annotated[Positive, Field(json_schema_extra=_or_auto)]
+    _is_auto: bool = PrivateAttr(False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take_auto(cls, tree: Any, handler: Any) -> Batch:
+        is_auto = isinstance(tree, dict) and tree.get("micro") == AUTO
+        batch: Batch = handler({**tree, "micro": 1} if is_auto else tree)
+        batch._is_auto = batch._is_auto or is_auto
+        return batch
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether `micro`, which is 1 then, is still to be found (`training.micro_batch`)."""
+        return self._is_auto
 
     @property
     def micro_batches(self) -> int:
@@ -249,17 +273,38 @@ class Divergence(Strict):
         return 10 if self.limit is None else self.limit
 
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Log(Strict):
-    """What is logged.
+    """What is logged, and where it is shown.
 
     Attributes:
         every: steps from one line of `metrics.jsonl` to the next.
+        to: trackers that show the figures of these lines, and the config. TensorBoard's files are
+            in the run directory; the others are extras of the package, and take their own
+            environment variables.
+        project: the W&B or trackio project, or MLflow experiment (default: what their variables
+            say, or est_ds).
         step_times: after the last checkpoint the phases' steps are timed in turns
             (`training.turns`).
     """
 
     every: Positive = 1
+    to: tuple[TrackerName, ...] = ("tensorboard",)
+    project: Annotated[str, Field(min_length=1)] | None = None
     step_times: bool = True
+
+    @model_validator(mode="after")
+    def _settings_take_effect(self) -> Log:
+        if twice := [name for name in self.to if self.to.count(name) > 1]:
+            raise ValueError(f"to names {twice[0]} more than once; name it once")
+        if self.project is not None and not set(self.to) - {"tensorboard"}:
+            raise ValueError(
+                f"project={self.project!r} has no effect with to={list(self.to)}; remove it, or "
+                f"add wandb, mlflow or trackio to log.to"
+            )
+        return self
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -422,6 +467,11 @@ class RunConfig(Strict):
         """The seed of a part: its own, or that of all."""
         own = getattr(self.seeds, part)
         return self.seed if own is None else own
+
+    def with_micro(self, micro: int) -> RunConfig:
+        """The run with a number for `batch.micro`."""
+        batch = Batch.model_validate({"global": self.batch.global_, "micro": micro})
+        return self.model_copy(update={"batch": batch})
 
     def data_parallel(self, processes: int) -> int:
         """Replicas of the model: processes / pipe.

@@ -90,7 +90,7 @@ def _source_hash() -> str:
 def _run(path: str, overrides: list[str]) -> dict[str, Any]:
     try:
         config = load_run(path, overrides)
-        design = make_design(config)
+        design = make_design(config.with_micro(config.batch.micro))
         found = {
             "config": hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16],
             "corpus": {name: _fingerprint(config, name) for name in ("train", "valid")},

@@ -156,17 +156,22 @@ class Engine(ABC):
         self.deepspeed.global_samples = steps * self.config.batch.global_
         self.deepspeed.micro_steps = steps * self.deepspeed.gradient_accumulation_steps()
 
+    @property
+    def has_monitor(self) -> bool:
+        """Whether DeepSpeed shows figures to anybody."""
+        return self.deepspeed.monitor.enabled
+
     def write_events(self, events: dict[str, float], done: int) -> None:
-        """Sends figures to DeepSpeed's monitor (TensorBoard and whatever else is configured).
+        """Sends figures to the monitors that `deepspeed` names.
 
         Args:
             done: optimizer steps done by then.
         """
-        if self.deepspeed.monitor.enabled:
-            self.deepspeed.monitor.write_events([(k, v, done) for k, v in events.items()])
+        self.deepspeed.monitor.write_events([(k, v, done) for k, v in events.items()])
 
     def forget_events(self, done: int) -> None:
-        """Hides the figures of steps after `done` in TensorBoard: they are trained anew."""
+        """Hides the figures of steps after `done` in DeepSpeed's TensorBoard: they are trained
+        anew."""
         forget_after(self.deepspeed.monitor, done)
 
 
@@ -195,7 +200,7 @@ def start_deepspeed(
             config=settings,
             dist_init_required=False,
         )
-    count_steps(engine.monitor, settings["tensorboard"]["output_path"], config.batch.global_)
+    count_steps(engine.monitor, config.batch.global_)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)

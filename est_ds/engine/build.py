@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from est_ds.design import Design
 from est_ds.engine.base import Engine
 from est_ds.ranks.world import World
 
 
-def build_engine(design: Design, world: World, folder: Path) -> Engine:
-    """A pipeline where `parallel.pipe` is above 1, otherwise plain ZeRO.
-
-    Args:
-        folder: where TensorBoard's files go.
-    """
+def build_engine(design: Design, world: World) -> Engine:
+    """A pipeline where `parallel.pipe` is above 1, otherwise plain ZeRO."""
     if design.config.parallel.pipe > 1:
         from est_ds.engine.pipeline import PipelineEngine
 
-        return PipelineEngine(design, world, folder)
+        return PipelineEngine(design, world)
     from est_ds.engine.zero import ZeroEngine
 
-    return ZeroEngine(design, world, folder)
+    return ZeroEngine(design, world)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -80,7 +79,7 @@ class CutPipeline(PipelineModule):
 class PipelineEngine(base.Engine):
     """Every process holds one pipe stage of one replica."""
 
-    def __init__(self, design: Design, world: World, folder: Path) -> None:
+    def __init__(self, design: Design, world: World) -> None:
         config, hf_config, family = design.config, design.hf_config, design.family
         self.config = config
         pipe = config.parallel.pipe
@@ -115,7 +114,6 @@ class PipelineEngine(base.Engine):
             config,
             data_parallel=self.num_replicas,
             parameters=count_parameters(self.pipeline),
-            tensorboard_dir=str(folder),
         )
         named = self.pipeline.parameters_by_common_name()
         self.deepspeed = base.start_deepspeed(self.pipeline, design, settings, named)

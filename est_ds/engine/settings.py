@@ -35,9 +35,7 @@ def check_zero_section(config: RunConfig) -> None:
         raise UserError(f"{field}: {first['msg']} (DeepSpeed's own check); correct it.") from None
 
 
-def deepspeed_config(
-    config: RunConfig, *, data_parallel: int, parameters: int, tensorboard_dir: str
-) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, data_parallel: int, parameters: int) -> dict[str, Any]:
     """The dictionary that `deepspeed.initialize` takes."""
     bucket = min(500_000_000, max(2, parameters + parameters % 2))  # DeepSpeed wants it even
     zero: dict[str, Any] = {
@@ -60,7 +58,6 @@ def deepspeed_config(
         "zero_optimization": zero,
         # torch's fused AdamW also serves on the host, and needs no compiler there.
         "zero_force_ds_cpu_optimizer": False,
-        "tensorboard": {"enabled": True, "output_path": tensorboard_dir, "job_name": "."},
     }
     return _merged(ours, config.deepspeed)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from est_ds.slicing.subnetwork import Subnetwork
 class ZeroEngine(base.Engine):
     """Every process holds the whole model, or under ZeRO 3 its share of every parameter."""
 
-    def __init__(self, design: Design, world: World, folder: Path) -> None:
+    def __init__(self, design: Design, world: World) -> None:
         config, hf_config, family = design.config, design.hf_config, design.family
         self.config, self.replica, self.num_replicas = config, world.rank, world.size
         model = empty_model(hf_config)
@@ -39,7 +38,6 @@ class ZeroEngine(base.Engine):
             config,
             data_parallel=world.size,
             parameters=count_parameters(model),
-            tensorboard_dir=str(folder),
         )
         if config.parallel.zero == 3:
             _begin_sharded(model, design, settings)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import dense_flops, phase_ratios, saved
+from est_ds.cost.flops import StepSize, dense_flops, phase_ratios, saved
+from est_ds.cost.memory import activations_by_layer, activations_of_stages
 from est_ds.design import Design, make_design
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.plans.shape import Attention, ModelShape
@@ -42,6 +43,7 @@ class Estimate:
         dense_step_flops: `model` FLOPs of a step of the full model.
         stage_parameters: parameters of every pipe stage; a tied one counts where it is held.
         unchecked: paths of data that is not here, and so was not checked.
+        is_auto: whether `batch.micro` is still to be found; the figures are for 1.
     """
 
     design: Design
@@ -50,6 +52,7 @@ class Estimate:
     dense_step_flops: float
     stage_parameters: tuple[int, ...]
     unchecked: tuple[str, ...]
+    is_auto: bool = False
 
 
 def make_estimate(config: RunConfig) -> Estimate:
@@ -58,6 +61,7 @@ def make_estimate(config: RunConfig) -> Estimate:
     Raises:
         UserError: the run file's model, method, schedule, layout or data do not fit together.
     """
+    is_auto, config = config.batch.is_auto, config.with_micro(config.batch.micro)
     design = make_design(config)
     method = design.method
     lengths = {"sequence": config.data.sequence, "target_sequence": design.target_sequence}
@@ -91,8 +95,9 @@ def make_estimate(config: RunConfig) -> Estimate:
         json=document,
         dense=mean_kept(method.shape, full_loads(method.shape)),
         dense_step_flops=dense_flops(method.shape, **size).model,
-        stage_parameters=_stage_parameters(design, model),
+        stage_parameters=stage_parameters(design, model),
         unchecked=tuple(unchecked_data(design)),
+        is_auto=is_auto,
     )
 
 
@@ -113,7 +118,24 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
     return MeanKept(layers, heads, columns, positions)
 
 
-def _stage_parameters(design: Design, model: Any) -> tuple[int, ...]:
+def activations_bytes(design: Design, accumulation: int) -> float:
+    """Bytes of activations of the fullest pipe stage, of the full model, as a lower bound."""
+    config, shape = design.config, design.method.shape
+    size = StepSize(**design.flops_size(config.batch.micro))
+    value_bytes = 2 if config.precision == "bf16" else 4
+    inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
+    return max(
+        activations_of_stages(
+            *activations_by_layer(shape, size, value_bytes=value_bytes),
+            cuts=design.cuts,
+            accumulation=accumulation,
+            input_bytes=inputs if config.activation_checkpointing else None,
+        )
+    )
+
+
+def stage_parameters(design: Design, model: Any) -> tuple[int, ...]:
+    """Parameters of every pipe stage of an empty model; a tied one counts where it is held."""
     pipe = design.config.parallel.pipe
     if pipe == 1:
         return (count_parameters(model),)

@@ -12,17 +12,18 @@ from rich.table import Table
 from est_ds.config.published import FROM, SHA256
 from est_ds.config.sections import RunConfig
 from est_ds.config.start import Start
-from est_ds.cost.flops import StepSize, gradient_share
-from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
+from est_ds.cost.flops import gradient_share
+from est_ds.cost.memory import memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
-from est_ds.report.estimate import Estimate, make_estimate
+from est_ds.report.estimate import Estimate, activations_bytes, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
+AUTO_NOTE = "; batch.micro=auto: est-ds train takes the most that fit, the figures are for 1"
 
 
 def plan_tables(estimate: Estimate) -> str:
@@ -69,7 +70,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         *_stacking(estimate),
         *_positions(estimate),
-        ("batch", config.batch.equation(replicas)),
+        ("batch", config.batch.equation(replicas) + AUTO_NOTE * estimate.is_auto),
         (
             "processes",
             f"{processes} = {pipe} pipe stage{'s' * (pipe > 1)} x {replicas} "
@@ -77,7 +78,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
-        ("activations", f"at least {gibibytes(_activations(estimate, accumulation))}"),
+        ("activations", f"at least {gibibytes(activations_bytes(estimate.design, accumulation))}"),
         *([("dropout", _dropout(estimate))] if estimate.design.dropout else []),
         *([("draw", _draw(estimate))] if estimate.design.method.by_micro_batch else []),
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
@@ -150,23 +151,6 @@ def _pipeline(estimate: Estimate, accumulation: int) -> str:
     )
     waits = bubble(len(cuts), accumulation)
     return f"layers {stages}; slowest stage over mean: {loads}; bubble {waits:.2f}"
-
-
-def _activations(estimate: Estimate, accumulation: int) -> float:
-    """Bytes of activations of the fullest pipe stage, of the full model, as a lower bound."""
-    design = estimate.design
-    config, shape = design.config, design.method.shape
-    size = StepSize(**design.flops_size(config.batch.micro))
-    value_bytes = 2 if config.precision == "bf16" else 4
-    inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
-    return max(
-        activations_of_stages(
-            *activations_by_layer(shape, size, value_bytes=value_bytes),
-            cuts=design.cuts,
-            accumulation=accumulation,
-            input_bytes=inputs if config.activation_checkpointing else None,
-        )
-    )
 
 
 def _dropout(estimate: Estimate) -> str:

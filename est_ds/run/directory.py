@@ -172,14 +172,15 @@ def _with_absolute_paths(data: Data) -> Data:
     return data.model_copy(update=paths)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested sections by their dotted names."""
     if isinstance(tree, (list, tuple)) and any(isinstance(part, dict) for part in tree):
         tree = dict(enumerate(tree))
     if isinstance(tree, dict):
         return {
             k: v
             for key, sub in tree.items()
-            for k, v in _flat(sub, f"{prefix}.{key}" if prefix else str(key)).items()
+            for k, v in flat(sub, f"{prefix}.{key}" if prefix else str(key)).items()
         }
     return {prefix: list(tree) if isinstance(tree, tuple) else tree}
 
@@ -190,9 +191,9 @@ def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     Args:
         defaults: false leaves out those that have their default.
     """
-    flat = _flat(config.model_dump(by_alias=True, exclude_defaults=not defaults))
+    fields = flat(config.model_dump(by_alias=True, exclude_defaults=not defaults))
     free = _free_to_change(config)
-    return {k: v for k, v in flat.items() if not _matches(k, free)}
+    return {k: v for k, v in fields.items() if not _matches(k, free)}
 
 
 def _free_to_change(config: RunConfig) -> set[str]:
@@ -209,7 +210,7 @@ def _matches(field: str, patterns: set[str]) -> bool:
 
 def changed_fields(there: RunConfig, here: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Fields that differ, by their dotted names, each with both values (None: it is not there)."""
-    former, now = (_flat(config.model_dump(by_alias=True)) for config in (there, here))
+    former, now = (flat(config.model_dump(by_alias=True)) for config in (there, here))
     keys = sorted(former.keys() | now.keys())
     return {k: (former.get(k), now.get(k)) for k in keys if former.get(k) != now.get(k)}
 

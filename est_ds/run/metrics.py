@@ -20,19 +20,19 @@ FILE = "metrics.jsonl"
 
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training lines and evaluation lines, in order; a last line cut short is left out."""
-    lines = _lines(run_dir)
+    lines = read_lines(run_dir)
     return [e for e in lines if "loss" in e], [e for e in lines if "eval_loss" in e]
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of steps that were left out (`skipped`: why) or whose loss was a spike (`spike`)."""
-    return [e for e in _lines(run_dir) if "skipped" in e or "spike" in e]
+    return [e for e in read_lines(run_dir) if "skipped" in e or "spike" in e]
 
 
 def read_boundaries(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of the sides of phase boundaries, in order: `step` is the first of the phase after,
     `boundary` the side, `before` or `after` (`training.boundaries`)."""
-    return [e for e in _lines(run_dir) if "boundary" in e]
+    return [e for e in read_lines(run_dir) if "boundary" in e]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def steps_logged(run_dir: Path) -> int:
     return 0
 
 
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines, in order; a last one cut short is left out."""
     file = run_dir / FILE
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -159,7 +160,7 @@ class MetricsFile:
 
     def _open(self, start: int) -> None:
         file = self._run_dir / FILE
-        kept = [e for e in _lines(self._run_dir) if e["step"] < start]
+        kept = [e for e in read_lines(self._run_dir) if e["step"] < start]
         kept.sort(key=lambda e: (e["step"], "eval_loss" in e))
         replace_text(file, "".join(map(_line, kept)))
         self._file = file.open("a", buffering=1)

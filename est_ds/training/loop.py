@@ -100,7 +100,7 @@ def _train(
     check_state(run, resumed)
     if world.is_first:
         write_config(config)
-    engine = build(run, world, run.directory / "tensorboard")
+    engine = build(run, world)
     if resumed:
         load_checkpoint(engine, store, resumed)
     elif run.has_weights:

@@ -1,10 +1,10 @@
-"""What people and programs see of a training: lines, `metrics.jsonl`, TensorBoard."""
+"""What people and programs see of a training: lines, `metrics.jsonl`, trackers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from statistics import mean
 from types import TracebackType
@@ -27,11 +27,13 @@ from est_ds.run.metrics import (
     depth_text,
     nats,
     phase_note,
+    read_lines,
     read_phase,
     use_texts,
 )
 from est_ds.run.prepare import Run
 from est_ds.run.step_times import FILE, StepTimes
+from est_ds.run.trackers import Trackers, point_of
 from est_ds.run.windows import write_windows
 from est_ds.training.boundaries import Side
 from est_ds.training.clock import Times
@@ -42,11 +44,6 @@ if TYPE_CHECKING:
     from est_ds.engine.pipe_clock import PipeShares
 
 MEASURED = 64  # steps of a phase in which the update is measured
-# Fields of a line that trackers show too.
-TRACKED = (
-    *("loss", "lr", "grad_norm", "update_rms", "step_s", "tokens_per_s", "kept_layers"),
-    *("tokens", "trained_s", "mfu", "mfu_dense", "memory_peak_bytes"),
-)
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,12 @@ class Recorder:
     def __init__(self, run: Run, engine: Engine, start: int) -> None:
         self._run, self._engine = run, engine
         is_first = World.from_environment().is_first
-        self._metrics = None
+        self._progress = Progress(run.config.steps, start, _remaining(run, start), is_first)
+        self._metrics = self._trackers = None
         if is_first:
             self._metrics = MetricsFile(run.directory, start, layout_of(run, engine))
-        self._progress = Progress(run.config.steps, start, _remaining(run, start), is_first)
+            lines = partial(read_lines, run.directory)
+            self._trackers = Trackers(run.config, run.method, start, lines, self.note)
         self._start = start
         self._peak = _peak_of(run, engine)
         self._used: dict[str, float] = {}
@@ -120,6 +119,8 @@ class Recorder:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
+        if self._trackers:
+            self._trackers.close(ended_well=kind is None)
         if self._metrics and kind is None:  # else it might raise what has been raised
             self._metrics.close()
 
@@ -156,9 +157,7 @@ class Recorder:
             self._metrics.write_step(**entry)
             if is_end and (text := phase_note(read_phase(run.directory, phase))):
                 self.note(f"phase {phase.name}: {text}")
-        events = {f"train/{n}": float(entry[n]) for n in TRACKED if entry.get(n) is not None}
-        events["train/flops_ratio"] = entry["flops_active"] / entry["flops_dense"]
-        self._engine.write_events(events, done)
+        self._track(entry)
 
     def _use(self, entry: dict[str, Any]) -> dict[str, float]:
         """How the GPUs were used, by a line of a step; nothing on CPUs."""
@@ -200,16 +199,14 @@ class Recorder:
         mean_bits = None if None in bits.values() else sum(bits.values()) / len(bits)
         by_name = {} if isinstance(run.config.data.valid, str) else losses
         entry = {"step": step, "eval_loss": mean, "eval_layers": run.method.depth(step)}
-        events = {f"eval/loss/{name}": loss for name, loss in by_name.items()} | {"eval/loss": mean}
         if by_name:
             entry["eval_losses"] = by_name
         if mean_bits is not None:
-            entry["eval_bits_per_byte"] = events["eval/bits_per_byte"] = mean_bits
+            entry["eval_bits_per_byte"] = mean_bits
         self._write(entry)
         each = "".join(f", {name} {nats(loss, bits[name])}" for name, loss in by_name.items())
         model = depth_text(entry["eval_layers"], run.method.shape.num_layers)
         self.note(f"step {step + 1}: held-out loss of {model} {nats(mean, mean_bits)}{each}")
-        self._engine.write_events(events, step + 1)
         return mean
 
     def at_boundary(self, step: int, before: Side, after: Side) -> None:
@@ -233,10 +230,20 @@ class Recorder:
         self.note(f"at step {step}, the last checkpoint")
         if self._metrics:
             self._metrics.go_back(step)
+        if self._trackers:
+            self._trackers.go_back(step)
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self._metrics:
             self._metrics.write(**entry)
+        self._track(entry)
+
+    def _track(self, entry: dict[str, Any]) -> None:
+        """Has trackers, and DeepSpeed's monitors, show the figures of a line."""
+        if self._trackers:
+            self._trackers.send(entry)
+        if self._engine.has_monitor and (point := point_of(entry, self._run.method)):
+            self._engine.write_events(point.figures, point.done)
 
 
 def _entry(run: Run, step: Trained) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def main(arguments: list[str]) -> None:
     try:
         wanted = json.loads(Path(arguments[0]).read_text())
         meeting = start_processes(world, GAVE_UP_S)
-        with Watchdog(meeting, world, GAVE_UP_S) as watchdog, TemporaryDirectory() as folder:
-            found = _measure(wanted["runs"], wanted["limit_s"], Path(folder), watchdog)
+        with Watchdog(meeting, world, GAVE_UP_S) as watchdog:
+            found = _measure(wanted["runs"], wanted["limit_s"], watchdog)
         if world.is_first:
             Path(wanted["found"]).write_text(json.dumps(found))
     except (UserError, Failure) as e:
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _measure(
-    runs: list[tuple[str, str, list[str]]], limit_s: float, folder: Path, watchdog: Watchdog
+    runs: list[tuple[str, str, list[str]]], limit_s: float, watchdog: Watchdog
 ) -> dict[str, dict]:
     """Measures each run with the first; on rank 0 what was found, elsewhere nothing."""
     world, found = World.from_environment(), {}
@@ -117,7 +117,7 @@ def _measure(
         watchdog.mark(number, f"building {name}")
         forget_former_pipeline()
         run = prepare(load_run(run_file, overrides), world.size)
-        engine = build_engine(run, world, folder / str(number))
+        engine = build_engine(run, world)
         if run.has_weights:
             load_weights(engine)
         return Measured.of(name, run, engine)

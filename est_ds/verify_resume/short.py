@@ -14,7 +14,7 @@ DEFAULT_STEPS = (12, 24, 48, 96)
 LOST_STEPS = 2  # between the checkpoint and the phase boundary behind it
 
 # Settings of the DeepSpeed section that would show the short run to others as if it were one.
-MONITORS = ("wandb", "comet", "csv_monitor")
+MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 
 def shortened(config: RunConfig, steps: int | None) -> RunConfig:
@@ -68,7 +68,7 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
     tree["steps"] = steps
     tree["start"] = None  # the short run is no branch
     tree["evaluate"] |= {"every": steps, "windows": False, "boundaries": False}
-    tree["log"] = {"every": 1, "step_times": False}
+    tree["log"] = {"every": 1, "to": [], "step_times": False}
     tree["resume"] = "auto"
     tree["checkpoint"] |= {"copy_to": None, "copy_required": False, "copy_wait_s": None}
     tree["deepspeed"] = {k: v for k, v in tree["deepspeed"].items() if k not in MONITORS}

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import atexit
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +87,7 @@ def zero_engine(config: RunConfig):
         start_processes(world)
         atexit.register(dist.destroy_process_group)  # else NCCL complains of a store that is gone
     design = make_design(config)
-    return build_engine(design, world, Path(tempfile.mkdtemp())), design.method.shape
+    return build_engine(design, world), design.method.shape
 
 
 def random_batch(batch: int, sequence: int, vocabulary: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,213 @@
+"""Finds the largest micro-batch that fits (`batch.micro: auto`), before a run begins.
+
+On a machine without GPUs the estimate of `est-ds plan` says what fits into its memory. On GPUs it
+is tried: in the run's own layout its processes train the full model for a few steps, with the
+largest micro-batch first that the estimate, a lower bound, lets fit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+
+from est_ds.config.run_file import load_run
+from est_ds.config.sections import RunConfig
+from est_ds.cost.memory import memory_per_process
+from est_ds.design import make_design
+from est_ds.engine.build import build_engine
+from est_ds.engine.start import leave_processes, start_processes
+from est_ds.errors import Failure, UserError, gigabytes
+from est_ds.launch.launcher import launch
+from est_ds.launch.placement import Launch
+from est_ds.ranks.watchdog import Watchdog
+from est_ds.ranks.world import World, end_with_starter
+from est_ds.report.estimate import activations_bytes, stage_parameters
+from est_ds.run.prepare import prepare
+from est_ds.slicing.build import empty_model
+from est_ds.training.turns import Measured
+
+MODULE = "est_ds.training.micro_batch"
+TOO_LARGE = "est-ds: the micro-batch does not fit"
+GAVE_UP_S = 1800.0  # without a turn
+LEAST = 4  # micro-batches for every pipe stage that are kept, since fewer leave it waiting
+SHARE = 0.8  # of a machine's free memory, and
+GPU_SHARE = 0.94  # of a GPU's, that a run may take
+# On top of the estimate on CPUs: tests/test_memory.py finds up to half more activations, and a
+# process has its libraries.
+ACTIVATIONS, LIBRARIES_BYTES = 1.5, 0.75e9
+CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+
+
+def find_micro(run: str, overrides: Sequence[str], where: Launch) -> int:
+    """Returns the largest micro-batch that divides a replica's share of the batch, and fits.
+
+    Args:
+        run: a run file; with the overrides its `batch.micro` is `auto`.
+
+    Raises:
+        UserError: nothing fits; or there are several nodes, on which it is not tried.
+        Failure: a trial failed for another reason.
+    """
+    if where.by_ssh or where.node_rank is not None:
+        raise UserError(
+            "batch.micro=auto works on one machine; give a number on several (such as the one that "
+            "est-ds train finds for one of them)."
+        )
+    config = load_run(run, list(overrides))
+    sizes, needs = micro_batches(config, where.processes), expected_bytes(config, where.processes)
+    if torch.cuda.is_available():
+        room = GPU_SHARE * min(map(_gpu_bytes, range(torch.cuda.device_count())))
+        for micro in sizes:
+            if needs(micro) <= room and _fits([run, *overrides, f"batch.micro={micro}"], where):
+                return micro
+        least = f"a micro-batch of {sizes[-1]} does not fit into a GPU of {gigabytes(room)}"
+    else:
+        room = SHARE * memory_bytes() / where.processes
+        for micro in sizes:
+            if needs(micro) <= room:
+                print(
+                    f"batch.micro=auto: {micro}, estimated at {gigabytes(needs(micro))} of "
+                    f"{gigabytes(room)} for a process",
+                    flush=True,
+                )
+                return micro
+        needed = gigabytes(needs(sizes[-1]))
+        least = f"{sizes[-1]} needs {needed} in a process, and there are {gigabytes(room)}"
+    raise UserError(
+        f"batch.micro=auto: {least}; start more processes with a higher parallel.zero, set "
+        f"activation_checkpointing=true, or train a smaller model."
+    )
+
+
+def micro_batches(config: RunConfig, processes: int) -> list[int]:
+    """Returns the micro-batches that divide a replica's share of the batch, largest first.
+
+    A pipeline keeps four micro-batches a stage, or all that there are; `method.draw: micro_batch`
+    two in the whole batch.
+
+    Raises:
+        UserError: the replicas do not divide the batch, or the stages the processes.
+    """
+    replicas, pipe = config.data_parallel(processes), config.parallel.pipe
+    share = config.with_micro(1).batch.accumulation(replicas)
+    fewest = min(share, LEAST * pipe) if pipe > 1 else 1
+    if config.method.get("draw") == "micro_batch" and replicas == 1:
+        fewest = max(fewest, min(share, 2))
+    return [m for m in range(share, 0, -1) if share % m == 0 and share // m >= fewest]
+
+
+def expected_bytes(config: RunConfig, processes: int) -> Callable[[int], float]:
+    """Returns what maps a micro-batch to the bytes that a process of the fullest pipe stage needs:
+    on GPUs a lower bound, on CPUs with what is known to come on top.
+
+    Raises:
+        UserError: the run's parts do not fit together.
+    """
+    on_gpu, replicas = torch.cuda.is_available(), config.data_parallel(processes)
+    design = make_design(config.with_micro(1))
+    parameters = max(stage_parameters(design, empty_model(design.hf_config)))
+    states = memory_per_process(parameters, config, replicas)
+    always = states.total_bytes + (0.0 if on_gpu else states.host_bytes + LIBRARIES_BYTES)
+
+    def needed(micro: int) -> float:
+        sized = replace(design, config=config.with_micro(micro))
+        kept = activations_bytes(sized, sized.config.batch.accumulation(replicas))
+        return always + kept * (1.0 if on_gpu else ACTIVATIONS)
+
+    return needed
+
+
+def memory_bytes() -> int:
+    """Free memory of this machine, or what its container may have, if that is less."""
+    found = [psutil.virtual_memory().available]
+    for name in CGROUPS:
+        file = Path("/sys/fs/cgroup", name)
+        if file.is_file() and (text := file.read_text().strip()).isdecimal():
+            found.append(int(text))
+    return min(found)
+
+
+def _gpu_bytes(number: int) -> int:
+    return torch.cuda.get_device_properties(number).total_memory
+
+
+def _fits(arguments: list[str], where: Launch) -> bool:
+    """Tries a micro-batch in processes of their own.
+
+    Raises:
+        Failure: they failed for another reason than a lack of memory.
+        UserError: the run does not fit itself, or the machine.
+    """
+    micro = arguments[-1]
+    print(f"batch.micro=auto: trying {micro}", flush=True)
+    with TemporaryDirectory(prefix="est-ds-micro-") as folder:
+        log = Path(folder, "log")
+        with log.open("w") as f:
+            code = launch(arguments, replace(where, module=MODULE).again(where.slots), 60.0, f)
+        said = log.read_text(errors="replace")
+    if code == 0:
+        return True
+    if TOO_LARGE in said:
+        return False
+    if code >= 128:  # a signal, and so a wish
+        raise KeyboardInterrupt
+    lines = said.strip().splitlines() or ["they said nothing"]
+    if code == 2:
+        raise UserError(lines[-1].removeprefix("est-ds: "))
+    end = " / ".join(line.strip() for line in lines[-8:])
+    raise Failure(f"batch.micro=auto: the trial of {micro} failed: {end}")
+
+
+def main(arguments: list[str]) -> None:
+    """What one process of a trial does."""
+    world = World.from_environment()
+    end_with_starter()
+    run, *overrides = [word for word in arguments if not word.startswith("--")]
+    try:
+        meeting = start_processes(world, GAVE_UP_S)
+        config = load_run(run, overrides)
+        with Watchdog(meeting, world, GAVE_UP_S) as watchdog:
+            try:
+                _train_some(config, world, watchdog)
+            except Exception as e:
+                if _is_lack_of_memory(e):
+                    print(TOO_LARGE, file=sys.stderr, flush=True)
+                    os._exit(1)  # the others may be waiting for this one
+                raise
+    except (UserError, Failure) as e:
+        print(f"est-ds: {e}", file=sys.stderr, flush=True)
+        leave_processes(2 if isinstance(e, UserError) else 1)
+    leave_processes()
+
+
+def _train_some(config: RunConfig, world: World, watchdog: Watchdog) -> None:
+    """Trains the full model for two steps, each of as many micro-batches as are held at once."""
+    batch, pipe = config.batch, config.parallel.pipe
+    replicas = config.data_parallel(world.size)
+    at_once = min(batch.accumulation(replicas), max(2, 2 * pipe))
+    less = batch.model_copy(update={"global_": batch.micro * replicas * at_once})
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(GPU_SHARE)
+    run = prepare(config.model_copy(update={"batch": less}), world.size)
+    watchdog.mark(0, "building the engine")
+    turn = Measured.of("", run, build_engine(run, world)).full()
+    for round in range(2):  # the optimizer's state is there in the second
+        watchdog.mark(round, "trying a micro-batch")
+        turn.take(round)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    words = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in text for word in words)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

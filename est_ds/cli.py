@@ -89,15 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    plan = verb("plan", _plan, "show phases, FLOPs, sizes and memory of a run; start nothing")
-    plan.add_argument(
-        "--processes",
-        type=positive,
-        metavar="N",
-        help="assume this many processes (default: what RUN says)",
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
+    _add_plan(verb("plan", _plan, "show phases, FLOPs, memory and time of a run; start nothing"))
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
     _add_branch(verb("branch", _branch, "begin a new run with a checkpoint of another one"))
     _add_verify_resume(
@@ -115,6 +107,22 @@ def _parser() -> argparse.ArgumentParser:
         verbs.add_parser("fields", help="print what every field of a run or study file means")
     )
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="assume this many processes (default: what RUN says)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
+    group = plan.add_argument_group("time and money", "of the run and of its dense twin")
+    group.add_argument("--gpu", metavar="NAME", help="estimate for this GPU, such as h100-80g")
+    group.add_argument(
+        "--count", type=positive, metavar="N", help="GPUs in all (default: the processes)"
+    )
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:
@@ -257,12 +265,14 @@ def _many_nodes(sub: argparse.ArgumentParser) -> None:
 
 def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config.run_file import load_run
+    from est_ds.report.asked import Asked
     from est_ds.report.plan_text import plan_report
 
+    asked = Asked.of(parsed)
     overrides = list(parsed.overrides)
-    if parsed.processes:
-        overrides.append(f"parallel.processes={parsed.processes}")
-    print(plan_report(load_run(parsed.run, overrides), parsed.json, parsed.plot))
+    if asked.processes:
+        overrides.append(f"parallel.processes={asked.processes}")
+    print(plan_report(load_run(parsed.run, overrides), parsed.json, parsed.plot, asked))
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
+from est_ds.report.asked import NOTHING, Asked
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -296,7 +297,9 @@ def _saving(name: str, fraction: float) -> str:
     return f"{fraction:.2%} {name} ({1 / (1 - fraction):.3f}x)"
 
 
-def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> str:
+def plan_report(
+    config: RunConfig, as_json: bool, plot: str | None = None, asked: Asked = NOTHING
+) -> str:
     """The plan of a run as a table, or as the JSON document of `est-ds plan --json`.
 
     Every phase has `kept_layers` (of the model), `kept_heads` and `kept_columns` (of one kept
@@ -305,6 +308,7 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
 
     Args:
         plot: file to draw it into; its ending is one that matplotlib knows (.png, .svg, .pdf).
+        asked: what else to show.
 
     Raises:
         UserError: the run file's model, method, schedule, layout or data do not fit together, or

@@ -245,7 +245,7 @@ def _layouts(estimate: Estimate) -> Table:
         table.add_column("on the\nhost", justify="right", vertical="bottom")
     for processes, accumulation in layouts(config):
         memory = memory_per_process(
-            max(estimate.stage_parameters), config, config.data_parallel(processes)
+            max(estimate.design.stage_parameters), config, config.data_parallel(processes)
         )
         table.add_row(
             f"{processes}",

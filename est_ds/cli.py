@@ -6,12 +6,13 @@ import argparse
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import est_ds
 from est_ds.analysis.verb import SUMMARY, add_analyse
-from est_ds.config.arguments import natural, positive
+from est_ds.config.arguments import above_zero, natural, positive
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
@@ -122,6 +123,19 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", metavar="NAME", help="estimate for this GPU, such as h100-80g")
     group.add_argument(
         "--count", type=positive, metavar="N", help="GPUs in all (default: the processes)"
+    )
+    group.add_argument(
+        "--price", type=above_zero, metavar="P", help="money for an hour of one GPU, such as 2.5"
+    )
+    group.add_argument(
+        "--layouts",
+        action="store_true",
+        help="compare pipe x data x ZeRO x micro-batch: which is fastest, of those that fit",
+    )
+    group.add_argument(
+        "--measure",
+        action="store_true",
+        help="train some steps of every phase on this machine, and take their times",
     )
 
 
@@ -272,7 +286,13 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
     overrides = list(parsed.overrides)
     if asked.processes:
         overrides.append(f"parallel.processes={asked.processes}")
-    print(plan_report(load_run(parsed.run, overrides), parsed.json, parsed.plot, asked))
+    config, times = load_run(parsed.run, overrides), None
+    if asked.measures:
+        from est_ds.training.time_runs import TimedRun, measure_runs
+
+        timed = TimedRun("run", parsed.run, tuple(overrides))
+        times = measure_runs([timed], asked.processes, log=sys.stderr)["run"]
+    print(plan_report(config, parsed.json, parsed.plot, replace(asked, times=times)))
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -44,7 +44,8 @@ def test_the_shape_alone_gives_the_counts_of_the_empty_model(name):
     pieces = piece_sizes(model)
     assert [p.layer for p in known.pieces] == [p.layer for p in pieces]
     assert [p.own for p in known.pieces] == [p.own for p in pieces]
-    for cuts in ([known.shape.num_layers], [1, known.shape.num_layers], [2, 3, known.shape.num_layers]):
+    for first in ([], [1], [2, 3]):
+        cuts = [*first, known.shape.num_layers]
         assert stage_parameters(known.pieces, cuts) == stage_parameters(pieces, cuts)
 
 

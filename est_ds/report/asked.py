@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from est_ds.cost.gpus import Gpu, gpu_of
 from est_ds.errors import UserError
+from est_ds.run.step_times import StepTimes
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,18 @@ class Asked:
     Attributes:
         gpu: what the run is to train on; None: not said.
         processes: of the run, one on each GPU; None: what the run file says.
+        price: of an hour of one GPU; None: not said.
+        measures: whether steps are measured here.
+        layouts: whether layouts are compared.
+        times: what was measured.
     """
 
     gpu: Gpu | None = None
     processes: int | None = None
+    price: float | None = None
+    measures: bool = False
+    layouts: bool = False
+    times: StepTimes | None = None
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> Asked:
@@ -38,8 +47,25 @@ class Asked:
                 f"--count={parsed.count} and --processes={parsed.processes} differ, and every GPU "
                 f"has one process; remove one of them."
             )
-        gpu = gpu_of(parsed.gpu) if parsed.gpu else None
-        return cls(gpu=gpu, processes=parsed.count or parsed.processes)
+        if parsed.measure and parsed.gpu:
+            raise UserError(
+                f"--measure and --gpu={parsed.gpu} contradict each other: what is measured is the "
+                f"time on this machine; remove one of them."
+            )
+        if parsed.price and not (parsed.measure or parsed.gpu):
+            raise UserError(
+                f"--price={parsed.price:g} has no effect without --gpu, or --measure: there are no "
+                f"hours to pay for."
+            )
+        if parsed.layouts and not parsed.gpu:
+            raise UserError("--layouts has no effect without --gpu; say which GPU, and --count.")
+        return cls(
+            gpu=gpu_of(parsed.gpu) if parsed.gpu else None,
+            processes=parsed.count or parsed.processes,
+            price=parsed.price,
+            measures=parsed.measure,
+            layouts=parsed.layouts,
+        )
 
 
 NOTHING = Asked()

@@ -21,6 +21,7 @@ from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
 from est_ds.report.asked import NOTHING, Asked
 from est_ds.report.estimate import Estimate, make_estimate
+from est_ds.report.plan_time import time_and_layouts
 from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
@@ -320,7 +321,11 @@ def plan_report(
         print(
             f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr
         )
-    text = json.dumps(estimate.json, indent=2) if as_json else plan_tables(estimate)
+    more, blocks = time_and_layouts(estimate.design, estimate.json["parameters"], asked)
+    if as_json:
+        text = json.dumps(estimate.json | more, indent=2)
+    else:
+        text = "\n".join([plan_tables(estimate), *blocks])
     if plot:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
 

@@ -107,3 +107,19 @@ def test_a_plan_of_the_shipped_run_files_imports_no_torch():
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
     assert done.stdout.count("FLOPs saved") == len(runs) > 4
+
+
+CHECK = """
+import sys
+from est_ds.config.run_file import load_run
+from est_ds.run.prepare import check_run
+print(check_run(load_run(sys.argv[1], ["run_dir=" + sys.argv[2]]), 2))
+print(sorted({"torch", "transformers", "deepspeed"} & set(sys.modules)))
+"""
+
+
+def test_who_starts_the_processes_checks_a_run_without_building_it(synthetic_run, tmp_path):
+    call = [sys.executable, "-c", CHECK, str(synthetic_run), str(tmp_path / "run")]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "run"), "[]"]

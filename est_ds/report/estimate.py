@@ -9,11 +9,11 @@ from typing import Any
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import StepSize, dense_flops, phase_ratios, saved
 from est_ds.cost.memory import activations_by_layer, activations_of_stages
-from est_ds.design import Design, make_design
+from est_ds.cost.parameters import total_parameters
+from est_ds.design import Outline, make_outline
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.plans.shape import Attention, ModelShape
 from est_ds.run.prepare import unchecked_data
-from est_ds.slicing.build import count_parameters, empty_model
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,26 @@ class Estimate:
         json: the document of `est-ds plan --json`.
         dense: what the full model holds.
         dense_step_flops: `model` FLOPs of a step of the full model.
-        stage_parameters: parameters of every pipe stage; a tied one counts where it is held.
         unchecked: paths of data that is not here, and so was not checked.
         is_auto: whether `batch.micro` is still to be found; the figures are for 1.
     """
 
-    design: Design
+    design: Outline
     json: dict[str, Any]
     dense: MeanKept
     dense_step_flops: float
-    stage_parameters: tuple[int, ...]
     unchecked: tuple[str, ...]
     is_auto: bool = False
 
 
 def make_estimate(config: RunConfig) -> Estimate:
-    """All figures of a run, from an empty model: seconds and no memory at any size.
+    """All figures of a run, at any size of model.
 
     Raises:
         UserError: the run file's model, method, schedule, layout or data do not fit together.
     """
     is_auto, config = config.batch.is_auto, config.with_micro(config.batch.micro)
-    design = make_design(config)
+    design = make_outline(config)
     method = design.method
     lengths = {"sequence": config.data.sequence, "target_sequence": design.target_sequence}
     phases = []
@@ -82,12 +80,11 @@ def make_estimate(config: RunConfig) -> Estimate:
             }
         )
     fractions = saved(method, **lengths)
-    model = empty_model(design.hf_config)
     document = {
         "phases": phases,
         "saved": {"blocks": fractions.blocks, "model": fractions.model},
         "total_steps": config.steps,
-        "parameters": count_parameters(model),
+        "parameters": total_parameters(design.facts.pieces),
     }
     size = design.flops_size(config.batch.global_)
     return Estimate(
@@ -95,7 +92,6 @@ def make_estimate(config: RunConfig) -> Estimate:
         json=document,
         dense=mean_kept(method.shape, full_loads(method.shape)),
         dense_step_flops=dense_flops(method.shape, **size).model,
-        stage_parameters=stage_parameters(design, model),
         unchecked=tuple(unchecked_data(design)),
         is_auto=is_auto,
     )
@@ -118,7 +114,7 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
     return MeanKept(layers, heads, columns, positions)
 
 
-def activations_bytes(design: Design, accumulation: int) -> float:
+def activations_bytes(design: Outline, accumulation: int) -> float:
     """Bytes of activations of the fullest pipe stage, of the full model, as a lower bound."""
     config, shape = design.config, design.method.shape
     size = StepSize(**design.flops_size(config.batch.micro))
@@ -132,21 +128,6 @@ def activations_bytes(design: Design, accumulation: int) -> float:
             input_bytes=inputs if config.activation_checkpointing else None,
         )
     )
-
-
-def stage_parameters(design: Design, model: Any) -> tuple[int, ...]:
-    """Parameters of every pipe stage of an empty model; a tied one counts where it is held."""
-    pipe = design.config.parallel.pipe
-    if pipe == 1:
-        return (count_parameters(model),)
-    starts = {0, *design.cuts[:-1]}
-    stages: list[dict[int, int]] = []
-    for piece in design.family.pieces(design.hf_config):
-        if not stages or (piece.layer in starts and piece.layer != 0):
-            stages.append({})
-        for path in piece.modules:
-            stages[-1] |= {id(p): p.numel() for p in model.get_submodule(path).parameters()}
-    return tuple(sum(stage.values()) for stage in stages)
 
 
 def _number(value: float) -> int | float:

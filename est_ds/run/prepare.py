@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from est_ds.config.kinds import is_url
 from est_ds.config.published import FROM, folder_of, has_begun
 from est_ds.config.sections import RunConfig
@@ -18,8 +16,7 @@ from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
 from est_ds.data.remote import check_installed
 from est_ds.data.tokenizer import is_tokenizer
-from est_ds.design import Design, corpus_weights, make_design
-from est_ds.engine.settings import check_zero_section
+from est_ds.design import Design, Outline, corpus_weights, make_design, make_outline
 from est_ds.errors import UserError
 from est_ds.run.directory import check_run_dir
 
@@ -61,12 +58,38 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
         UserError: something does not fit or is missing; nothing has been written.
     """
     design = make_design(config)
-    check_zero_section(config)
+    train, valid = _checked_data(design, processes, branches)
+    parts = {f.name: getattr(design, f.name) for f in fields(design)}
+    return Run(**parts, processes=processes, train=train, valid=valid)
+
+
+def check_run(config: RunConfig, processes: int) -> Path:
+    """What `prepare` checks, for who starts the processes and builds nothing: seconds earlier
+    where the model is understood without its library.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: something does not fit or is missing.
+    """
+    _checked_data(make_outline(config), processes, branches=False)
+    return Path(config.run_dir)
+
+
+def _checked_data(
+    design: Outline, processes: int, branches: bool
+) -> tuple[Batches, dict[str, Windows]]:
+    """The samples to train and to evaluate on, of a run that can start."""
+    config, data = design.config, design.config.data
+    if "zero_optimization" in config.deepspeed:
+        from est_ds.engine.settings import check_zero_section
+
+        check_zero_section(config)
     _check_compiler(config)
     if config.checkpoint.copy_to:
         check_installed(config.checkpoint.copy_to, "checkpoint.copy_to")
     config.batch.accumulation(config.data_parallel(processes))
-    data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in (*train, *valid.values()):
@@ -76,11 +99,10 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
     check_run_dir(config)
     if not branches:
         _check_weights(design)
-    parts = {f.name: getattr(design, f.name) for f in fields(design)}
-    return Run(**parts, processes=processes, train=batches, valid=windows)
+    return batches, windows
 
 
-def unchecked_data(design: Design) -> list[str]:
+def unchecked_data(design: Outline) -> list[str]:
     """Checks the corpora as a start does, as far as they are here; a plan is made elsewhere too.
 
     Returns:
@@ -109,7 +131,7 @@ def unchecked_data(design: Design) -> list[str]:
     return absent
 
 
-def _check_weights(design: Design, has_tokenizer: bool = True) -> None:
+def _check_weights(design: Outline, has_tokenizer: bool = True) -> None:
     """Checks the published weights that a run is still to begin with, and their tokenizer if one
     lies beside them.
 
@@ -121,13 +143,14 @@ def _check_weights(design: Design, has_tokenizer: bool = True) -> None:
     """
     if not design.has_weights or has_begun(Path(design.config.run_dir)):
         return
+    assert isinstance(design, Design)  # an outline is of a model without published weights
     design.weights().check_ties()
     folder = folder_of(design.config.model[FROM])
     if has_tokenizer and is_tokenizer(folder):
         check_same_tokenizer(design.config.data.tokenizer, folder)
 
 
-def _check_corpus(design: Design, corpus: Corpus) -> None:
+def _check_corpus(design: Outline, corpus: Corpus) -> None:
     """Checks that a corpus' tokens and documents are what the run takes them for.
 
     Raises:
@@ -143,7 +166,7 @@ def _check_corpus(design: Design, corpus: Corpus) -> None:
 
 
 def _data(
-    design: Design, train: list[Corpus], valid: dict[str, Corpus]
+    design: Outline, train: list[Corpus], valid: dict[str, Corpus]
 ) -> tuple[Batches, dict[str, Windows]]:
     """The samples to train and to evaluate on.
 
@@ -170,8 +193,12 @@ def _data(
 
 
 def _check_compiler(config: RunConfig) -> None:
+    if not config.compile:
+        return
+    import torch
+
     compiler = os.environ.get("CXX", "g++")
-    if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+    if not torch.cuda.is_available() and not shutil.which(compiler):
         raise UserError(
             f"compile=True needs a C++ compiler on a machine without GPU, and there is no "
             f"{compiler!r}; install it (or name another in CXX), or set compile=false."
@@ -232,7 +259,7 @@ def held_out_windows(design: Design) -> dict[str, Windows]:
     return {n: Windows(c, sampling, choice=choice) for n, c in held_out.items()}
 
 
-def _sampling(design: Design, corpora: list[Corpus]) -> Sampling:
+def _sampling(design: Outline, corpora: list[Corpus]) -> Sampling:
     """What a sample is.
 
     Args:
@@ -245,7 +272,7 @@ def _sampling(design: Design, corpora: list[Corpus]) -> Sampling:
     )
 
 
-def _objective(design: Design, corpora: list[Corpus]) -> Objective:
+def _objective(design: Outline, corpora: list[Corpus]) -> Objective:
     surroundings = Surroundings.of(
         corpora,
         sequence=design.config.data.sequence,

@@ -28,7 +28,7 @@ from est_ds.launch.launcher import launch
 from est_ds.launch.placement import Launch
 from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World, end_with_starter
-from est_ds.report.estimate import activations_bytes, stage_parameters
+from est_ds.report.estimate import activations_bytes
 from est_ds.run.prepare import prepare
 from est_ds.slicing.build import empty_model
 from est_ds.training.turns import Measured
@@ -112,7 +112,7 @@ def expected_bytes(config: RunConfig, processes: int) -> Callable[[int], float]:
     """
     on_gpu, replicas = torch.cuda.is_available(), config.data_parallel(processes)
     design = make_design(config.with_micro(1))
-    parameters = max(stage_parameters(design, empty_model(design.hf_config)))
+    parameters = max(design.stage_parameters)
     states = memory_per_process(parameters, config, replicas)
     always = states.total_bytes + (0.0 if on_gpu else states.host_bytes + LIBRARIES_BYTES)
 

@@ -6,12 +6,13 @@ import argparse
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import est_ds
 from est_ds.analysis.verb import SUMMARY, add_analyse
-from est_ds.config.arguments import natural, positive
+from est_ds.config.arguments import above_zero, natural, positive
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
@@ -89,15 +90,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    plan = verb("plan", _plan, "show phases, FLOPs, sizes and memory of a run; start nothing")
-    plan.add_argument(
-        "--processes",
-        type=positive,
-        metavar="N",
-        help="assume this many processes (default: what RUN says)",
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
+    _add_plan(verb("plan", _plan, "show phases, FLOPs, memory and time of a run; start nothing"))
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
     _add_branch(verb("branch", _branch, "begin a new run with a checkpoint of another one"))
     _add_verify_resume(
@@ -115,6 +108,35 @@ def _parser() -> argparse.ArgumentParser:
         verbs.add_parser("fields", help="print what every field of a run or study file means")
     )
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="assume this many processes (default: what RUN says)",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
+    group = plan.add_argument_group("time and money", "of the run and of its dense twin")
+    group.add_argument("--gpu", metavar="NAME", help="estimate for this GPU, such as h100-80g")
+    group.add_argument(
+        "--count", type=positive, metavar="N", help="GPUs in all (default: the processes)"
+    )
+    group.add_argument(
+        "--price", type=above_zero, metavar="P", help="money for an hour of one GPU, such as 2.5"
+    )
+    group.add_argument(
+        "--layouts",
+        action="store_true",
+        help="compare pipe x data x ZeRO x micro-batch: which is fastest, of those that fit",
+    )
+    group.add_argument(
+        "--measure",
+        action="store_true",
+        help="train some steps of every phase on this machine, and take their times",
+    )
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:
@@ -257,12 +279,20 @@ def _many_nodes(sub: argparse.ArgumentParser) -> None:
 
 def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config.run_file import load_run
+    from est_ds.report.asked import Asked
     from est_ds.report.plan_text import plan_report
 
+    asked = Asked.of(parsed)
     overrides = list(parsed.overrides)
-    if parsed.processes:
-        overrides.append(f"parallel.processes={parsed.processes}")
-    print(plan_report(load_run(parsed.run, overrides), parsed.json, parsed.plot))
+    if asked.processes:
+        overrides.append(f"parallel.processes={asked.processes}")
+    config, times = load_run(parsed.run, overrides), None
+    if asked.measures:
+        from est_ds.training.time_runs import TimedRun, measure_runs
+
+        timed = TimedRun("run", parsed.run, tuple(overrides))
+        times = measure_runs([timed], asked.processes, log=sys.stderr)["run"]
+    print(plan_report(config, parsed.json, parsed.plot, replace(asked, times=times)))
 
 
 def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:

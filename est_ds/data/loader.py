@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from est_ds.config.sections import Batch as BatchSettings
 from est_ds.config.start import Reading
@@ -28,11 +26,14 @@ from est_ds.data.order import positions
 from est_ds.data.streams import ShuffledStream, Stream
 from est_ds.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Input ids [B, T] (of an encoder-decoder also the decoder's; where documents are kept apart also
 # the ids' positions in their documents), and labels [B, T]: alone where every one is a target,
 # otherwise with a divisor [] such that the sum of a micro-batch's losses over it, averaged over the
 # step's micro-batches, is the mean over the step's targets.
-Inputs = Tensor | tuple[Tensor, ...]
+Inputs: TypeAlias = "Tensor | tuple[Tensor, ...]"
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class Windows:
             return None
         counts = list(num_targets)
         # Without any target the sum of the losses is 0, and so must their mean be.
+        import torch
+
         return torch.tensor(micro * (max(sum(counts), 1) / len(counts)), dtype=torch.float32)
 
     def held_out(self, count: int, portion: Portion) -> Iterator[tuple[Inputs, Labels]]:
@@ -218,6 +221,8 @@ class Windows:
 def stacked(rows: list[Example], divisor: Tensor | None) -> tuple[Inputs, Labels]:
     """A micro-batch of samples."""
     parts = zip(*(row.inputs for row in rows), strict=True)
+    import torch
+
     inputs = tuple(torch.from_numpy(np.stack(part)) for part in parts)
     labels_BT = torch.from_numpy(np.stack([row.labels for row in rows]))
     return (

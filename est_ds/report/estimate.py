@@ -8,11 +8,11 @@ from typing import Any
 
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import dense_flops, phase_ratios, saved
-from est_ds.design import Design, make_design
+from est_ds.cost.parameters import total_parameters
+from est_ds.design import Outline, make_outline
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.plans.shape import Attention, ModelShape
 from est_ds.run.prepare import unchecked_data
-from est_ds.slicing.build import count_parameters, empty_model
 
 
 @dataclass(frozen=True)
@@ -40,25 +40,23 @@ class Estimate:
         json: the document of `est-ds plan --json`.
         dense: what the full model holds.
         dense_step_flops: `model` FLOPs of a step of the full model.
-        stage_parameters: parameters of every pipe stage; a tied one counts where it is held.
         unchecked: paths of data that is not here, and so was not checked.
     """
 
-    design: Design
+    design: Outline
     json: dict[str, Any]
     dense: MeanKept
     dense_step_flops: float
-    stage_parameters: tuple[int, ...]
     unchecked: tuple[str, ...]
 
 
 def make_estimate(config: RunConfig) -> Estimate:
-    """All figures of a run, from an empty model: seconds and no memory at any size.
+    """All figures of a run, at any size of model.
 
     Raises:
         UserError: the run file's model, method, schedule, layout or data do not fit together.
     """
-    design = make_design(config)
+    design = make_outline(config)
     method = design.method
     lengths = {"sequence": config.data.sequence, "target_sequence": design.target_sequence}
     phases = []
@@ -78,12 +76,11 @@ def make_estimate(config: RunConfig) -> Estimate:
             }
         )
     fractions = saved(method, **lengths)
-    model = empty_model(design.hf_config)
     document = {
         "phases": phases,
         "saved": {"blocks": fractions.blocks, "model": fractions.model},
         "total_steps": config.steps,
-        "parameters": count_parameters(model),
+        "parameters": total_parameters(design.facts.pieces),
     }
     size = design.flops_size(config.batch.global_)
     return Estimate(
@@ -91,7 +88,6 @@ def make_estimate(config: RunConfig) -> Estimate:
         json=document,
         dense=mean_kept(method.shape, full_loads(method.shape)),
         dense_step_flops=dense_flops(method.shape, **size).model,
-        stage_parameters=_stage_parameters(design, model),
         unchecked=tuple(unchecked_data(design)),
     )
 
@@ -111,20 +107,6 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
     heads, columns = (totals[k] / counts[k] if counts[k] else 0.0 for k in (True, False))
     positions = sum(load.positions for load in loads) / len(loads)
     return MeanKept(layers, heads, columns, positions)
-
-
-def _stage_parameters(design: Design, model: Any) -> tuple[int, ...]:
-    pipe = design.config.parallel.pipe
-    if pipe == 1:
-        return (count_parameters(model),)
-    starts = {0, *design.cuts[:-1]}
-    stages: list[dict[int, int]] = []
-    for piece in design.family.pieces(design.hf_config):
-        if not stages or (piece.layer in starts and piece.layer != 0):
-            stages.append({})
-        for path in piece.modules:
-            stages[-1] |= {id(p): p.numel() for p in model.get_submodule(path).parameters()}
-    return tuple(sum(stage.values()) for stage in stages)
 
 
 def _number(value: float) -> int | float:

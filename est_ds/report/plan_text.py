@@ -19,7 +19,9 @@ from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
+from est_ds.report.asked import NOTHING, Asked
 from est_ds.report.estimate import Estimate, make_estimate
+from est_ds.report.plan_time import time_and_layouts
 from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
@@ -244,7 +246,7 @@ def _layouts(estimate: Estimate) -> Table:
         table.add_column("on the\nhost", justify="right", vertical="bottom")
     for processes, accumulation in layouts(config):
         memory = memory_per_process(
-            max(estimate.stage_parameters), config, config.data_parallel(processes)
+            max(estimate.design.stage_parameters), config, config.data_parallel(processes)
         )
         table.add_row(
             f"{processes}",
@@ -296,7 +298,9 @@ def _saving(name: str, fraction: float) -> str:
     return f"{fraction:.2%} {name} ({1 / (1 - fraction):.3f}x)"
 
 
-def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> str:
+def plan_report(
+    config: RunConfig, as_json: bool, plot: str | None = None, asked: Asked = NOTHING
+) -> str:
     """The plan of a run as a table, or as the JSON document of `est-ds plan --json`.
 
     Every phase has `kept_layers` (of the model), `kept_heads` and `kept_columns` (of one kept
@@ -305,6 +309,7 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
 
     Args:
         plot: file to draw it into; its ending is one that matplotlib knows (.png, .svg, .pdf).
+        asked: what else to show.
 
     Raises:
         UserError: the run file's model, method, schedule, layout or data do not fit together, or
@@ -316,7 +321,11 @@ def plan_report(config: RunConfig, as_json: bool, plot: str | None = None) -> st
         print(
             f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr
         )
-    text = json.dumps(estimate.json, indent=2) if as_json else plan_tables(estimate)
+    more, blocks = time_and_layouts(estimate.design, estimate.json["parameters"], asked)
+    if as_json:
+        text = json.dumps(estimate.json | more, indent=2)
+    else:
+        text = "\n".join([plan_tables(estimate), *blocks])
     if plot:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
 

@@ -14,8 +14,6 @@ from est_ds.config.sections import RunConfig
 from est_ds.disk import hold, replace_text
 from est_ds.errors import UserError
 from est_ds.run.metrics import FILE, read_metrics
-from est_ds.slicing.families import hf_config
-from est_ds.slicing.families.fields import dropout_of
 
 LOCK = ".lock"
 UNBEGUN = (LOCK, ".config.yaml.partial")  # of a run killed before it had a config.yaml
@@ -182,6 +180,9 @@ def fixed_fields(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
 
 def _free_to_change(config: RunConfig) -> set[str]:
     """Patterns of the fields that a run may change."""
+    from est_ds.slicing.families import hf_config
+    from est_ds.slicing.families.fields import dropout_of
+
     free = set(FREE_TO_CHANGE)
     if config.method.get("draw") == "micro_batch" or dropout_of(hf_config(config.model)):
         free.discard("batch.micro")  # each has a plan, or masks, of its own

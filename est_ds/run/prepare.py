@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from est_ds.config.published import FROM, folder_of, has_begun
 from est_ds.config.sections import RunConfig
 from est_ds.data.auto_tokenizer import check_same_tokenizer
@@ -16,8 +14,7 @@ from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
 from est_ds.data.tokenizer import is_tokenizer
-from est_ds.design import Design, corpus_weights, make_design
-from est_ds.engine.settings import check_zero_section
+from est_ds.design import Design, Outline, corpus_weights, make_design
 from est_ds.errors import UserError
 from est_ds.run.directory import check_run_dir
 
@@ -58,6 +55,8 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
     Raises:
         UserError: something does not fit or is missing; nothing has been written.
     """
+    from est_ds.engine.settings import check_zero_section
+
     design = make_design(config)
     check_zero_section(config)
     _check_compiler(config)
@@ -76,7 +75,7 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
     return Run(**parts, processes=processes, train=batches, valid=windows)
 
 
-def unchecked_data(design: Design) -> list[str]:
+def unchecked_data(design: Outline) -> list[str]:
     """Checks the corpora as a start does, as far as they are here; a plan is made elsewhere too.
 
     Returns:
@@ -105,7 +104,7 @@ def unchecked_data(design: Design) -> list[str]:
     return absent
 
 
-def _check_weights(design: Design, has_tokenizer: bool = True) -> None:
+def _check_weights(design: Outline, has_tokenizer: bool = True) -> None:
     """Checks the published weights that a run is still to begin with, and their tokenizer if one
     lies beside them.
 
@@ -117,13 +116,14 @@ def _check_weights(design: Design, has_tokenizer: bool = True) -> None:
     """
     if not design.has_weights or has_begun(Path(design.config.run_dir)):
         return
+    assert isinstance(design, Design)  # an outline is of a model without published weights
     design.weights().check_ties()
     folder = folder_of(design.config.model[FROM])
     if has_tokenizer and is_tokenizer(folder):
         check_same_tokenizer(design.config.data.tokenizer, folder)
 
 
-def _check_corpus(design: Design, corpus: Corpus) -> None:
+def _check_corpus(design: Outline, corpus: Corpus) -> None:
     """Checks that a corpus' tokens and documents are what the run takes them for.
 
     Raises:
@@ -139,7 +139,7 @@ def _check_corpus(design: Design, corpus: Corpus) -> None:
 
 
 def _data(
-    design: Design, train: list[Corpus], valid: dict[str, Corpus]
+    design: Outline, train: list[Corpus], valid: dict[str, Corpus]
 ) -> tuple[Batches, dict[str, Windows]]:
     """The samples to train and to evaluate on.
 
@@ -166,6 +166,8 @@ def _data(
 
 
 def _check_compiler(config: RunConfig) -> None:
+    import torch
+
     compiler = os.environ.get("CXX", "g++")
     if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
         raise UserError(
@@ -228,7 +230,7 @@ def held_out_windows(design: Design) -> dict[str, Windows]:
     return {n: Windows(c, sampling, choice=choice) for n, c in held_out.items()}
 
 
-def _sampling(design: Design, corpora: list[Corpus]) -> Sampling:
+def _sampling(design: Outline, corpora: list[Corpus]) -> Sampling:
     """What a sample is.
 
     Args:
@@ -241,7 +243,7 @@ def _sampling(design: Design, corpora: list[Corpus]) -> Sampling:
     )
 
 
-def _objective(design: Design, corpora: list[Corpus]) -> Objective:
+def _objective(design: Outline, corpora: list[Corpus]) -> Objective:
     surroundings = Surroundings.of(
         corpora,
         sequence=design.config.data.sequence,

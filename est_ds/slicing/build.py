@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from est_ds.cost.parameters import PieceSize
 from est_ds.slicing.families import family_of
 
 
@@ -32,6 +34,20 @@ def empty_model(config: Any) -> nn.Module:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def piece_sizes(model: nn.Module) -> tuple[PieceSize, ...]:
+    """Parameters of the pieces of a model, in the order of its family's pieces."""
+    found = []
+    pieces = family_of(model.config.model_type).pieces(model.config)
+    modules = [[model.get_submodule(path) for path in piece.modules] for piece in pieces]
+    held = [{id(p): p.numel() for m in piece for p in m.parameters()} for piece in modules]
+    times = Counter(key for piece in held for key in piece)
+    for piece, sizes in zip(pieces, held):
+        shared = {str(key): count for key, count in sizes.items() if times[key] > 1}
+        own = sum(sizes.values()) - sum(shared.values())
+        found.append(PieceSize(piece.layer, own, shared))
+    return tuple(found)
 
 
 def embedding_names(model: nn.Module) -> frozenset[str]:

@@ -29,7 +29,7 @@ from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World, end_with_starter, say
 from est_ds.run.prepare import prepare
 from est_ds.run.step_times import StepTimes
-from est_ds.training.turns import Measured, take_turns
+from est_ds.training.turns import Measured, Turn, take_turns
 
 MODULE = "est_ds.training.time_runs"
 LIMIT_S = 20.0  # rounds of a pair
@@ -58,13 +58,15 @@ def measure_runs(
     """Measures every phase of runs in turns with the full model of the first, on this machine.
 
     Args:
-        runs: the first is the baseline; the others are measured one after the other.
+        runs: the first is the baseline; the others are measured one after the other. One alone is
+            measured with its own full model.
         processes: default: what the baseline's file says.
         limit_s: for the rounds of each run.
         log: takes what the processes say.
 
     Returns:
-        By the name of each other run; `StepTimes.run_ratios` has its seconds over the baseline's.
+        By the name of each other run, or of the only one; `StepTimes.run_ratios` has its seconds
+        over the baseline's.
 
     Raises:
         UserError: a run file is wrong.
@@ -109,7 +111,8 @@ def main(arguments: list[str]) -> None:
 def _measure(
     runs: list[tuple[str, str, list[str]]], limit_s: float, folder: Path, watchdog: Watchdog
 ) -> dict[str, dict]:
-    """Measures each run with the first; on rank 0 what was found, elsewhere nothing."""
+    """Measures each run with the first, or one alone; on rank 0 what was found, elsewhere
+    nothing."""
     world, found = World.from_environment(), {}
 
     def measured(number: int) -> Measured:
@@ -122,15 +125,20 @@ def _measure(
             load_weights(engine)
         return Measured.of(name, run, engine)
 
+    def note(number: int, name: str, turns: list[Turn]) -> None:
+        times = take_turns(turns, limit_s, lambda: watchdog.mark(number, "measuring"))
+        if times is not None:
+            found[name] = times.model_dump(mode="json")
+
     baseline = measured(0)
+    full = baseline.full()
+    if len(runs) == 1:
+        phases = [turn for turn in baseline.turns() if turn.phase != full.phase]
+        note(0, baseline.name, [full, *phases])
     for number in range(1, len(runs)):
         other = measured(number)
         say(f"measuring {other.name} and {baseline.name} in turns")
-        times = take_turns(
-            [baseline.full(), *other.turns()], limit_s, lambda: watchdog.mark(number, "measuring")
-        )
-        if times is not None:
-            found[other.name] = times.model_dump(mode="json")
+        note(number, other.name, [baseline.full(), *other.turns()])
         del other
         gc.collect()
         if torch.cuda.is_available():

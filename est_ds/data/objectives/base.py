@@ -8,15 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from est_ds.config.strict import Strict
 from est_ds.data.indexed import Corpus
 from est_ds.data.objectives.loss import IGNORED, Labels, token_loss
 from est_ds.plans import draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Streams of draws, apart from each other and from every other use of the same seed.
 TRAINING, HELD_OUT = 0x6D61736B, 0x68656C64

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:  # `est-ds plan` reads objectives, and does without torch
+    from torch import Tensor
 
 IGNORED = -100  # label that the loss leaves out
 
 # int64 [B, T]; or these and the divisor of the sum.
-Labels = Tensor | tuple[Tensor, Tensor]
+Labels: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
 def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
@@ -20,6 +22,8 @@ def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
     what it holds). An infinite loss, whose gradient may be finite, gets one that is no number: the
     norm of the gradients alone then tells every rank that the step must not be applied.
     """
+    from torch.nn.functional import cross_entropy
+
     labels_BT, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
     losses = cross_entropy(
         logits_BTV.float().flatten(0, 1),

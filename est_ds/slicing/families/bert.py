@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from est_ds.errors import UserError
-from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.plans.shape import ModelShape
+from est_ds.plans.shapes import bert_shape
 from est_ds.slicing.families.base import (
     Family,
     Passed,
@@ -49,24 +49,7 @@ class Bert(Family):
     head_size_from = "hidden_size / num_attention_heads"
 
     def shape(self, config: Any) -> ModelShape:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        if hidden % heads:
-            raise UserError(
-                f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
-                f"use a divisor."
-            )
-        if config.is_decoder:
-            raise UserError("model.is_decoder=True is not supported for bert; set it to false.")
-        attention = Attention(heads, heads, hidden // heads, hidden)
-        mlp = Mlp(config.intermediate_size, hidden, matrices=2)
-        return ModelShape(
-            family=config.model_type,
-            layers=((attention, mlp),) * config.num_hidden_layers,
-            hidden=hidden,
-            vocabulary=config.vocab_size,
-            sequence=config.max_position_embeddings,
-            head_inner=hidden * hidden,
-        )
+        return bert_shape(config)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.bert.encoder.layer)

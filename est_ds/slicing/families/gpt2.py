@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, arange, nn
 
 from est_ds.errors import UserError
-from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.plans.shape import ModelShape
+from est_ds.plans.shapes import gpt2_shape
 from est_ds.slicing.families.base import (
     Family,
     Follower,
@@ -28,23 +29,7 @@ class Gpt2(Family):
     head_size_from = "n_embd / n_head"
 
     def shape(self, config: Any) -> ModelShape:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        if hidden % heads:
-            raise UserError(
-                f"model.num_attention_heads={heads} does not divide model.hidden_size={hidden}; "
-                f"use a divisor."
-            )
-        if config.add_cross_attention:
-            raise UserError("model.add_cross_attention=True is not supported; set it to false.")
-        attention = Attention(heads, heads, hidden // heads, hidden)
-        mlp = Mlp(config.n_inner or 4 * hidden, hidden, matrices=2)
-        return ModelShape(
-            family=config.model_type,
-            layers=((attention, mlp),) * config.num_hidden_layers,
-            hidden=hidden,
-            vocabulary=config.vocab_size,
-            sequence=config.max_position_embeddings,
-        )
+        return gpt2_shape(config)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.transformer.h)

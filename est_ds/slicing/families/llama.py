@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, arange, nn
 
-from est_ds.errors import UserError
-from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.plans.shape import ModelShape
+from est_ds.plans.shapes import llama_shape
 from est_ds.slicing.families.base import (
     Family,
     Follower,
@@ -28,22 +28,7 @@ class Llama(Family):
     extra_keys = frozenset({"head_dim"})
 
     def shape(self, config: Any) -> ModelShape:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        if head_dim % 2:
-            raise UserError(
-                f"model: a head has width {head_dim}, and rotary positions need an even width; "
-                f"change model.head_dim, or model.hidden_size / model.num_attention_heads."
-            )
-        attention = Attention(heads, config.num_key_value_heads, head_dim, hidden)
-        mlp = Mlp(config.intermediate_size, hidden, matrices=3)
-        return ModelShape(
-            family=config.model_type,
-            layers=((attention, mlp),) * config.num_hidden_layers,
-            hidden=hidden,
-            vocabulary=config.vocab_size,
-            sequence=config.max_position_embeddings,
-        )
+        return llama_shape(config)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.model.layers)

@@ -26,7 +26,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from est_ds.errors import UserError
-from est_ds.plans.shape import ModelShape, StateSpace
+from est_ds.plans.shape import ModelShape
+from est_ds.plans.shapes import mamba_shape
 from est_ds.slicing.families.base import Family, Follower, Piece, Slot, SubnetworkSize, tied_to
 from est_ds.slicing.leaf import Rows, SkippableLayer, SkippableMlp
 
@@ -62,26 +63,7 @@ class Mamba(Family):
 
     def shape(self, config: Any) -> ModelShape:
         _check(config)
-        hidden, state = config.hidden_size, config.state_size
-        if config.model_type == "mamba":
-            rank = int(config.time_step_rank)
-            mixer = StateSpace(config.intermediate_size, 1, 1, state, hidden, step_rank=rank)
-        else:
-            mixer = StateSpace(
-                config.num_heads,
-                config.head_dim,
-                config.n_groups,
-                state,
-                hidden,
-                chunk=config.chunk_size,
-            )
-        return ModelShape(
-            family=config.model_type,
-            layers=((mixer,),) * config.num_hidden_layers,
-            hidden=hidden,
-            vocabulary=config.vocab_size,
-            sequence=None,
-        )
+        return mamba_shape(config)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return list(model.backbone.layers)

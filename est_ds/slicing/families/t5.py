@@ -23,7 +23,8 @@ from torch.autograd import Function
 
 from est_ds.errors import UserError
 from est_ds.plans.plan import Plan
-from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.plans.shape import ModelShape
+from est_ds.plans.shapes import t5_shape
 from est_ds.slicing.families.base import Family, Piece, Slot, SubnetworkSize, tied_to
 from est_ds.slicing.leaf import Skippable, SkippableLayer, Slice
 
@@ -102,19 +103,7 @@ class T5(Family):
     }
 
     def shape(self, config: Any) -> ModelShape:
-        heads, hidden = config.num_heads, config.d_model
-        own = Attention(heads, heads, config.d_kv, hidden)
-        cross = Attention(heads, heads, config.d_kv, hidden, cross=True)
-        mlp = Mlp(config.d_ff, hidden, matrices=3 if config.is_gated_act else 2)
-        encoder = ((own, mlp),) * config.num_layers
-        return ModelShape(
-            family=config.model_type,
-            layers=encoder + ((own, cross, mlp),) * config.num_decoder_layers,
-            hidden=hidden,
-            vocabulary=config.vocab_size,
-            sequence=None,
-            encoder_layers=config.num_layers,
-        )
+        return t5_shape(config)
 
     def check_section(self, section: dict[str, Any]) -> None:
         tied, scaled = (section.get(k) for k in ("tie_word_embeddings", "scale_decoder_outputs"))

@@ -1,0 +1,171 @@
+"""Which layout of a run on a number of GPUs is fastest, of those whose memory suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.table import Table
+
+from est_ds.config.deepspeed_keys import check_deepspeed_section
+from est_ds.config.sections import RunConfig
+from est_ds.cost.flops import StepSize
+from est_ds.cost.gpus import Gpu
+from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
+from est_ds.cost.time import RunTime, estimated
+from est_ds.design import Outline
+from est_ds.errors import UserError
+from est_ds.report.hours import job_of
+from est_ds.report.text import PLAIN, seconds
+
+# Of the GPU's memory, for communication buffers and what the allocator cannot use.
+FREE = 0.1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread a run.
+
+    Attributes:
+        memory_bytes: that a process of the fullest pipe stage needs.
+    """
+
+    config: RunConfig
+    time: RunTime
+    memory_bytes: float
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether a GPU's memory suffices."""
+        return self.memory_bytes <= (1 - FREE) * gpu.memory_bytes
+
+
+def compared_layouts(outline: Outline, gpu: Gpu) -> list[Layout]:
+    """Every layout of the run's processes, the fastest first: of pipe stages, ZeRO stages and
+    micro-batches. Where the micro-batch decides what is drawn (`draw: micro_batch`, dropout), it
+    stays.
+
+    Raises:
+        UserError: the run's time cannot be estimated, or its batch fits no layout.
+    """
+    job_of(outline, gpu)  # raises
+    found = [
+        Layout(spread.config, estimated(job_of(spread, gpu)), memory_bytes(spread))
+        for spread in _spread(outline)
+    ]
+    return sorted(found, key=lambda layout: layout.time.total_s)
+
+
+def memory_bytes(outline: Outline) -> float:
+    """Model states and activations of a process of the fullest pipe stage, of the full model; the
+    activations are a lower bound."""
+    config, shape = outline.config, outline.method.shape
+    processes = config.parallel.processes or config.parallel.pipe
+    replicas = config.data_parallel(processes)
+    size = StepSize(**outline.flops_size(config.batch.micro))  # type: ignore[arg-type]
+    value_bytes = 2 if config.precision == "bf16" else 4
+    inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
+    activations = activations_of_stages(
+        *activations_by_layer(shape, size, value_bytes=value_bytes),
+        cuts=outline.cuts,
+        accumulation=config.batch.accumulation(replicas),
+        input_bytes=inputs if config.activation_checkpointing else None,
+    )
+    states = memory_per_process(max(outline.stage_parameters), config, replicas)
+    return states.total_bytes + max(activations)
+
+
+def _spread(outline: Outline) -> Iterator[Outline]:
+    """Outlines of the same run in every layout that it allows."""
+    config, method = outline.config, outline.method
+    processes = config.parallel.processes or config.parallel.pipe
+    keeps_micro = method.by_micro_batch or bool(outline.dropout)
+    for pipe in _divisors(processes):
+        at_pipe = None
+        for zero in (0, 1) if pipe > 1 else (0, 1, 2, 3):
+            if zero == 3 and method.by_micro_batch and method.shape.encoder_layers:
+                continue
+            share, rest = divmod(config.batch.global_, processes // pipe)
+            micros = _divisors(share) if not rest else []
+            for micro in [config.batch.micro] if keeps_micro else micros:
+                if rest or share % micro:
+                    continue
+                layers = config.parallel.pipe_layers if pipe == config.parallel.pipe else None
+                parallel = {"pipe": pipe, "zero": zero, "pipe_layers": layers}
+                changed = config.model_copy(
+                    update={
+                        "parallel": config.parallel.model_copy(update=parallel),
+                        "batch": config.batch.model_copy(update={"micro": micro}),
+                    }
+                )
+                spread = replace(outline, config=changed)
+                try:
+                    check_deepspeed_section(changed)
+                    at_pipe = at_pipe or spread.cuts
+                except UserError:
+                    break
+                vars(spread)["cuts"] = at_pipe  # the search for cuts does not depend on the rest
+                yield spread
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def layouts_document(layouts: list[Layout], gpu: Gpu) -> list[dict[str, Any]]:
+    """`layouts` of `est-ds plan --json`: all of them, the fastest first."""
+    return [
+        {
+            **_numbers(layout),
+            "hours": layout.time.total_s / 3600,
+            "dense_hours": layout.time.dense_s / 3600,
+            "memory_bytes": layout.memory_bytes,
+            "fits": layout.fits(gpu),
+        }
+        for layout in layouts
+    ]
+
+
+def _numbers(layout: Layout) -> dict[str, int]:
+    config, time = layout.config, layout.time
+    replicas = config.data_parallel(time.processes)
+    return {
+        "pipe": config.parallel.pipe,
+        "data": replicas,
+        "zero": config.parallel.zero,
+        "micro": config.batch.micro,
+        "accumulation": config.batch.accumulation(replicas),
+    }
+
+
+def layouts_table(layouts: list[Layout], gpu: Gpu) -> tuple[Table, str]:
+    """The fastest that fits of every pipe and ZeRO stage, and how to ask for the first of all."""
+    table = Table(box=PLAIN, pad_edge=False)
+    for name in ("pipe", "data", "ZeRO", "micro", "accumulation", "step", "hours", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    best: dict[tuple[int, int], Layout] = {}
+    for layout in layouts:
+        parallel = layout.config.parallel
+        if layout.fits(gpu):
+            best.setdefault((parallel.pipe, parallel.zero), layout)
+    if not best:
+        least = min(layout.memory_bytes for layout in layouts)
+        return table, (
+            f"No layout fits: the smallest needs {least / 2**30:.1f} GiB of "
+            f"{gpu.memory_bytes / 2**30:.1f}. Take more GPUs, or set activation_checkpointing=true."
+        )
+    for layout in best.values():
+        time = layout.time
+        table.add_row(
+            *(f"{number:,}" for number in _numbers(layout).values()),
+            seconds(time.total_s / time.dense.num_steps),
+            f"{time.total_s / 3600:,.3g}",
+            f"{layout.memory_bytes / 2**30:.1f} GiB",
+        )
+    now = next(iter(best.values())).config
+    return table, (
+        f"The fastest: parallel.pipe={now.parallel.pipe} parallel.zero={now.parallel.zero} "
+        f"batch.micro={now.batch.micro}\n"
+        f"Of every number of pipe stages and ZeRO stage the fastest micro-batch that leaves a\n"
+        f"tenth of the {gpu.memory_bytes / 2**30:g} GiB free."
+    )

@@ -118,9 +118,7 @@ def setting_of(
     )
 
 
-def activations(
-    shape: ModelShape, loads: Sequence[Load], size: StepSize, setting: Setting
-) -> Kept:
+def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, setting: Setting) -> Kept:
     """What is kept of a forward of what `loads` keep of the layers.
 
     Args:

@@ -20,7 +20,7 @@ from est_ds.cost.states import (
 )
 from est_ds.plans.methods.base import Load, Method
 from est_ds.plans.methods.rates import KeepRates
-from est_ds.plans.shape import Attention, Mlp, ModelShape
+from est_ds.plans.shape import Attention, Mlp, Part
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Memory:
 
     Attributes:
         moment: when that is.
-        pipe_stage: of the process.
+        pipe_stage: of the process, one of `num_pipe_stages`.
         states: weights, gradients, optimizer, communication buckets, gathered parameters.
         activations: of all micro-batches that are under way.
         logits: of the last stage: logits, loss and their gradients.
@@ -41,7 +41,8 @@ class Memory:
     states: States
     activations: float
     logits: float
-    held_bytes: float
+    held_bytes: float = 0.0
+    num_pipe_stages: int = 1
 
     @property
     def parts(self) -> dict[str, float]:
@@ -118,13 +119,13 @@ def memory_of_stage(subject: Subject, phase: int, data_parallel: int, stage: int
     is_last = end == subject.cuts[-1]
     one = _Stage(subject, process, kept, (first, end), is_last, min(count, max(2, under_way)))
     moments = [
-        Memory("reduction", 0, reduction(process, count > 1), 0.0, 0.0, 0.0),
-        Memory("optimizer step", 0, update(process), 0.0, 0.0, 0.0),
+        Memory("reduction", 0, reduction(process, count > 1), 0.0, 0.0),
+        Memory("optimizer step", 0, update(process), 0.0, 0.0),
     ]
     for at_once, accumulated in settings:
         moments += _passes(one, at_once, accumulated)
     between, (activated, logits) = held(process), one.passed_on
-    stays = Memory("between steps", stage, between, activated, logits, 0.0)
+    stays = Memory("between steps", stage, between, activated, logits)
     full = (
         replace(
             m,
@@ -133,6 +134,7 @@ def memory_of_stage(subject: Subject, phase: int, data_parallel: int, stage: int
             activations=m.activations + activated,
             logits=m.logits + logits,
             held_bytes=stays.total_bytes,
+            num_pipe_stages=len(subject.cuts),
         )
         for m in moments
     )
@@ -140,9 +142,12 @@ def memory_of_stage(subject: Subject, phase: int, data_parallel: int, stage: int
 
 
 def most_loads(method: Method, phase: int, layers: tuple[int, int]) -> tuple[Load, ...]:
-    """What a stage computes at most: the mean where counts are exact and spread over bands; without
-    bands one stage may have all that are kept, and where chances are drawn apart all layers."""
-    loads = method.computed(method.mean_loads(phase))
+    """What a stage computes at most: what is kept where counts are exact and spread over bands, at
+    the phase's first or last step; without bands one stage may have all that are kept, and where
+    chances are drawn apart all layers."""
+    within = method.phases[phase]
+    ends = [method.computed(method.loads(s)) for s in (within.from_step, within.until_step - 1)]
+    loads = max(ends, key=lambda loads: sum(x.probability * x.positions for x in loads))
     first, end = layers
     chances = [load.probability for load in loads]
     if isinstance(method, KeepRates):
@@ -199,7 +204,7 @@ def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
     found, whole = before_backward(process, accumulated), gathered(process, False)
 
     def moment(name: str, added: States, activations: float, logits: float = 0.0) -> Memory:
-        return Memory(name, 0, found + added, others + activations, logits, 0.0)
+        return Memory(name, 0, found + added, others + activations, logits)
 
     yield moment("end of the forward", gathered(process, True), left + behind)
     done = 0.0
@@ -242,7 +247,7 @@ def _process(subject: Subject, loads: Sequence[Load], data_parallel: int, stage:
     )
 
 
-def _matrices(part: object) -> list[int]:
+def _matrices(part: Part) -> list[int]:
     """Sizes of the matrices of a part."""
     if isinstance(part, Attention):
         one = part.hidden * part.head_dim

@@ -25,7 +25,7 @@ from typing import Any
 from est_ds.config.sections import RunConfig
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at once without ZeRO
-AT_ONCE_BYTES = 6 * 4 * (1 << 22)  # temporaries of a step with `freeze` (engine.optimizer.AT_ONCE)
+AT_ONCE_BYTES = 6.0 * 4 * (1 << 22)  # temporaries of a step with `inactive: freeze`
 # DeepSpeed's defaults for ZeRO 3, in elements.
 PERSISTS, REUSED_WITHIN, PREFETCHED = 100_000, 1_000_000_000, 50_000_000
 
@@ -128,7 +128,7 @@ def held(process: Process) -> States:
     zero, share, width = process.zero, process.share, process.width
     counts = process.config.optimizer.inactive == "freeze"
     optimizer = (8 + 4 * counts + 4 * (zero > 0)) * (share if zero else process.parameters)
-    weights = width * process.parameters
+    weights: float = width * process.parameters
     gradients = buckets = host = 0.0
     if zero == 3:
         weights = width * (share + process.persistent)
@@ -206,7 +206,7 @@ def reduction(process: Process, accumulated: bool) -> States:
 
 def update(process: Process) -> States:
     """What the optimizer's step adds: the share's gradients, and a flat copy of them in fp32."""
-    temporary = AT_ONCE_BYTES if process.config.optimizer.inactive == "freeze" else 0
+    temporary = AT_ONCE_BYTES if process.config.optimizer.inactive == "freeze" else 0.0
     temporary = min(temporary, 24 * process.share)
     if process.zero == 0:
         return States(gradients=4 * process.parameters + temporary)

@@ -12,7 +12,7 @@ from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Optimizer
-from est_ds.cost.activations import Setting, activations
+from est_ds.cost.activations import Setting, activations, loss_bytes
 from est_ds.cost.flops import StepSize
 from est_ds.cost.gpus import gpu_of
 from est_ds.cost.memory import memory_of_phase, memory_of_stage, most_loads
@@ -64,7 +64,7 @@ def test_activations_of_a_layer_by_hand():
     # for each of 2 heads; 4 x 5 columns of 2. Behind: a norm of 8 x 4. Logits: 3 x 4 x 11.
     kept = activations(SMALL, full_loads(SMALL), TEN, Setting(2))
     assert kept.layers == [10 * (2 * (32 + 8) + 2 * 18 + 8 + 40)]
-    assert kept.inputs == [10 * 4 * 2] and kept.ends[1] == 10 * 32 and kept.loss == 10 * 132
+    assert kept.inputs == [10 * 4 * 2] and kept.ends[1] == 10 * 32 and kept.loss.most == 10 * 132
     # Compiled: norms keep 2 x 4 values, and the MLP three times its columns.
     compiled = activations(SMALL, full_loads(SMALL), TEN, Setting(2, compiled=True))
     assert compiled.layers == [10 * (2 * (16 + 8) + 2 * 18 + 8 + 30)]
@@ -110,8 +110,17 @@ def test_checkpointing_takes_less_and_so_does_a_loss_without_logits():
     again = subject.config.model_copy(update={"activation_checkpointing": True})
     whole = memory_of_phase(subject, 0, 1)
     assert memory_of_phase(replace(subject, config=again), 0, 1).activations < whole.activations
-    fused = memory_of_phase(replace(subject, whole_logits=False), 0, 1)
-    assert fused.total_bytes < whole.total_bytes and fused.logits < whole.logits
+    some = replace(subject, setting=replace(subject.setting, logits_at_once=1))
+    assert memory_of_phase(some, 0, 1).total_bytes <= whole.total_bytes
+
+
+def test_a_loss_of_some_rows_takes_a_few_of_the_logits():
+    large = replace(SMALL, hidden=1024, vocabulary=151_936)
+    whole, some = (loss_bytes(4096, large, 2, at_once) for at_once in (None, 1 << 22))
+    assert whole.most == 12 * 4096 * 151_936
+    # 256 rows, and gradients of 4096 tokens in bf16 and of the weight in float32.
+    assert some.most == 14 * 256 * 151_936 + 2 * 4096 * 1024 + 4 * 1024 * 151_936
+    assert some.most < whole.most / 4 and some.output == 0 < whole.output
 
 
 def test_layers_that_are_drawn_apart_may_all_come_at_once():

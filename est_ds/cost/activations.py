@@ -38,7 +38,7 @@ WRITTEN_OUT_GELU = ("gelu_new", "gelu_fast", "gelu_python_tanh")
 FIELDS_OF_ACTIVATION = ("hidden_act", "activation_function", "feed_forward_proj", "dense_act_fn")
 DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "bert": "gelu", "t5": "relu"}
 LAYER_NORM = ("gpt2", "bert")
-LOSS_VALUES = 3  # log-probabilities, and the gradients before and behind them
+FEWEST_ROWS = 256  # that a loss takes of the logits at once
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Setting:
         on_gpu: kernels of a GPU: attention with dropout is fused, and a mask is a byte a value.
         masked: attention has a mask: documents are kept apart, or there is a window.
         compiled: layers are compiled, which computes norms and activation functions anew.
+        logits_at_once: logits that the loss takes at a time; None: all.
     """
 
     value_bytes: int
@@ -62,6 +63,7 @@ class Setting:
     on_gpu: bool = False
     masked: bool = False
     compiled: bool = False
+    logits_at_once: int | None = None
 
     @property
     def dropped_bytes(self) -> int:
@@ -78,18 +80,57 @@ class Kept:
         inputs: of what goes into every layer.
         working: what the backward of every layer adds to that at most.
         ends: kept by the embedding, and by what comes behind the last layer.
-        loss: at the start of the backward, of the logits and their gradients.
-        logits: of the logits' gradient, which the head's backward reads.
-        output: of the logits.
+        loss: of the logits.
     """
 
     layers: list[float]
     inputs: list[float]
     working: list[float]
     ends: tuple[float, float]
-    loss: float
-    logits: float
+    loss: LossBytes
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """What output head and loss take beside what is kept of the layers.
+
+    Attributes:
+        most: at the most.
+        backward: in the head's backward, the gradient of its weight aside.
+        output: of what the model returns.
+    """
+
+    most: float
+    backward: float
     output: float
+
+
+def loss_bytes(
+    tokens: float, shape: ModelShape, value_bytes: int, at_once: int | None
+) -> LossBytes:
+    """What head and loss take.
+
+    All logits at once: at the start of the backward three times as many values of 4 bytes
+    (log-probabilities, and the gradients before and behind them). Some rows at a time: their logits
+    twice in float32 and what is left of the rows before, and from the forward on the gradients of
+    what the head reads and of its weight.
+
+    Args:
+        at_once: logits that are there at a time; None: all.
+    """
+    hidden, vocabulary = shape.hidden, shape.vocabulary
+    if at_once is None:
+        logits = tokens * vocabulary
+        return LossBytes(
+            12 * logits, value_bytes * (logits + tokens * hidden), value_bytes * logits
+        )
+    rows = max(FEWEST_ROWS, at_once // vocabulary)
+    several = rows < tokens
+    weight = hidden * vocabulary * (4 if several else value_bytes)
+    read = value_bytes * tokens * hidden
+    a_logit = (12 if value_bytes == 4 else 14) if several else 8
+    summed = weight if several and value_bytes == 2 else 0  # copied, not handed on
+    return LossBytes(a_logit * min(rows, tokens) * vocabulary + read + weight, read + summed, 0.0)
 
 
 def setting_of(
@@ -148,20 +189,13 @@ def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, settin
         layers.append(kept)
         inputs.append(load.probability * stream[0] * part.hidden * value)
         working.append(most if load.probability else 0.0)
-    hidden, vocabulary = shape.hidden, shape.vocabulary
+    hidden = shape.hidden
     behind = target[0] * hidden * (norm + (2 * value if shape.head_inner else 0))
     before = source[0] * hidden * (norm if shape.family == "bert" else value) + 8 * source[0]
     if setting.masked:
         before += source[0] * source[1] * (1 + value)
-    return Kept(
-        layers,
-        inputs,
-        working,
-        (before, behind),
-        LOSS_VALUES * 4 * target[0] * vocabulary,
-        value * target[0] * (vocabulary + hidden),
-        value * target[0] * vocabulary,
-    )
+    loss = loss_bytes(target[0], shape, value, setting.logits_at_once)
+    return Kept(layers, inputs, working, (before, behind), loss)
 
 
 def norm_bytes(family: str, setting: Setting) -> float:

@@ -68,7 +68,6 @@ class Subject:
         stage_parameters: parameters of every pipe stage.
         sequence: tokens of a sample, and of its target (None: no encoder-decoder).
         setting: how the layers compute.
-        whole_logits: the loss is computed of all logits at once.
     """
 
     config: RunConfig
@@ -77,7 +76,6 @@ class Subject:
     stage_parameters: Sequence[int]
     sequence: tuple[int, int | None]
     setting: Setting
-    whole_logits: bool = True
 
     @property
     def size(self) -> StepSize:
@@ -184,7 +182,7 @@ class _Stage:
             return 0.0, 0.0
         first, end = self.layers
         one = max(self.kept.inputs[first:end], default=0.0)
-        outputs = self.buffers * self.kept.output if self.is_last else 0.0
+        outputs = self.buffers * self.kept.loss.output if self.is_last else 0.0
         return one * (1 + self.buffers * (first > 0)), outputs
 
 
@@ -210,10 +208,9 @@ def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
     done = 0.0
     if stage.is_last:
         done = shape.hidden * shape.vocabulary
-        if stage.subject.whole_logits:
-            yield moment("loss", whole, left + behind, kept.loss)
+        yield moment("loss", whole, left + behind, kept.loss.most)
         head = States(gradients=process.width * done) + whole
-        yield moment("backward of the head", head, left + behind, kept.logits)
+        yield moment("backward of the head", head, left + behind, kept.loss.backward)
     for i in reversed(range(first, end)):
         again = kept.layers[i] if config.activation_checkpointing else 0.0
         added = within_backward(process, accumulated, done) + whole

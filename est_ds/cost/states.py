@@ -25,7 +25,9 @@ from typing import Any
 from est_ds.config.sections import RunConfig
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at once without ZeRO
-AT_ONCE_BYTES = 6.0 * 4 * (1 << 22)  # temporaries of a step with `inactive: freeze`
+# Temporaries of an element in a step with `inactive: freeze`, seven numbers and a truth value, and
+# how many elements are stepped at once.
+FREEZING_BYTES, AT_ONCE = 29.0, 1 << 22
 # DeepSpeed's defaults for ZeRO 3, in elements.
 PERSISTS, REUSED_WITHIN, PREFETCHED = 100_000, 1_000_000_000, 50_000_000
 
@@ -89,6 +91,11 @@ class Process:
         return self.parameters - cut
 
     @property
+    def cut(self) -> float:
+        """Parameters that ZeRO 3 cuts, of what a step uses."""
+        return max(0.0, self.trained - self.persistent)
+
+    @property
     def gathered(self) -> tuple[float, float]:
         """Parameters that ZeRO 3 has whole at the turn from forward to backward, the persistent
         ones aside, and what it fetches ahead.
@@ -98,7 +105,7 @@ class Process:
         """
         if self.data_parallel == 1:
             return 0.0, 0.0
-        cut = self.parameters - self.persistent
+        cut = self.cut
         within = self.option("stage3_max_reuse_distance", REUSED_WITHIN) / 2
         ahead = self.option("stage3_prefetch_bucket_size", PREFETCHED)
         return max(self.largest, min(within, cut)), min(ahead, cut)
@@ -148,8 +155,7 @@ def gathered(process: Process, forward: bool) -> States:
     if process.zero < 3:
         return States()
     whole, ahead = process.gathered
-    cut = process.parameters - process.persistent
-    more = ahead if forward or whole < cut else 0.0
+    more = ahead if forward or whole < process.cut else 0.0
     return States(gathered=process.width * (whole + more))
 
 
@@ -206,8 +212,8 @@ def reduction(process: Process, accumulated: bool) -> States:
 
 def update(process: Process) -> States:
     """What the optimizer's step adds: the share's gradients, and a flat copy of them in fp32."""
-    temporary = AT_ONCE_BYTES if process.config.optimizer.inactive == "freeze" else 0.0
-    temporary = min(temporary, 24 * process.share)
+    freezes = process.config.optimizer.inactive == "freeze"
+    temporary = FREEZING_BYTES * min(AT_ONCE, process.share) if freezes else 0.0
     if process.zero == 0:
         return States(gradients=4 * process.parameters + temporary)
     if process.zero == 3 or process.config.parallel.offload:

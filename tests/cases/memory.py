@@ -40,7 +40,10 @@ T5 = dict(
     model_type="t5", d_model=128, d_kv=32, num_heads=4, d_ff=384, num_layers=2,
     num_decoder_layers=2, vocab_size=VOCABULARY, dropout_rate=0.0,
 )
-MAMBA = dict(model_type="mamba", **_SIZES, expand=2, state_size=4, time_step_rank=8)
+# The library's scan goes from position to position: fewer layers, and one micro-batch.
+MAMBA = dict(model_type="mamba", **_SIZES, expand=2, state_size=8, time_step_rank=8) | {
+    "num_hidden_layers": 2
+}
 MAMBA2 = dict(
     model_type="mamba2", **_SIZES, expand=2, num_heads=8, head_dim=32, n_groups=2, state_size=16,
     chunk_size=32,
@@ -94,7 +97,9 @@ CASES = {
     "gpt2, fp32, pipe 2, ZeRO 0, checkpointing": MemoryCase(
         2, GPT2 | _KEPT, {**_zero(0, pipe=2), **_AGAIN}
     ),
-    "mamba, fp32, ZeRO 2": MemoryCase(1, MAMBA, _zero(2)),
+    "mamba, fp32, ZeRO 2": MemoryCase(
+        1, MAMBA, {**_zero(2), "batch": {"global": 2, "micro": 2}}
+    ),
     "mamba2, bf16, ZeRO 1": MemoryCase(1, MAMBA2, {**_zero(1), **_BF16}),
     "llama, est by micro-batch, bf16, ZeRO 1 of 2, freeze": MemoryCase(
         2, LLAMA, {**_zero(1), **_BF16, **_FROZEN, "method": BY_MICRO_BATCH}

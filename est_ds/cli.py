@@ -8,7 +8,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import est_ds
 from est_ds.analysis.verb import SUMMARY, add_analyse
@@ -19,6 +19,9 @@ from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_
 from est_ds.reference.verb import add_fields
 from est_ds.score.verbs import add_eval, add_finetune, run_eval, run_finetune
 from est_ds.studies.verb import add_compare, add_dropout
+
+if TYPE_CHECKING:
+    from est_ds.config.sections import RunConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -301,35 +304,20 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
         meeting_place(World.from_environment())
     else:
         preempt.end_on_signals()
-    from est_ds.checkpoints.store import Store
     from est_ds.config.run_file import load_run
-    from est_ds.engine.start import leave_processes
-    from est_ds.launch.placement import where_to
-    from est_ds.launch.retries import train_again_until_done
-    from est_ds.run.directory import lock_run_dir
-    from est_ds.run.prepare import prepare
-    from est_ds.training.loop import train
 
     config = load_run(parsed.run, parsed.overrides)
     end_with_starter()  # the launcher, or a study
     if launched():
-        if parsed.restarts:
-            raise UserError(
-                f"--restarts={parsed.restarts} inside a launcher (RANK is set) has no effect: the "
-                f"launcher starts the processes. Remove it and let the launcher start them again, "
-                f"or call est-ds train without a launcher."
-            )
-        world = World.from_environment()
-        try:
-            train(prepare(config, world.size), world)
-        except preempt.Preempted as e:
-            say(f"est-ds: {e}")
-            leave_processes(preempt.EXIT_CODE)
-        if world.is_first:
-            _summary(config.run_dir)
-        leave_processes()
+        _train_here(parsed, config)
+    from est_ds.checkpoints.store import Store
+    from est_ds.launch.placement import where_to
+    from est_ds.launch.retries import train_again_until_done
+    from est_ds.run.directory import lock_run_dir
+    from est_ds.run.prepare import check_run
+
     where = where_to(config, parsed)
-    checkpoints = Store.of(prepare(config, where.processes).directory)
+    checkpoints = Store.of(check_run(config, where.processes))
     if checkpoints.latest == config.steps:
         print(f"{config.run_dir} is done: all {config.steps} steps are behind it.")
         if where.is_first:
@@ -340,6 +328,29 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     # Without the options that say where: DeepSpeed's launcher would take some as its own.
     arguments = ["train", parsed.run, *parsed.overrides]
     sys.exit(train_again_until_done(arguments, where, config, parsed.restarts))
+
+
+def _train_here(parsed: argparse.Namespace, config: RunConfig) -> NoReturn:
+    """Trains in this process, which a launcher has started."""
+    if parsed.restarts:
+        raise UserError(
+            f"--restarts={parsed.restarts} inside a launcher (RANK is set) has no effect: the "
+            f"launcher starts the processes. Remove it and let the launcher start them again, "
+            f"or call est-ds train without a launcher."
+        )
+    from est_ds.engine.start import leave_processes
+    from est_ds.run.prepare import prepare
+    from est_ds.training.loop import train
+
+    world = World.from_environment()
+    try:
+        train(prepare(config, world.size), world)
+    except preempt.Preempted as e:
+        say(f"est-ds: {e}")
+        leave_processes(preempt.EXIT_CODE)
+    if world.is_first:
+        _summary(config.run_dir)
+    leave_processes()
 
 
 def _branch(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -95,7 +95,7 @@ SCRIPT = """
 import sys
 from est_ds.cli import main
 for run in sys.argv[1:]:
-    main(["plan", run, "--gpu", "h100-80g", "--count", "8"])
+    main(["plan", run, "--gpu", "h100-80g", "--count", "2", "--layouts"])
 print(sorted({"torch", "transformers", "deepspeed", "matplotlib"} & set(sys.modules)))
 """
 

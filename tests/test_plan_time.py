@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 
 import pytest
 
+from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import StepSize
 from est_ds.cost.gpus import GPUS, gpu_of
+from est_ds.cost.parameters import total_parameters
 from est_ds.cost.peaks import PEAKS
-from est_ds.cost.time import Job, step_seconds
+from est_ds.cost.pipe_cuts import bubble
+from est_ds.cost.time import PUBLISHED, Job, StepSeconds, estimated, step_seconds
 from est_ds.design import make_outline
 from est_ds.errors import UserError
 from est_ds.report.asked import Asked
+from est_ds.report.hours import measured
+from est_ds.report.plan_text import plan_report
+from est_ds.run.step_times import StepTimes, Turns
 
 
 def test_every_gpu_with_a_peak_rate_can_be_planned_for():
@@ -32,17 +39,30 @@ def test_an_unknown_gpu_is_named_with_its_neighbour():
         gpu_of("h100")
 
 
+OPTIONS = ("gpu", "count", "processes", "price", "measure", "layouts")
+
+
 def options(**given) -> Asked:
-    names = ("gpu", "count", "processes")
-    return Asked.of(argparse.Namespace(**{name: given.get(name) for name in names}))
+    return Asked.of(argparse.Namespace(**{name: given.get(name) for name in OPTIONS}))
 
 
 def test_count_is_the_number_of_processes():
     assert options(gpu="h100-80g", count=8).processes == 8
-    with pytest.raises(UserError, match="--count=8 has no effect without --gpu"):
-        options(count=8)
-    with pytest.raises(UserError, match="--count=8 and --processes=4 differ"):
-        options(gpu="h100-80g", count=8, processes=4)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"count": 8}, "--count=8 has no effect without --gpu"),
+        ({"gpu": "l4", "count": 8, "processes": 4}, "--count=8 and --processes=4 differ"),
+        ({"price": 2.5}, "--price=2.5 has no effect without --gpu"),
+        ({"layouts": True}, "--layouts has no effect without --gpu"),
+        ({"measure": True, "gpu": "l4"}, "--measure and --gpu=l4 contradict each other"),
+    ],
+)
+def test_an_option_that_cannot_take_effect_is_an_error(given, said):
+    with pytest.raises(UserError, match=said):
+        options(**given)
 
 
 def job(gpu: str, run: str, *overrides: str) -> Job:
@@ -73,10 +93,159 @@ CASES = [(run, compiled) for run, rows in MEASURED.items() for compiled in rows]
 def test_steps_take_the_time_that_they_took_on_an_h200(run, compiled):
     tokens, speeds = MEASURED[run][compiled]
     flags = f"compile={json.dumps(compiled)}"
-    measured = job("h200", run, *ONE_GPU, flags)
-    sequences = tokens // measured.size.sequence
-    measured = job(
-        "h200", run, *ONE_GPU, flags, f"batch={{global: {sequences}, micro: {sequences}}}"
-    )
+    sequences = tokens // job("h200", run, *ONE_GPU, flags).size.sequence
+    on_gpu = job("h200", run, *ONE_GPU, flags, f"batch={{global: {sequences}, micro: {sequences}}}")
     for phase, speed in enumerate(speeds):
-        assert step_seconds(measured, phase).total_s == pytest.approx(tokens / speed, rel=0.04)
+        assert step_seconds(on_gpu, phase).total_s == pytest.approx(tokens / speed, rel=0.04)
+
+
+# Widths and layers of what is published; MPT's configs in mosaicml/llm-foundry.
+WIDTHS = {
+    "MPT-760M": (1536, 24),
+    "MPT-1B": (2048, 24),
+    "MPT-3B": (2560, 32),
+    "MPT-7B": (4096, 32),
+}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in PUBLISHED if row.model in WIDTHS], ids=lambda r: f"{r.model} {r.device}"
+)
+def test_other_systems_reached_the_same_within_a_quarter(row):
+    width, layers = WIDTHS[row.model]
+    model = (
+        f"model={{model_type: gpt2, vocab_size: 50432, n_embd: {width}, n_layer: {layers}, "
+        f"n_head: {width // 64}, n_positions: 2048, resid_pdrop: 0.0, embd_pdrop: 0.0, "
+        f"attn_pdrop: 0.0}}"
+    )
+    shared = ("data.sequence=2048", "batch={global: 112, micro: 14}", "compile=true")
+    layout = "parallel={pipe: 1, zero: 1, processes: 8}"
+    gpu = {"H100": "h100-80g", "A100": "a100-80g"}[row.device]
+    run = job(gpu, "est_gpt2.yaml", "method={name: full}", model, *shared, layout)
+    assert total_parameters(run.pieces) == pytest.approx(row.parameters, rel=0.02)
+    time = estimated(run)
+    assert time.mfu(time.dense) == pytest.approx(row.mfu, rel=0.25)
+
+
+TINYLLAMA = "est_tinyllama.yaml"
+
+
+def seconds_of(phase: int | None = None, count: int = 8, **parallel) -> StepSeconds:
+    layout = json.dumps({"pipe": 1, "zero": 1, "processes": count, **parallel})
+    return step_seconds(job("h100-80g", TINYLLAMA, f"parallel={layout}"), phase)
+
+
+def test_communication_is_that_of_the_layout_and_the_links():
+    assert seconds_of(count=1).links_s == 0
+    one, two, three = (seconds_of(zero=zero).links_s for zero in (1, 2, 3))
+    assert 0 < one < three and one < two
+    # Two rings of fp32 gradients and one of bf16 weights, of seven in eight bytes.
+    moved = 7 / 8 * 1_100_048_384 * (2 * 4 + 2)
+    assert one == pytest.approx(moved / (0.8 * 450e9))
+    # Replicas on two nodes meet over the network: nine times slower.
+    assert seconds_of(count=16).links_s == pytest.approx(one * 9 * (15 / 16) / (7 / 8))
+    # Half of the layers send no gradients; thinner ones send all, with their zeros.
+    assert seconds_of(0).links_s < 0.75 * one and seconds_of(1).links_s == one
+    assert seconds_of(pipe=2).links_s > 0
+
+
+def test_pipe_stages_wait_at_least_for_the_bubble():
+    config = load_run(ROOT / "configs" / "run" / TINYLLAMA, [])
+    accumulation = config.batch.global_ // config.batch.micro // 4
+    piped = seconds_of(pipe=2)
+    share = piped.waiting_s / (piped.compute_s + piped.waiting_s)
+    assert bubble(2, accumulation) < share < bubble(2, accumulation) + 0.1
+    assert seconds_of().waiting_s == 0
+
+
+def test_checkpointing_costs_a_forward():
+    plain = job("h100-80g", TINYLLAMA)
+    again = job("h100-80g", TINYLLAMA, "activation_checkpointing=true")
+    ratio = step_seconds(again, None).compute_s / step_seconds(plain, None).compute_s
+    assert 1.25 < ratio < 4 / 3
+
+
+@pytest.mark.parametrize(
+    "run, change, said",
+    [
+        ("est_gpt2.yaml", "model={model_type: mamba}", "its scan is no matrix product"),
+        (TINYLLAMA, "parallel={pipe: 1, zero: 2, offload: true}", "offload=True is not estimated"),
+    ],
+)
+def test_what_cannot_be_estimated_says_so(run, change, said):
+    with pytest.raises(UserError, match=said):
+        job("h100-80g", run, change, "method={name: full}")
+
+
+def planned(**more) -> dict:
+    config = load_run(ROOT / "configs" / "run" / TINYLLAMA, ["parallel.processes=8"])
+    asked = Asked(gpu=gpu_of("h100-80g"), processes=8, **more)
+    return json.loads(plan_report(config, as_json=True, asked=asked))
+
+
+def test_json_has_hours_and_money_of_the_run_and_of_its_dense_twin():
+    plan = planned(price=2.5)
+    time, cost = plan["time"], plan["cost"]
+    hours = sum(phase["steps"] * phase["step_s"] for phase in time["phases"]) / 3600
+    assert time["hours"] == pytest.approx(hours)
+    assert time["dense_hours"] == pytest.approx(24_000 * time["dense_step_s"] / 3600)
+    assert time["gpu_hours"] == pytest.approx(8 * hours)
+    assert time["saved"] == pytest.approx(1 - hours / time["dense_hours"])
+    assert 0 < time["saved"] < plan["saved"]["model"], "FLOPs saved are not all seconds"
+    assert cost["run"] == pytest.approx(2.5 * 8 * hours)
+    assert cost["saved"] == pytest.approx(cost["dense"] - cost["run"])
+    for phase in time["phases"]:
+        parts = ("compute_s", "waiting_s", "links_s", "optimizer_s")
+        assert phase["step_s"] == pytest.approx(sum(phase[part] for part in parts))
+    assert time["phases"][-1]["ratio"] == pytest.approx(1.0) and not time["measured"]
+    assert "layouts" not in plan and "cost" not in planned()
+
+
+def test_layouts_are_sorted_and_every_one_has_the_runs_batch():
+    layouts = planned(layouts=True)["layouts"]
+    assert {row["pipe"] for row in layouts} == {1, 2, 4}, "eight stages would cut bands"
+    assert [row["hours"] for row in layouts] == sorted(row["hours"] for row in layouts)
+    for row in layouts:
+        assert row["pipe"] * row["data"] == 8 and row["zero"] in (1, 2, 3)
+        assert row["micro"] * row["accumulation"] * row["data"] == 1024
+    # A larger micro-batch is faster and takes more memory; not all fit.
+    one = [row for row in layouts if row["pipe"] == 1 and row["zero"] == 1]
+    assert [row["micro"] for row in one] == sorted((row["micro"] for row in one), reverse=True)
+    assert {row["fits"] for row in one} == {True, False}
+
+
+def test_text_names_the_fastest_layout_in_80_columns():
+    config = load_run(ROOT / "configs" / "run" / TINYLLAMA, ["parallel.processes=8"])
+    asked = Asked(gpu=gpu_of("h100-80g"), price=2.5, layouts=True)
+    text = plan_report(config, as_json=False, asked=asked)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "8 x h100-80g" in text and "at 2.5 a GPU-hour" in text
+    assert "MFU 0.418 of MPT-1B on H100" in text
+    assert "The fastest: parallel.pipe=1 parallel.zero=1 batch.micro=" in text
+
+
+def test_measured_steps_give_the_hours_of_the_phases():
+    """Medians of 1 s, 2 s and 4 s (full) of 5 and 15 steps of the tiny run."""
+    outline = make_outline(make_config())
+    turns = (
+        Turns(run="run", name="full", phase=1, num_steps=15, wall_s=(4.0, 4.0), cpu_s=(1, 1)),
+        Turns(run="run", name="small", phase=0, num_steps=5, wall_s=(1.0, 3.0), cpu_s=(1, 1)),
+    )
+    layout = {"pipe": 1, "replicas": 2, "device": "cpu"}
+    times = StepTimes(turns=turns, processors=2, others=0.0, layout=layout)
+    time = measured(outline, times)
+    assert [(p.name, p.step_s) for p in time.phases] == [("small", 2.0), ("full", 4.0)]
+    assert (time.total_s, time.dense_s, time.processes) == (70.0, 80.0, 2)
+    text = plan_report(outline.config, as_json=False, asked=Asked(times=times))
+    assert "2 x cpu" in text and "12.50% (1.143x)" in text and "Measured here" in text
+
+
+@pytest.mark.slow
+def test_measure_trains_some_steps_of_every_phase_here(synthetic_run, tmp_path):
+    call = ["est-ds", "plan", str(synthetic_run), f"run_dir={tmp_path}/run", "--measure", "--json"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["time"]["measured"] and plan["time"]["hours"] > 0
+    assert [p["name"] for p in plan["time"]["phases"]] == [p["name"] for p in plan["phases"]]
+    assert not (tmp_path / "run").exists()

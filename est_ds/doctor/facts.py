@@ -21,12 +21,12 @@ import torch
 import est_ds
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
+from est_ds.cost.parameters import total_parameters
 from est_ds.data.indexed import Corpus
 from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.ranks.meeting import interface_of, own_address
 from est_ds.ranks.versions import comparable_versions
-from est_ds.slicing.build import count_parameters, empty_model
 
 SMI_FIELDS = (
     "index",
@@ -94,7 +94,7 @@ def _run(path: str, overrides: list[str]) -> dict[str, Any]:
         found = {
             "config": hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16],
             "corpus": {name: _fingerprint(config, name) for name in ("train", "valid")},
-            "checkpoint_bytes": CHECKPOINT_BYTES * count_parameters(empty_model(design.hf_config)),
+            "checkpoint_bytes": CHECKPOINT_BYTES * total_parameters(design.facts.pieces),
         }
     except UserError as e:
         return {"error": str(e)}

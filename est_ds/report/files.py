@@ -10,7 +10,7 @@ from typing import Any
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import computes_everything
-from est_ds.design import make_design
+from est_ds.design import make_outline
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Method
 from est_ds.plans.phases import Phase
@@ -88,7 +88,7 @@ def read_run(run_dir: str | os.PathLike) -> RunFiles:
             f"`est-ds train` has started (run_dir in its run file)."
         )
     config = load_run(directory)
-    method = make_design(config).method
+    method = make_outline(config).method
     steps, evaluations = read_metrics(directory)
     if not steps:
         raise UserError(

@@ -21,15 +21,14 @@ from est_ds.run.step_times import StepTimes, Turns
 
 PARTS = {"waiting_s": "waiting", "links_s": "links", "optimizer_s": "opti-\nmizer"}
 NOTE = (
-    "An estimate by peak rates, memory and links, and by what this engine reached on\n"
-    "an H200: expect a quarter more or less. Of the steps alone: evaluations and\n"
-    "checkpoints come on top. Dense: as many steps of the full model on the same GPUs.\n"
-    "Waiting: of pipe stages. Links: communication that nothing hides. MFU: of the\n"
-    "FLOPs computed."
+    "An estimate by peak rates, memory and links, and by what this engine reached\n"
+    "on an H200: expect a quarter more or less. Evaluations and checkpoints come on\n"
+    "top. Dense: as many steps of the full model on the same GPUs. Waiting: of pipe\n"
+    "stages. Links: communication that nothing hides. MFU: of the FLOPs computed."
 )
 MEASURED_NOTE = (
-    "Measured here, in turns: medians of whole steps. Evaluations and checkpoints come\n"
-    "on top. Dense: as many steps of the full model."
+    "Measured here, in turns: medians of whole steps. Evaluations and checkpoints\n"
+    "come on top. Dense: as many steps of the full model."
 )
 
 

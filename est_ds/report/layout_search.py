@@ -143,6 +143,6 @@ def layouts_table(layouts: list[Layout], gpu: Gpu) -> tuple[Table, str]:
     return table, (
         f"The fastest: parallel.pipe={now.parallel.pipe} parallel.zero={now.parallel.zero} "
         f"batch.micro={now.batch.micro}\n"
-        f"Of every number of pipe stages and ZeRO stage the fastest micro-batch that leaves\n"
-        f"{FREE:.0%} of the {gpu.memory_bytes / 2**30:g} GiB free."
+        f"Of every number of pipe stages and ZeRO stage the fastest micro-batch that\n"
+        f"leaves {FREE:.0%} of the {gpu.memory_bytes / 2**30:g} GiB free."
     )

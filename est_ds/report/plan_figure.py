@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from est_ds.cost.flops import step_flops
-from est_ds.design import Design
+from est_ds.design import Outline
 from est_ds.plans.methods.base import full_loads
 from est_ds.report import style
 from est_ds.report.estimate import Estimate, mean_kept
@@ -44,7 +44,7 @@ def plan_figure(estimate: Estimate) -> Figure:
     return figure
 
 
-def _samples(design: Design) -> np.ndarray:
+def _samples(design: Outline) -> np.ndarray:
     """Steps to draw, first and last of every phase among them, int64 [n]."""
     steps = design.config.steps
     spread = np.linspace(0, steps - 1, min(steps, MAX_SAMPLES)).astype(int)
@@ -52,7 +52,7 @@ def _samples(design: Design) -> np.ndarray:
     return np.unique(np.concatenate([spread, ends]))
 
 
-def _draw_kept(axes: Axes, design: Design) -> None:
+def _draw_kept(axes: Axes, design: Outline) -> None:
     method, samples = design.method, _samples(design)
     dense = mean_kept(method.shape, full_loads(method.shape))
     kept = [mean_kept(method.shape, method.loads(int(step))) for step in samples]

@@ -14,7 +14,7 @@ from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
 from est_ds.data.tokenizer import is_tokenizer
-from est_ds.design import Design, Outline, corpus_weights, make_design
+from est_ds.design import Design, Outline, corpus_weights, make_design, make_outline
 from est_ds.errors import UserError
 from est_ds.run.directory import check_run_dir
 
@@ -55,13 +55,37 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
     Raises:
         UserError: something does not fit or is missing; nothing has been written.
     """
-    from est_ds.engine.settings import check_zero_section
-
     design = make_design(config)
-    check_zero_section(config)
+    train, valid = _checked_data(design, processes, branches)
+    parts = {f.name: getattr(design, f.name) for f in fields(design)}
+    return Run(**parts, processes=processes, train=train, valid=valid)
+
+
+def check_run(config: RunConfig, processes: int) -> Path:
+    """What `prepare` checks, for who starts the processes and builds nothing: seconds earlier
+    where the model is understood without its library.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: something does not fit or is missing.
+    """
+    _checked_data(make_outline(config), processes, branches=False)
+    return Path(config.run_dir)
+
+
+def _checked_data(
+    design: Outline, processes: int, branches: bool
+) -> tuple[Batches, dict[str, Windows]]:
+    """The samples to train and to evaluate on, of a run that can start."""
+    config, data = design.config, design.config.data
+    if "zero_optimization" in config.deepspeed:
+        from est_ds.engine.settings import check_zero_section
+
+        check_zero_section(config)
     _check_compiler(config)
     config.batch.accumulation(config.data_parallel(processes))
-    data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}
     for corpus in (*train, *valid.values()):
@@ -71,8 +95,7 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
     check_run_dir(config)
     if not branches:
         _check_weights(design)
-    parts = {f.name: getattr(design, f.name) for f in fields(design)}
-    return Run(**parts, processes=processes, train=batches, valid=windows)
+    return batches, windows
 
 
 def unchecked_data(design: Outline) -> list[str]:
@@ -166,10 +189,12 @@ def _data(
 
 
 def _check_compiler(config: RunConfig) -> None:
+    if not config.compile:
+        return
     import torch
 
     compiler = os.environ.get("CXX", "g++")
-    if config.compile and not torch.cuda.is_available() and not shutil.which(compiler):
+    if not torch.cuda.is_available() and not shutil.which(compiler):
         raise UserError(
             f"compile=True needs a C++ compiler on a machine without GPU, and there is no "
             f"{compiler!r}; install it (or name another in CXX), or set compile=false."

@@ -14,11 +14,11 @@ from typing import Any
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import Flops, dense_flops, saved
+from est_ds.cost.parameters import total_parameters
 from est_ds.data.indexed import Corpus
 from est_ds.design import Design, make_design
 from est_ds.errors import UserError
 from est_ds.run.directory import fixed_fields
-from est_ds.slicing.build import count_parameters, empty_model
 from est_ds.studies.study_file import DEFAULTS, Arm, StudyFile, Values, override_texts
 
 # The baseline's budgets are multiples of a 200th of its steps, so that arms of nearly equal cost
@@ -106,7 +106,7 @@ class Runs:
         return self._parameters(run.arm, run.values)
 
     def _parameters_of(self, arm: str, values: Values) -> int:
-        return count_parameters(empty_model(self.design(arm, values).hf_config))
+        return total_parameters(self.design(arm, values).facts.pieces)
 
     def design(self, arm: str, values: Values, steps: int | None = None) -> Design:
         """The design of an arm, for any seed.

@@ -27,7 +27,7 @@ from est_ds.launch.launcher import launch
 from est_ds.launch.placement import this_machine
 from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World, end_with_starter, say
-from est_ds.run.prepare import prepare
+from est_ds.run.prepare import check_run, prepare
 from est_ds.run.step_times import StepTimes
 from est_ds.training.turns import Measured, Turn, take_turns
 
@@ -74,7 +74,7 @@ def measure_runs(
     """
     where = this_machine(load_run(runs[0].run, list(runs[0].overrides)), processes)
     for run in runs:
-        prepare(load_run(run.run, list(run.overrides)), where.processes)  # raises
+        check_run(load_run(run.run, list(run.overrides)), where.processes)  # raises
     with TemporaryDirectory(prefix="est-ds-times-") as folder:
         wanted, found = Path(folder, "wanted.json"), Path(folder, "found.json")
         given = [[run.name, str(run.run), list(run.overrides)] for run in runs]

@@ -76,7 +76,8 @@ class Kept:
     """Bytes of one micro-batch.
 
     Attributes:
-        layers: kept for the backward, of every layer.
+        layers: kept for the backward, of every layer, by its chance.
+        whole: the same of a layer that is computed.
         inputs: of what goes into every layer.
         working: what the backward of every layer adds to that at most.
         ends: kept by the embedding, and by what comes behind the last layer.
@@ -84,6 +85,7 @@ class Kept:
     """
 
     layers: list[float]
+    whole: list[float]
     inputs: list[float]
     working: list[float]
     ends: tuple[float, float]
@@ -167,7 +169,7 @@ def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, settin
     """
     source, target = size.source, size.target if shape.encoder_layers else size.source
     value, norm = setting.value_bytes, norm_bytes(shape.family, setting)
-    layers, inputs, working = [], [], []
+    whole, inputs, working = [], [], []
     for i, (parts, load) in enumerate(zip(shape.layers, loads, strict=True)):
         stream = source if i < shape.encoder_layers else target
         kept, most = 0.0, 0.0
@@ -184,9 +186,9 @@ def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, settin
                 found += passing * share * kept_of_scan(part, stream[1], value)
             else:
                 found += passing * units * value * _columns(part, setting)
-            kept += load.probability * (found + value * _sliced(part, units, groups))
+            kept += found + value * _sliced(part, units, groups)
             most = max(most, passing * working_bytes(part, units, value))
-        layers.append(kept)
+        whole.append(kept)
         inputs.append(load.probability * stream[0] * part.hidden * value)
         working.append(most if load.probability else 0.0)
     hidden = shape.hidden
@@ -195,7 +197,8 @@ def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, settin
     if setting.masked:
         before += source[0] * source[1] * (1 + value)
     loss = loss_bytes(target[0], shape, value, setting.logits_at_once)
-    return Kept(layers, inputs, working, (before, behind), loss)
+    layers = [load.probability * bytes_ for load, bytes_ in zip(loads, whole)]
+    return Kept(layers, whole, inputs, working, (before, behind), loss)
 
 
 def norm_bytes(family: str, setting: Setting) -> float:

@@ -212,7 +212,7 @@ def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
         head = States(gradients=process.width * done) + whole
         yield moment("backward of the head", head, left + behind, kept.loss.backward)
     for i in reversed(range(first, end)):
-        again = kept.layers[i] if config.activation_checkpointing else 0.0
+        again = kept.whole[i] if config.activation_checkpointing and kept.layers[i] else 0.0
         added = within_backward(process, accumulated, done) + whole
         yield moment(f"backward of layer {i}", added, left + again + kept.working[i])
         left -= layers[i - first]
@@ -220,13 +220,15 @@ def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
 
 
 def _process(subject: Subject, loads: Sequence[Load], data_parallel: int, stage: int) -> Process:
-    """The process of a stage, with the sizes of its matrices."""
+    """The process of a stage, with the sizes of its matrices. Plans that micro-batches draw apart
+    train together what any of them keeps."""
     shape, cuts = subject.method.shape, subject.cuts
     first, end = [0, *cuts][stage], cuts[stage]
+    draws = subject.config.batch.micro_batches if subject.method.by_micro_batch else 1
     tensors: list[int] = []
     skipped = 0.0
     for parts, load in zip(shape.layers[first:end], loads[first:end]):
-        skipped += (1 - load.probability) * sum(map(part_weights, parts))
+        skipped += (1 - load.probability) ** draws * sum(map(part_weights, parts))
         for part in parts:
             tensors += _matrices(part)
     ends = (stage == 0) + (end == cuts[-1])

@@ -66,6 +66,12 @@ class Process:
         return self.parameters / self.data_parallel
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether ZeRO 2 keeps the gradients of a backward to its end: with `draw: micro_batch`,
+        where replicas reduce those of all together."""
+        return self.zero == 2 and self.config.method.get("draw") == "micro_batch"
+
+    @property
     def largest(self) -> int:
         """Elements of the largest parameter."""
         return max(self.tensors, default=0)
@@ -178,6 +184,8 @@ def within_backward(process: Process, accumulated: bool, done: float) -> States:
     Args:
         done: parameters whose gradients have come.
     """
+    if process.keeps_gradients:
+        return States(gradients=process.width * done, buckets=_buckets(process))
     if process.zero >= 2:
         full = done >= process.bucket
         reducing = _reducing(process) if full else 0.0
@@ -199,6 +207,8 @@ def reduction(process: Process, accumulated: bool) -> States:
         sums = 1 if process.width == 2 else accumulated + (bucket < process.trained)
         grads = 0.0 if process.zero == 3 else share * sums
         one = process.width * process.largest if process.gathered[0] and process.zero == 3 else 0.0
+        if process.keeps_gradients:
+            grads += process.width * max(0.0, process.trained - bucket)
         buckets = _buckets(process) + _reducing(process)
         return States(gradients=grads, buckets=buckets, gathered=one)
     second = _buckets(process) if process.config.parallel.pipe > 1 else 0.0

@@ -104,6 +104,9 @@ CASES = {
     "llama, est by micro-batch, bf16, ZeRO 1 of 2, freeze": MemoryCase(
         2, LLAMA, {**_zero(1), **_BF16, **_FROZEN, "method": BY_MICRO_BATCH}
     ),
+    "llama, est by micro-batch, bf16, ZeRO 2 of 2": MemoryCase(
+        2, LLAMA, {**_zero(2), **_BF16, "method": BY_MICRO_BATCH}
+    ),
     "gpt2, token_drop, fp32, ZeRO 1": MemoryCase(
         1, GPT2 | _KEPT, {**_zero(1), "method": TOKENS}
     ),

@@ -37,6 +37,7 @@ ACTIVATION = {"relu": 0.0, "gelu_new": 4.0}
 WRITTEN_OUT_GELU = ("gelu_new", "gelu_fast", "gelu_python_tanh")
 FIELDS_OF_ACTIVATION = ("hidden_act", "activation_function", "feed_forward_proj", "dense_act_fn")
 DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "bert": "gelu", "t5": "relu"}
+DEFAULT_WINDOW = {"mistral": 4096}
 LAYER_NORM = ("gpt2", "bert")
 FEWEST_ROWS = 256  # that a loss takes of the logits at once
 
@@ -51,7 +52,7 @@ class Setting:
         dropout: what layers return is dropped.
         attention_dropout: so are weights of attention.
         on_gpu: kernels of a GPU: attention with dropout is fused, and a mask is a byte a value.
-        masked: attention has a mask: documents are kept apart, or there is a window.
+        has_mask: attention has one: documents are kept apart, or there is a window.
         compiled: layers are compiled, which computes norms and activation functions anew.
         logits_at_once: logits that the loss takes at a time; None: all.
     """
@@ -61,7 +62,7 @@ class Setting:
     dropout: bool = False
     attention_dropout: bool = False
     on_gpu: bool = False
-    masked: bool = False
+    has_mask: bool = False
     compiled: bool = False
     logits_at_once: int | None = None
 
@@ -149,6 +150,9 @@ def setting_of(
     activation = activation.removeprefix("gated-")
     if family == "t5" and activation == "gelu":
         activation = "gelu_new"  # as the library reads `gated-gelu`
+    window = model.get("sliding_window", DEFAULT_WINDOW.get(family))
+    if not model.get("use_sliding_window", family == "mistral"):
+        window = None
     of_weights = {f for f in dropout if "attn" in f or "attention" in f or f == "dropout_rate"}
     return Setting(
         value_bytes=2 if config.precision == "bf16" else 4,
@@ -156,7 +160,7 @@ def setting_of(
         dropout=bool(set(dropout) - of_weights) or "dropout_rate" in dropout,
         attention_dropout=bool(of_weights),
         on_gpu=on_gpu,
-        masked=config.data.documents == "separate" or bool(model.get("sliding_window")),
+        has_mask=config.data.documents == "separate" or bool(window),
         compiled=config.compile,
     )
 
@@ -194,7 +198,7 @@ def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, settin
     hidden = shape.hidden
     behind = target[0] * hidden * (norm + (2 * value if shape.head_inner else 0))
     before = source[0] * hidden * (norm if shape.family == "bert" else value) + 8 * source[0]
-    if setting.masked:
+    if setting.has_mask:
         before += source[0] * source[1] * (1 + value)
     loss = loss_bytes(target[0], shape, value, setting.logits_at_once)
     layers = [load.probability * bytes_ for load, bytes_ in zip(loads, whole)]
@@ -230,7 +234,7 @@ def _attention(
         of_three = 4 * width * heads * (queries + 2 * keys)
         weights = 4 * heads * queries * length * (3 if drops else 1)
         return of_three + value * width * heads * queries + weights
-    if setting.masked:
+    if setting.has_mask:
         groups = heads  # they are repeated
     extra = 0.0
     if shape.family == "qwen3":  # norms of queries and keys

@@ -46,7 +46,9 @@ def compared_layouts(outline: Outline, gpu: Gpu) -> list[Layout]:
     """
     job_of(outline, gpu)  # raises
     found = [
-        Layout(spread.config, estimated(job_of(spread, gpu)), memory_of(spread).total_bytes)
+        Layout(
+            spread.config, estimated(job_of(spread, gpu)), memory_of(spread, gpu=gpu).total_bytes
+        )
         for spread in _spread(outline)
     ]
     return sorted(found, key=lambda layout: layout.time.total_s)

@@ -38,13 +38,14 @@ def subject_of(outline: Outline, on_gpu: bool) -> Subject:
     )
 
 
-def memory_of(outline: Outline, processes: int | None = None) -> Memory:
+def memory_of(outline: Outline, processes: int | None = None, gpu: Gpu | None = None) -> Memory:
     """The most that a process holds.
 
     Args:
         processes: in place of those of the run file.
+        gpu: that it is on; None: one, if the run is in bf16.
     """
-    return memory_of_run(*_on(outline, processes))
+    return memory_of_run(*_on(outline, processes, gpu))
 
 
 def usable_bytes(gpu: Gpu) -> float:
@@ -54,7 +55,7 @@ def usable_bytes(gpu: Gpu) -> float:
 
 def memory_on(outline: Outline, gpu: Gpu) -> tuple[dict[str, Any], str]:
     """`memory` of `est-ds plan --json`, and the same for the eye."""
-    subject, replicas = _on(outline)
+    subject, replicas = _on(outline, None, gpu)
     phases = [memory_of_phase(subject, i, replicas) for i in range(len(subject.method.phases))]
     most = max(phases, key=lambda memory: memory.total_bytes)
     usable, largest = usable_bytes(gpu), largest_micro(outline, gpu)
@@ -123,7 +124,7 @@ def largest_micro(outline: Outline, gpu: Gpu, overrides: tuple[str, ...] = ()) -
     if outline.method.by_micro_batch or outline.dropout:
         sizes = [n for n in sizes if n == config.batch.micro]
     for micro in sizes:
-        peak = memory_of(_with(outline, batch={"micro": micro})).total_bytes
+        peak = memory_of(_with(outline, batch={"micro": micro}), gpu=gpu).total_bytes
         if peak <= usable_bytes(gpu):
             said = () if micro == config.batch.micro else (f"batch.micro={micro}",)
             return Remedy((*overrides, *said), micro, peak)
@@ -161,11 +162,11 @@ def remedies(outline: Outline, gpu: Gpu) -> Iterator[Remedy]:
             yield remedy
 
 
-def _on(outline: Outline, processes: int | None = None) -> tuple[Subject, int]:
-    """The subject, and its replicas. In bf16 it is taken to be on GPUs."""
+def _on(outline: Outline, processes: int | None, gpu: Gpu | None) -> tuple[Subject, int]:
+    """The subject, and its replicas."""
     config = outline.config
     processes = processes or config.parallel.processes or config.parallel.pipe
-    on_gpu = config.precision == "bf16"
+    on_gpu = gpu is not None or config.precision == "bf16"
     return subject_of(outline, on_gpu), config.data_parallel(processes)
 
 

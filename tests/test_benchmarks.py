@@ -34,6 +34,7 @@ TINY = {
     "naive.py": ("--steps", "12"),
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
     "packing.py": ("--rounds", "1"),
+    "estimates.py": (),
 }
 STARTING_PROCESSES = {"dense.py", "steady.py"}
 PARTS = {"common.py", "contenders.py", "gate.py"}

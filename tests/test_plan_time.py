@@ -8,15 +8,15 @@ import subprocess
 
 import pytest
 
+from benchmarks.estimates import COMPARED, MEASURED, job, measured_steps, published_job
 from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.config.run_file import load_run
-from est_ds.cost.flops import StepSize
 from est_ds.cost.gpus import GPUS, gpu_of
 from est_ds.cost.parameters import total_parameters
 from est_ds.cost.peaks import PEAKS
 from est_ds.cost.pipe_cuts import bubble
-from est_ds.cost.time import PUBLISHED, Job, StepSeconds, estimated, step_seconds
+from est_ds.cost.time import StepSeconds, estimated, step_seconds
 from est_ds.design import make_outline
 from est_ds.errors import UserError
 from est_ds.report.asked import Asked
@@ -65,63 +65,15 @@ def test_an_option_that_cannot_take_effect_is_an_error(given, said):
         options(**given)
 
 
-def job(gpu: str, run: str, *overrides: str) -> Job:
-    outline = make_outline(load_run(ROOT / "configs" / "run" / run, list(overrides)))
-    size = StepSize(**outline.flops_size(outline.config.batch.micro))
-    parts = outline.config, outline.method, outline.facts.pieces, outline.cuts, size
-    return Job(gpu_of(gpu), *parts)
-
-
-HALVES = (
-    "method={name: est, phases: [{until: 0.3, layers: 0.5, heads: 0.5, columns: 0.5}, "
-    "{until: 0.6, heads: 0.5, columns: 0.5}, {until: 1.0}]}"
-)
-ONE_GPU = (HALVES, "precision=bf16", "parallel={pipe: 1, zero: 1, processes: 1}")
-# tests/benchmarks/README.md: tokens/s on one H200 of phases with half of the layers, heads and
-# columns, with half of the heads and columns, and of the full model.
-MEASURED = {
-    "est_tinyllama.yaml": {
-        True: (16_384, (121_658, 84_806, 60_881)),
-        False: (16_384, (95_712, 61_485, 46_047)),
-    },
-    "est_gpt2.yaml": {True: (32_768, (254_936, 242_796, 219_012))},
-}
-CASES = [(run, compiled) for run, rows in MEASURED.items() for compiled in rows]
-
-
-@pytest.mark.parametrize("run, compiled", CASES)
+@pytest.mark.parametrize("run, compiled", MEASURED)
 def test_steps_take_the_time_that_they_took_on_an_h200(run, compiled):
-    tokens, speeds = MEASURED[run][compiled]
-    flags = f"compile={json.dumps(compiled)}"
-    sequences = tokens // job("h200", run, *ONE_GPU, flags).size.sequence
-    on_gpu = job("h200", run, *ONE_GPU, flags, f"batch={{global: {sequences}, micro: {sequences}}}")
-    for phase, speed in enumerate(speeds):
-        assert step_seconds(on_gpu, phase).total_s == pytest.approx(tokens / speed, rel=0.04)
+    for _, estimated_ms, measured_ms in measured_steps(run, compiled):
+        assert estimated_ms == pytest.approx(measured_ms, rel=0.04)
 
 
-# Widths and layers of what is published; MPT's configs in mosaicml/llm-foundry.
-WIDTHS = {
-    "MPT-760M": (1536, 24),
-    "MPT-1B": (2048, 24),
-    "MPT-3B": (2560, 32),
-    "MPT-7B": (4096, 32),
-}
-
-
-@pytest.mark.parametrize(
-    "row", [row for row in PUBLISHED if row.model in WIDTHS], ids=lambda r: f"{r.model} {r.device}"
-)
+@pytest.mark.parametrize("row", COMPARED, ids=lambda row: f"{row.model} {row.device}")
 def test_other_systems_reached_the_same_within_a_quarter(row):
-    width, layers = WIDTHS[row.model]
-    model = (
-        f"model={{model_type: gpt2, vocab_size: 50432, n_embd: {width}, n_layer: {layers}, "
-        f"n_head: {width // 64}, n_positions: 2048, resid_pdrop: 0.0, embd_pdrop: 0.0, "
-        f"attn_pdrop: 0.0}}"
-    )
-    shared = ("data.sequence=2048", "batch={global: 112, micro: 14}", "compile=true")
-    layout = "parallel={pipe: 1, zero: 1, processes: 8}"
-    gpu = {"H100": "h100-80g", "A100": "a100-80g"}[row.device]
-    run = job(gpu, "est_gpt2.yaml", "method={name: full}", model, *shared, layout)
+    run = published_job(row)
     assert total_parameters(run.pieces) == pytest.approx(row.parameters, rel=0.02)
     time = estimated(run)
     assert time.mfu(time.dense) == pytest.approx(row.mfu, rel=0.25)

@@ -333,7 +333,8 @@ class RunTime:
     Attributes:
         device: what it runs on.
         processes: one on each device.
-        phases: without those that are over before a branch begins.
+        phases: of the whole schedule; measured ones without those that are over before a branch
+            begins.
         dense: the full model's, of the same number of steps.
         peak: of one device, FLOP/s; None where nobody has listed it.
     """

@@ -23,6 +23,14 @@ TINY = {
     "overhead.py": (*SMALL, "--draws", "2"),
     "step.py": (*SMALL, "--vocabulary", "128"),
     "gpu.py": ("--tiny", "--backend", "none", "--warmup", "0", "--steps", "1"),
+    "memory.py": (
+        "--gpu",
+        str(FOLDER.parents[1] / "configs/run/quickstart.yaml"),
+        "model.num_hidden_layers=4",
+        "model.vocab_size=64",
+        "data.sequence=16",
+        "batch.micro=1",
+    ),
     "naive.py": ("--steps", "12"),
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
     "packing.py": ("--rounds", "1"),
@@ -52,7 +60,14 @@ def test_every_script_runs(corpus):
     scripts = TINY | {"packing.py": (*TINY["packing.py"], *texts)}
     done = run_command(sys.executable, "-c", IN_TURN, FOLDER, json.dumps(scripts))
     assert done.returncode == 0, done.stderr
-    for row in ("columns .5", "phase narrow", "dense step", "late: of these", "x the need of 8"):
+    for row in (
+        "columns .5",
+        "phase narrow",
+        "dense step",
+        "late: of these",
+        "x the need of 8",
+        "| narrow |",
+    ):
         assert row in done.stdout, done.stdout
     apart = re.findall(r"(by hand|est_ds): at most (\S+) from plain torch", done.stdout)
     apart = {name: float(figure) for name, figure in apart}

@@ -20,7 +20,7 @@ from est_ds.checkpoints.reader import Checkpoint
 from est_ds.checkpoints.resume import load_weights
 from est_ds.config import published as published_weights
 from est_ds.config.run_file import load_run
-from est_ds.cost.memory import memory_per_process
+from est_ds.cost.states import Process, held
 from est_ds.data.loader import Portion
 from est_ds.design import make_design
 from est_ds.errors import UserError
@@ -395,6 +395,8 @@ def test_a_process_of_zero_3_holds_its_share_of_the_weights_and_no_more(
     peaks = [int(log.read_text().rpartition("peak=")[2]) for log in logs]
     layer = 4 * (4 * 1024**2 + 3 * 1024 * 2816)
     parameters = 296_784_896 - tied * 32000 * 1024
-    share = memory_per_process(parameters, load_run(synthetic_run, begin), 4).total_bytes
+    config = load_run(synthetic_run, begin)
+    states = held(Process(config, parameters, (parameters,), 4, parameters, on_gpu=False))
+    share = states.weights + states.gradients + states.optimizer
     print(f"peaks {peaks}, share {share:.0f}, layer {layer}")
     assert max(peaks) < 1.3 * share + layer, (peaks, share)

@@ -66,7 +66,7 @@ def test_table_shows_phases_batch_and_memory_in_80_columns():
     assert "4 = 2 pipe stages x 2 replicas, ZeRO 1, fp32" in text
     assert "small" in text and "full" in text and "weights" in text
     assert "assumed" not in text
-    assert re.search(r"^activations +at least \d\S* MiB$", text, re.MULTILINE)
+    assert re.search(r"^memory +\d\S* MiB of tensors at most \(pipe stage", text, re.MULTILINE)
     text = plan_report(make_config(), as_json=False)
     assert "one replica is assumed" in text and "not checked  not here: absent" in text
 

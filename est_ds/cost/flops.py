@@ -149,7 +149,7 @@ def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
         loads = method.computed(method.loads(step))
         for i, part, chance, _, _ in _parts(method.shape, loads):
             draws = micro_batches * (len(method.shape.layers[i]) if parts_apart else 1)
-            whole = _weights(part)
+            whole = part_weights(part)
             sent += whole * (1.0 - (1.0 - chance) ** draws)
             total += whole
     return sent / total
@@ -164,7 +164,7 @@ def _parts(
             yield i, part, load.probability, units, groups
 
 
-def _weights(part: Part) -> int:
+def part_weights(part: Part) -> int:
     """Weights of the matrices of a whole part."""
     if isinstance(part, StateSpace):
         return round(weights(part, part.columns))

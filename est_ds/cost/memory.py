@@ -1,120 +1,256 @@
-"""What a process holds: weights, gradients, optimizer state, activations. No torch."""
+"""The most that a process holds at a time: the moments of a step, and the largest. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import StepSize
-from est_ds.cost.state_space import kept_of_scan, kept_values
-from est_ds.plans.shape import Attention, ModelShape, StateSpace
+from est_ds.cost.activations import Kept, Setting, activations
+from est_ds.cost.flops import StepSize, part_weights
+from est_ds.cost.states import (
+    Process,
+    States,
+    before_backward,
+    gathered,
+    held,
+    reduction,
+    update,
+    within_backward,
+)
+from est_ds.plans.methods.base import Load, Method
+from est_ds.plans.methods.rates import KeepRates
+from est_ds.plans.shape import Attention, Mlp, Part
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process of the fullest pipe stage needs, activations and buffers aside; and
-    on the host, with `parallel.offload`."""
+    """Bytes that one process of a pipe stage holds when it holds most.
 
-    weights_bytes: float
-    gradients_bytes: float
-    optimizer_bytes: float
-    host_bytes: float = 0.0
+    Attributes:
+        moment: when that is.
+        pipe_stage: of the process, one of `num_pipe_stages`.
+        states: weights, gradients, optimizer, communication buckets, gathered parameters.
+        activations: of all micro-batches that are under way.
+        logits: of the last stage: logits, loss and their gradients.
+        held_bytes: what stays from step to step.
+    """
+
+    moment: str
+    pipe_stage: int
+    states: States
+    activations: float
+    logits: float
+    held_bytes: float = 0.0
+    num_pipe_stages: int = 1
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are of; they add up to `total_bytes`."""
+        states = {k: v for k, v in vars(self.states).items() if k != "host"}
+        return {**states, "activations": self.activations, "logits": self.logits}
 
     @property
     def total_bytes(self) -> float:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+        return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> float:
+        return self.states.host
 
 
-def memory_per_process(parameters: int, config: RunConfig, data_parallel: int) -> Memory:
-    """Model states of a process that holds `parameters`, as DeepSpeed keeps them.
+@dataclass(frozen=True)
+class Subject:
+    """What is estimated.
 
-    With w = 2 bytes (bf16) or 4 (fp32) a parameter and d replicas: weights w; gradients, which are
-    added up in float32, 4, or 4 / d from ZeRO 2; AdamW's two moments 8 and a float32 copy of the
-    weights 4 (ZeRO 1 and 2 keep one for float32 weights too), and with `optimizer.inactive=freeze`
-    a count of steps 4, divided by d from ZeRO 1. From ZeRO 3 the weights are divided by d as well
-    (arXiv 1910.02054, figure 1). With the optimizer on the host its state and the float32 gradients
-    are there.
+    Attributes:
+        cuts: ends of the layer ranges of the pipe stages.
+        stage_parameters: parameters of every pipe stage.
+        sequence: tokens of a sample, and of its target (None: no encoder-decoder).
+        setting: how the layers compute.
     """
-    zero, offload = config.parallel.zero, config.parallel.offload
-    width = 2 if config.precision == "bf16" else 4
-    has_copy = width == 2 or zero in (1, 2) or offload
-    counts = config.optimizer.inactive == "freeze"
 
-    def share(first_stage: int) -> float:
-        return parameters / (data_parallel if zero >= first_stage else 1)
+    config: RunConfig
+    method: Method
+    cuts: Sequence[int]
+    stage_parameters: Sequence[int]
+    sequence: tuple[int, int | None]
+    setting: Setting
 
-    optimizer_bytes = (8 + 4 * has_copy + 4 * counts) * share(1)
-    gradients_bytes = 4 * share(2)
-    return Memory(
-        weights_bytes=width * share(3),
-        gradients_bytes=gradients_bytes,
-        optimizer_bytes=0 if offload else optimizer_bytes,
-        host_bytes=optimizer_bytes + gradients_bytes if offload else 0,
+    @property
+    def size(self) -> StepSize:
+        """Of a micro-batch."""
+        (sequence, target), micro = self.sequence, self.config.batch.micro
+        return StepSize(
+            tokens=micro * sequence,
+            sequence=sequence,
+            target_tokens=None if target is None else micro * target,
+            target_sequence=target,
+        )
+
+
+def memory_of_phase(subject: Subject, phase: int, data_parallel: int) -> Memory:
+    """The most that any process holds in the steps of a phase."""
+    stages = range(len(subject.cuts))
+    found = (memory_of_stage(subject, phase, data_parallel, stage) for stage in stages)
+    return max(found, key=lambda memory: memory.total_bytes)
+
+
+def memory_of_run(subject: Subject, data_parallel: int) -> Memory:
+    """The most that any process holds in any phase."""
+    phases = range(len(subject.method.phases))
+    found = (memory_of_phase(subject, phase, data_parallel) for phase in phases)
+    return max(found, key=lambda memory: memory.total_bytes)
+
+
+def memory_of_stage(subject: Subject, phase: int, data_parallel: int, stage: int) -> Memory:
+    """The most that a process of a pipe stage holds in the steps of a phase."""
+    first, end = [0, *subject.cuts][stage], subject.cuts[stage]
+    loads = most_loads(subject.method, phase, (first, end))
+    kept = activations(subject.method.shape, loads, subject.size, subject.setting)
+    process = _process(subject, loads, data_parallel, stage)
+    count = subject.config.batch.accumulation(data_parallel)
+    under_way = min(len(subject.cuts) - stage, count)
+    settings = {(under_way, count > under_way)}
+    if under_way > 1:
+        settings.add((under_way - 1, True))
+    is_last = end == subject.cuts[-1]
+    one = _Stage(subject, process, kept, (first, end), is_last, min(count, max(2, under_way)))
+    moments = [
+        Memory("reduction", 0, reduction(process, count > 1), 0.0, 0.0),
+        Memory("optimizer step", 0, update(process), 0.0, 0.0),
+    ]
+    for at_once, accumulated in settings:
+        moments += _passes(one, at_once, accumulated)
+    between, (activated, logits) = held(process), one.passed_on
+    stays = Memory("between steps", stage, between, activated, logits)
+    full = (
+        replace(
+            m,
+            pipe_stage=stage,
+            states=m.states + between,
+            activations=m.activations + activated,
+            logits=m.logits + logits,
+            held_bytes=stays.total_bytes,
+            num_pipe_stages=len(subject.cuts),
+        )
+        for m in moments
+    )
+    return max(full, key=lambda memory: memory.total_bytes)
+
+
+def most_loads(method: Method, phase: int, layers: tuple[int, int]) -> tuple[Load, ...]:
+    """What a stage computes at most: what is kept where counts are exact and spread over bands, at
+    the phase's first or last step; without bands one stage may have all that are kept, and where
+    chances are drawn apart all layers."""
+    within = method.phases[phase]
+    ends = [method.computed(method.loads(s)) for s in (within.from_step, within.until_step - 1)]
+    loads = max(ends, key=lambda loads: sum(x.probability * x.positions for x in loads))
+    first, end = layers
+    chances = [load.probability for load in loads]
+    if isinstance(method, KeepRates):
+        return tuple(replace(load, probability=1.0) for load in loads)
+    own, kept = sum(chances[first:end]), sum(chances)
+    if method.band_lengths is not None or not own or method.masked:
+        return loads
+    factor = min(end - first, kept) / own
+    return tuple(replace(x, probability=min(1.0, factor * x.probability)) for x in loads)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A pipe stage in a phase.
+
+    Attributes:
+        layers: its range of layers.
+        is_last: it has the head.
+        buffers: micro-batches whose input and output DeepSpeed's pipeline holds.
+    """
+
+    subject: Subject
+    process: Process
+    kept: Kept
+    layers: tuple[int, int]
+    is_last: bool
+    buffers: int
+
+    @property
+    def passed_on(self) -> tuple[float, float]:
+        """Bytes of activations and of logits that the pipeline's buffers hold, between steps too:
+        what came in, the gradient of what went out, and the last stage's outputs."""
+        if len(self.subject.cuts) == 1:
+            return 0.0, 0.0
+        first, end = self.layers
+        one = max(self.kept.inputs[first:end], default=0.0)
+        outputs = self.buffers * self.kept.loss.output if self.is_last else 0.0
+        return one * (1 + self.buffers * (first > 0)), outputs
+
+
+def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
+    """The moments of a micro-batch's backward: before it, in the head, and in every layer.
+
+    Args:
+        at_once: micro-batches that are under way.
+        accumulated: there are gradients of others.
+    """
+    kept, process, (first, end) = stage.kept, stage.process, stage.layers
+    shape, config = stage.subject.method.shape, stage.subject.config
+    layers = (kept.inputs if config.activation_checkpointing else kept.layers)[first:end]
+    behind = kept.ends[1] if stage.is_last else 0.0
+    left = sum(layers) + (kept.ends[0] if first == 0 else 0.0)
+    others = (at_once - 1) * (left + behind)
+    found, whole = before_backward(process, accumulated), gathered(process, False)
+
+    def moment(name: str, added: States, activations: float, logits: float = 0.0) -> Memory:
+        return Memory(name, 0, found + added, others + activations, logits)
+
+    yield moment("end of the forward", gathered(process, True), left + behind)
+    done = 0.0
+    if stage.is_last:
+        done = shape.hidden * shape.vocabulary
+        yield moment("loss", whole, left + behind, kept.loss.most)
+        head = States(gradients=process.width * done) + whole
+        yield moment("backward of the head", head, left + behind, kept.loss.backward)
+    for i in reversed(range(first, end)):
+        again = kept.whole[i] if config.activation_checkpointing and kept.layers[i] else 0.0
+        added = within_backward(process, accumulated, done) + whole
+        yield moment(f"backward of layer {i}", added, left + again + kept.working[i])
+        left -= layers[i - first]
+        done += sum(map(part_weights, shape.layers[i])) * (kept.layers[i] > 0)
+
+
+def _process(subject: Subject, loads: Sequence[Load], data_parallel: int, stage: int) -> Process:
+    """The process of a stage, with the sizes of its matrices. Plans that micro-batches draw apart
+    train together what any of them keeps."""
+    shape, cuts = subject.method.shape, subject.cuts
+    first, end = [0, *cuts][stage], cuts[stage]
+    draws = subject.config.batch.micro_batches if subject.method.by_micro_batch else 1
+    tensors: list[int] = []
+    skipped = 0.0
+    for parts, load in zip(shape.layers[first:end], loads[first:end]):
+        skipped += (1 - load.probability) ** draws * sum(map(part_weights, parts))
+        for part in parts:
+            tensors += _matrices(part)
+    ends = (stage == 0) + (end == cuts[-1])
+    parameters = subject.stage_parameters[stage]
+    table = shape.hidden * shape.vocabulary
+    room = (parameters - sum(tensors)) // table
+    tensors += [table] * min(ends, room)
+    return Process(
+        subject.config,
+        parameters,
+        tuple(tensors),
+        data_parallel,
+        parameters - skipped,
+        subject.setting.on_gpu,
     )
 
 
-def activations_by_layer(
-    shape: ModelShape, size: StepSize, *, value_bytes: int
-) -> tuple[list[float], float]:
-    """Returns the bytes that every layer, and the head, keep of a forward of the full model.
-
-    For the backward a token keeps, in values of `value_bytes`: of an attention 2 hidden (into the
-    norm and out of it), q, k, v and the result, head_dim x (2 heads + 2 key/value heads), and 4
-    bytes a head for the fused kernel's sums; of an MLP 2 hidden and, of every column, before and
-    after the activation, and if gated the other factor and the product (2 or 4); of a state-space
-    mixer 2 hidden and what `est_ds/cost/state_space.py` says. The head keeps 2 hidden, and for the
-    loss vocabulary x 4 bytes.
-
-    It is a lower bound: unfused kernels (an RMSNorm written out keeps one hidden more, GPT-2's GELU
-    three columns) and the allocator's slack come on top.
-    """
-    source, target = size.source[0], size.target[0] if shape.encoder_layers else size.source[0]
-    layers = []
-    for i, parts in enumerate(shape.layers):
-        tokens = source if i < shape.encoder_layers else target
-        kept = 0.0
-        for part in parts:
-            values: float = 2 * part.hidden
-            if isinstance(part, Attention):
-                keys = source if part.cross else tokens
-                kept += keys * 2 * part.head_dim * part.key_value_groups * value_bytes
-                kept += tokens * 4 * part.heads
-                values += 2 * part.head_dim * part.heads
-            elif isinstance(part, StateSpace):
-                values += kept_values(part)
-                kept += tokens * 4 * kept_of_scan(part, size.sequence)
-            else:
-                values += part.columns * (4 if part.matrices == 3 else 2)
-            kept += tokens * values * value_bytes
-        layers.append(kept)
-    return layers, target * (2 * shape.hidden * value_bytes + 4 * shape.vocabulary)
-
-
-def activations_of_stages(
-    layers: list[float],
-    head: float,
-    *,
-    cuts: list[int],
-    accumulation: int,
-    input_bytes: float | None = None,
-) -> list[float]:
-    """Returns the bytes of activations of every pipe stage.
-
-    Stage s of S has up to S - s micro-batches between their forward and their backward (one
-    forward, one backward: arXiv 2006.09503, figure 4), and no more than there are in a step.
-
-    Args:
-        layers: of every layer, for one micro-batch.
-        head: of the last stage.
-        cuts: ends of the layer ranges of the stages.
-        accumulation: micro-batches of a step.
-        input_bytes: with checkpointing a layer keeps its input alone, and one at a time is whole.
-    """
-    stages = []
-    for s, (first, end) in enumerate(zip([0, *cuts], cuts)):
-        whole = layers[first:end]
-        kept = sum(whole) if input_bytes is None else input_bytes * len(whole)
-        kept += head if end == cuts[-1] else 0.0
-        again = 0.0 if input_bytes is None else max(whole, default=0.0)
-        stages.append(min(len(cuts) - s, accumulation) * kept + again)
-    return stages
+def _matrices(part: Part) -> list[int]:
+    """Sizes of the matrices of a part."""
+    if isinstance(part, Attention):
+        one = part.hidden * part.head_dim
+        return [one * part.heads] * 2 + [one * part.key_value_groups] * 2
+    if isinstance(part, Mlp):
+        return [part.hidden * part.columns] * part.matrices
+    return [part_weights(part)]

@@ -48,35 +48,35 @@ def scanned(part: StateSpace, columns: float, sequence: int) -> float:
     return 2.0 * (chunks * (within + of_states) + handed_on) / sequence
 
 
-def kept_values(part: StateSpace) -> float:
-    """Returns the values of a token that a whole mixer keeps for its backward outside the scan.
+def kept_bytes(part: StateSpace, value_bytes: int) -> float:
+    """Returns the bytes of a token that a whole mixer keeps for its backward outside the scan.
 
     They are what the projection in gives, the convolution and its activation, step sizes, and of
-    every channel what comes out of the scan, its gate and their product.
+    every channel what comes out of the scan, its gate, their product and copies of these; in bf16
+    also float32 copies of what the scan reads.
     """
     channels = part.columns * part.width
-    convolved = channels
-    steps = part.columns
-    if part.step_rank is None:
-        convolved += 2 * part.groups * part.state
-        projected_in = channels + convolved + part.columns
-    else:
-        projected_in = 2 * channels
-        steps += part.step_rank + 2 * part.state
-    return projected_in + 2 * convolved + steps + 3 * channels
+    if part.step_rank is not None:
+        read = part.step_rank + 2 * part.state
+        copies = 6 * channels if value_bytes == 2 else 0
+        return value_bytes * (10 * channels + read) + copies
+    convolved = channels + 2 * part.groups * part.state
+    values = 4 * channels + 3 * convolved + 2 * part.columns
+    return value_bytes * values + (14 if value_bytes == 2 else 4) * channels
 
 
-def kept_of_scan(part: StateSpace, sequence: int) -> float:
-    """Returns the values of a token, in float32, that the scan of a whole mixer keeps.
+def kept_of_scan(part: StateSpace, sequence: int, value_bytes: int) -> float:
+    """Returns the bytes of a token that the scan of a whole mixer keeps.
 
-    Mamba: the decay, what is added and the state itself, channels x state each. Mamba2, of every
-    head: B and C twice and B decayed, the scores of a chunk, its decays and their product, the
-    decays of a position, and five times the values; of every chunk its state twice.
+    In float32: Mamba: the decay, what is added and the state itself, channels x state each (in bf16
+    the state once more). Mamba2, of every head: B and C twice and B decayed, the scores of a chunk,
+    its decays and their product, the decays of a position, and five times the values; of every
+    chunk its state twice.
     """
     channels = part.columns * part.width
     if part.chunk is None:
-        return 3 * channels * part.state
+        return (14 if value_bytes == 2 else 12) * channels * part.state
     chunks = -(-sequence // part.chunk)
     of_heads = part.columns * (5 * part.state + 3 * part.chunk + 2)
     of_states = (2 * chunks + 1) * channels * part.state
-    return (chunks * part.chunk * (of_heads + 5 * channels) + of_states) / sequence
+    return 4 * (chunks * part.chunk * (of_heads + 5 * channels) + of_states) / sequence

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import StepSize, dense_flops, phase_ratios, saved
-from est_ds.cost.memory import activations_by_layer, activations_of_stages
+from est_ds.cost.flops import dense_flops, phase_ratios, saved
 from est_ds.cost.parameters import total_parameters
 from est_ds.design import Outline, make_outline
 from est_ds.plans.methods.base import Load, full_loads
@@ -112,22 +111,6 @@ def mean_kept(shape: ModelShape, loads: Sequence[Load]) -> MeanKept:
     heads, columns = (totals[k] / counts[k] if counts[k] else 0.0 for k in (True, False))
     positions = sum(load.positions for load in loads) / len(loads)
     return MeanKept(layers, heads, columns, positions)
-
-
-def activations_bytes(design: Outline, accumulation: int) -> float:
-    """Bytes of activations of the fullest pipe stage, of the full model, as a lower bound."""
-    config, shape = design.config, design.method.shape
-    size = StepSize(**design.flops_size(config.batch.micro))
-    value_bytes = 2 if config.precision == "bf16" else 4
-    inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
-    return max(
-        activations_of_stages(
-            *activations_by_layer(shape, size, value_bytes=value_bytes),
-            cuts=design.cuts,
-            accumulation=accumulation,
-            input_bytes=inputs if config.activation_checkpointing else None,
-        )
-    )
 
 
 def _number(value: float) -> int | float:

@@ -10,17 +10,13 @@ from rich.table import Table
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.sections import RunConfig
-from est_ds.cost.flops import StepSize
 from est_ds.cost.gpus import Gpu
-from est_ds.cost.memory import activations_by_layer, activations_of_stages, memory_per_process
 from est_ds.cost.time import RunTime, estimated
 from est_ds.design import Outline
 from est_ds.errors import UserError
 from est_ds.report.hours import job_of
+from est_ds.report.plan_memory import FREE, memory_of, usable_bytes
 from est_ds.report.text import PLAIN, seconds
-
-# Of the GPU's memory, for communication buffers and what the allocator cannot use.
-FREE = 0.1
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class Layout:
     """One way to spread a run.
 
     Attributes:
-        memory_bytes: that a process of the fullest pipe stage needs.
+        memory_bytes: the most that a process holds.
     """
 
     config: RunConfig
@@ -37,7 +33,7 @@ class Layout:
 
     def fits(self, gpu: Gpu) -> bool:
         """Whether a GPU's memory suffices."""
-        return self.memory_bytes <= (1 - FREE) * gpu.memory_bytes
+        return self.memory_bytes <= usable_bytes(gpu)
 
 
 def compared_layouts(outline: Outline, gpu: Gpu) -> list[Layout]:
@@ -50,29 +46,12 @@ def compared_layouts(outline: Outline, gpu: Gpu) -> list[Layout]:
     """
     job_of(outline, gpu)  # raises
     found = [
-        Layout(spread.config, estimated(job_of(spread, gpu)), memory_bytes(spread))
+        Layout(
+            spread.config, estimated(job_of(spread, gpu)), memory_of(spread, gpu=gpu).total_bytes
+        )
         for spread in _spread(outline)
     ]
     return sorted(found, key=lambda layout: layout.time.total_s)
-
-
-def memory_bytes(outline: Outline) -> float:
-    """Model states and activations of a process of the fullest pipe stage, of the full model; the
-    activations are a lower bound."""
-    config, shape = outline.config, outline.method.shape
-    processes = config.parallel.processes or config.parallel.pipe
-    replicas = config.data_parallel(processes)
-    size = StepSize(**outline.flops_size(config.batch.micro))  # type: ignore[arg-type]
-    value_bytes = 2 if config.precision == "bf16" else 4
-    inputs = max(size.source[0], size.target[0]) * shape.hidden * value_bytes
-    activations = activations_of_stages(
-        *activations_by_layer(shape, size, value_bytes=value_bytes),
-        cuts=outline.cuts,
-        accumulation=config.batch.accumulation(replicas),
-        input_bytes=inputs if config.activation_checkpointing else None,
-    )
-    states = memory_per_process(max(outline.stage_parameters), config, replicas)
-    return states.total_bytes + max(activations)
 
 
 def _spread(outline: Outline) -> Iterator[Outline]:
@@ -167,5 +146,5 @@ def layouts_table(layouts: list[Layout], gpu: Gpu) -> tuple[Table, str]:
         f"The fastest: parallel.pipe={now.parallel.pipe} parallel.zero={now.parallel.zero} "
         f"batch.micro={now.batch.micro}\n"
         f"Of every number of pipe stages and ZeRO stage the fastest micro-batch that\n"
-        f"leaves a tenth of the {gpu.memory_bytes / 2**30:g} GiB free."
+        f"leaves {FREE:.0%} of the {gpu.memory_bytes / 2**30:g} GiB free."
     )

@@ -13,14 +13,14 @@ from est_ds.config.published import FROM, SHA256
 from est_ds.config.sections import RunConfig
 from est_ds.config.start import Start
 from est_ds.cost.flops import gradient_share
-from est_ds.cost.memory import memory_per_process
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
 from est_ds.report.asked import NOTHING, Asked
-from est_ds.report.estimate import Estimate, activations_bytes, make_estimate
+from est_ds.report.estimate import Estimate, make_estimate
+from est_ds.report.plan_memory import memory_of, memory_on, memory_table, when
 from est_ds.report.plan_time import time_and_layouts
 from est_ds.report.text import PLAIN, facts_table, rendered
 
@@ -44,9 +44,9 @@ def plan_tables(estimate: Estimate) -> str:
 _NOTE = (
     "Kept: means over the phase; heads and columns of one kept layer. FLOPs: ratios\n"
     "to a step of the full model; model: all matrix products, blocks: projections\n"
-    "and MLP in the layers. Memory: of the fullest pipe stage, with these and more\n"
-    "processes; activations and communication buffers come on top. Activations: a\n"
-    "lower bound for the full model, of all micro-batches that a stage has at once."
+    "and MLP in the layers. Memory: the most that tensors take of a process at a\n"
+    "time, with these and more processes; buckets: of communication, and what ZeRO 3\n"
+    "has gathered. The allocator's slack, CUDA and NCCL come on top (a tenth)."
 )
 
 
@@ -58,6 +58,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
     cost = dense * (1.0 - fractions["model"])
     processes, accumulation = layouts(config)[0]
     pipe, replicas = config.parallel.pipe, config.data_parallel(processes)
+    memory = memory_of(estimate.design, processes)
     assumed = "" if config.parallel.processes else "; one replica is assumed"
     return [
         ("model", f"{shape.family}, {estimate.json['parameters']:,} parameters"),
@@ -80,7 +81,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
             f"{config.precision}{assumed}",
         ),
         *([("pipeline", _pipeline(estimate, accumulation))] if pipe > 1 else []),
-        ("activations", f"at least {gibibytes(activations_bytes(estimate.design, accumulation))}"),
+        ("memory", f"{gibibytes(memory.total_bytes)} of tensors at most ({when(memory)})"),
         *([("dropout", _dropout(estimate))] if estimate.design.dropout else []),
         *([("draw", _draw(estimate))] if estimate.design.method.by_micro_batch else []),
         *([("masked", SAVES_NOTHING)] if estimate.design.method.masked else []),
@@ -215,34 +216,14 @@ def _phases(estimate: Estimate) -> Table:
 def _layouts(estimate: Estimate) -> Table:
     """Memory of a process with the processes of the run file, and with more replicas."""
     config = estimate.design.config
-    table = Table(box=PLAIN, pad_edge=False)
-    for name in (
-        "processes",
-        "data_\nparallel",
-        "accumu-\nlation",
-        "weights",
-        "gradients",
-        "optimizer",
-        "memory of\na process",
-    ):
-        table.add_column(name, justify="right", vertical="bottom")
-    if config.parallel.offload:
-        table.add_column("on the\nhost", justify="right", vertical="bottom")
+    offload = config.parallel.offload  # then there is one process a replica
+    head = ["pro-\ncesses", *([] if offload else ["repli-\ncas"]), "accu-\nmula-\ntion"]
+    rows = []
     for processes, accumulation in layouts(config):
-        memory = memory_per_process(
-            max(estimate.design.stage_parameters), config, config.data_parallel(processes)
-        )
-        table.add_row(
-            f"{processes}",
-            f"{config.data_parallel(processes)}",
-            f"{accumulation}",
-            gibibytes(memory.weights_bytes),
-            gibibytes(memory.gradients_bytes),
-            gibibytes(memory.optimizer_bytes),
-            gibibytes(memory.total_bytes),
-            *([gibibytes(memory.host_bytes)] if config.parallel.offload else []),
-        )
-    return table
+        replicas = [] if offload else [f"{config.data_parallel(processes)}"]
+        row = [f"{processes}", *replicas, f"{accumulation}"]
+        rows.append((row, memory_of(estimate.design, processes)))
+    return memory_table(head, rows)
 
 
 def layouts(config: RunConfig) -> list[tuple[int, int]]:
@@ -306,6 +287,9 @@ def plan_report(
             f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr
         )
     more, blocks = time_and_layouts(estimate.design, estimate.json["parameters"], asked)
+    if asked.gpu:
+        more["memory"], block = memory_on(estimate.design, asked.gpu)
+        blocks = [block, *blocks]
     if as_json:
         text = json.dumps(estimate.json | more, indent=2)
     else:

@@ -2,7 +2,7 @@
 
 On a machine without GPUs the estimate of `est-ds plan` says what fits into its memory. On GPUs it
 is tried: in the run's own layout its processes train the full model for a few steps, with the
-largest micro-batch first that the estimate, a lower bound, lets fit.
+largest micro-batch first that the estimate lets fit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
-from est_ds.cost.memory import memory_per_process
-from est_ds.design import make_design
+from est_ds.cost.memory import memory_of_run
+from est_ds.design import make_outline
 from est_ds.engine.build import build_engine
 from est_ds.engine.start import leave_processes, start_processes
 from est_ds.errors import Failure, UserError, gigabytes
@@ -28,9 +28,8 @@ from est_ds.launch.launcher import launch
 from est_ds.launch.placement import Launch
 from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World, end_with_starter
-from est_ds.report.estimate import activations_bytes
+from est_ds.report.plan_memory import subject_of
 from est_ds.run.prepare import prepare
-from est_ds.slicing.build import empty_model
 from est_ds.training.turns import Measured
 
 MODULE = "est_ds.training.micro_batch"
@@ -39,9 +38,7 @@ GAVE_UP_S = 1800.0  # without a turn
 LEAST = 4  # micro-batches for every pipe stage that are kept, since fewer leave it waiting
 SHARE = 0.8  # of a machine's free memory, and
 GPU_SHARE = 0.94  # of a GPU's, that a run may take
-# On top of the estimate on CPUs: tests/test_memory.py finds up to half more activations, and a
-# process has its libraries.
-ACTIVATIONS, LIBRARIES_BYTES = 1.5, 0.75e9
+LIBRARIES_BYTES = 0.75e9  # of a process on a CPU, beside what is estimated
 CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
@@ -105,21 +102,18 @@ def micro_batches(config: RunConfig, processes: int) -> list[int]:
 
 def expected_bytes(config: RunConfig, processes: int) -> Callable[[int], float]:
     """Returns what maps a micro-batch to the bytes that a process of the fullest pipe stage needs:
-    on GPUs a lower bound, on CPUs with what is known to come on top.
+    its tensors, and on CPUs what DeepSpeed keeps in the host's memory, and the libraries.
 
     Raises:
         UserError: the run's parts do not fit together.
     """
     on_gpu, replicas = torch.cuda.is_available(), config.data_parallel(processes)
-    design = make_design(config.with_micro(1))
-    parameters = max(design.stage_parameters)
-    states = memory_per_process(parameters, config, replicas)
-    always = states.total_bytes + (0.0 if on_gpu else states.host_bytes + LIBRARIES_BYTES)
+    outline = make_outline(config.with_micro(1))
 
     def needed(micro: int) -> float:
-        sized = replace(design, config=config.with_micro(micro))
-        kept = activations_bytes(sized, sized.config.batch.accumulation(replicas))
-        return always + kept * (1.0 if on_gpu else ACTIVATIONS)
+        sized = replace(outline, config=config.with_micro(micro))
+        memory = memory_of_run(subject_of(sized, on_gpu), replicas)
+        return memory.total_bytes + (0.0 if on_gpu else memory.host_bytes + LIBRARIES_BYTES)
 
     return needed
 

@@ -48,7 +48,7 @@ class ZeroEngine(base.Engine):
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.design = design
-        self.loss = RowLoss(design.objective.loss)
+        self.loss = RowLoss.of(design.objective, model)
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(
             family, design.method.shape, self.layers, masked=design.method.masked
@@ -106,6 +106,7 @@ class ZeroEngine(base.Engine):
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
         named = self.design.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
+        self.loss.expect(labels)
         return self.loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:

@@ -22,6 +22,7 @@ TINY = {
     "blocks.py": SMALL,
     "overhead.py": (*SMALL, "--draws", "2"),
     "step.py": (*SMALL, "--vocabulary", "128"),
+    "head.py": ("--tokens", "64", "--vocabulary", "128", "--hidden", "16", "--rounds", "1"),
     "gpu.py": ("--tiny", "--backend", "none", "--warmup", "0", "--steps", "1"),
     "naive.py": ("--steps", "12"),
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
@@ -51,7 +52,14 @@ def test_every_script_runs(corpus):
     scripts = TINY | {"packing.py": (*TINY["packing.py"], *texts)}
     done = run_command(sys.executable, "-c", IN_TURN, FOLDER, json.dumps(scripts))
     assert done.returncode == 0, done.stderr
-    for row in ("columns .5", "phase narrow", "dense step", "late: of these", "x the need of 8"):
+    for row in (
+        "columns .5",
+        "phase narrow",
+        "dense step",
+        "late: of these",
+        "without, 0.2",
+        "x the need of 8",
+    ):
         assert row in done.stdout, done.stdout
     apart = re.findall(r"(by hand|est_ds): at most (\S+) from plain torch", done.stdout)
     apart = {name: float(figure) for name, figure in apart}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cases.families import CASES, inputs_of, our_model
 from est_ds.data.objectives import OBJECTIVES
@@ -18,6 +15,7 @@ from est_ds.data.objectives.causal import CausalSettings
 from est_ds.data.objectives.loss import IGNORED, token_loss
 from est_ds.engine import head
 from est_ds.engine.loss import RowLoss
+from live_bytes import LiveBytes
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "mamba")
 
@@ -141,7 +139,7 @@ def test_in_bf16_chunks_are_added_in_fp32(monkeypatch):
     def gradient(fewest: int) -> torch.Tensor:
         monkeypatch.setattr(head, "FEWEST_ROWS", fewest)
         monkeypatch.setattr(head, "AT_ONCE", 1)
-        summed, _ = head._SummedLoss.apply(x, weight, None, labels, True)
+        summed, _ = head.summed_loss(x, weight, None, labels)
         return torch.autograd.grad(summed, weight)[0].double()
 
     exact = weight.detach().double().requires_grad_()
@@ -150,38 +148,19 @@ def test_in_bf16_chunks_are_added_in_fp32(monkeypatch):
     assert many <= 1.5 * one  # 128 roundings of a total in bf16 are beyond
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors which come out of operations take together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-                self.peak = max(self.peak, sum(self.sizes.values()))
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_vocabulary_takes_a_quarter_of_the_memory(dtype):
     """Weight, what reads it, loss and all gradients; tensors without memory, of the real sizes."""
 
     def peak(loss) -> int:
-        with FakeTensorMode(), Peak() as found:
+        with FakeTensorMode(), LiveBytes() as found:
             x = torch.empty(4096, 1024, dtype=dtype, requires_grad=True)
             weight = torch.empty(151_936, 1024, dtype=dtype, requires_grad=True)
             loss(x, weight, torch.zeros(4096, dtype=torch.int64)).backward()
         return found.peak
 
     whole = peak(lambda x, weight, labels: token_loss(linear(x, weight)[None], labels[None]))
-    fused = peak(lambda x, w, labels: head._SummedLoss.apply(x, w, None, labels, True)[0] / 4096)
+    fused = peak(lambda x, w, labels: head.summed_loss(x, w, None, labels)[0] / 4096)
     assert whole > 2 * 4 * 4096 * 151_936 and fused <= whole / 4
 
 

@@ -44,8 +44,8 @@ class LossHead:
         labels_BT, self.est_labels = self.est_labels, None
         if labels_BT is None:
             return super().forward(x_BTH)
-        given = x_BTH.flatten(0, 1), self.weight, self.bias, labels_BT.flatten()
-        summed, losses_N = _SummedLoss.apply(*given, torch.is_grad_enabled())
+        x_NH, labels_N = x_BTH.flatten(0, 1), labels_BT.flatten()
+        summed, losses_N = summed_loss(x_NH, self.weight, self.bias, labels_N)
         self.est_losses = losses_N.view_as(labels_BT)
         return summed
 
@@ -58,15 +58,24 @@ def loss_head(model: nn.Module) -> LossHead:
     return head
 
 
-class _SummedLoss(Function):
-    """Cross-entropy of x @ weight.T + bias, summed over the labels that are not ignored, in fp32.
+def summed_loss(
+    x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the cross-entropy of x @ weight.T + bias summed over the labels that are not ignored,
+    and that of every token without gradients; in fp32, nats. It has one backward, no second."""
+    given = x_NH, weight_VH, bias_V
+    if not torch.is_grad_enabled():
+        given = tuple(t if t is None else t.detach() for t in given)
+    return _SummedLoss.apply(*given, labels_N)
 
-    The gradients of ignored rows are left out where they are hidden wide rather than vocabulary
-    wide. A second backward has nothing left, and fails.
-    """
+
+class _SummedLoss(Function):
+    """`summed_loss`. Gradients of ignored rows are left out where they are hidden wide rather than
+    vocabulary wide."""
 
     @staticmethod
-    def forward(ctx, x_NH, weight_VH, bias_V, labels_N, has_backward):
+    def forward(ctx, x_NH, weight_VH, bias_V, labels_N):
+        has_backward = any(ctx.needs_input_grad)
         counts_N1 = (labels_N != IGNORED)[:, None]
         at_N1 = labels_N.clamp(min=0)[:, None]
         losses_N1 = x_NH.new_empty(len(x_NH), 1, dtype=torch.float32)
@@ -95,7 +104,7 @@ class _SummedLoss(Function):
         (grad_x, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
         if grad_bias is not None:
             grad_bias = grad_bias[:, 0].mul_(grad).to(grad_x.dtype)
-        return grad_x.mul_(grad), grad_weight.mul_(grad).to(grad_x.dtype), grad_bias, None, None
+        return grad_x.mul_(grad), grad_weight.mul_(grad).to(grad_x.dtype), grad_bias, None
 
 
 def _plus_product(total: Tensor | None, grad_NV: Tensor, x_NH: Tensor) -> Tensor:

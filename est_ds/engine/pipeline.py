@@ -137,7 +137,8 @@ class PipelineEngine(base.Engine):
             fill_missing_gradients(self.pipeline)
         self._passes = dict.fromkeys(self._passes, 0)
         began = time.perf_counter()
-        loss = self.deepspeed.train_batch(batches).item()
+        with self.gathered_once():
+            loss = self.deepspeed.train_batch(batches).item()
         self._clock.step_done(time.perf_counter() - began)
         return loss
 

@@ -107,7 +107,7 @@ class Engine(ABC):
     def gathered_once(self) -> AbstractContextManager[None]:
         """Within a step the kept weights are gathered once, and not for every micro-batch.
 
-        In fp32 alone: gradients of bf16 are added up in fp32 elsewhere. And not where it would hold
+        In fp32 alone: DeepSpeed adds up gradients of bf16 in fp32. And not where it would hold
         what a layout does not: parameters (ZeRO 3), gradients (ZeRO 2), or what checkpointing
         computes again.
         """

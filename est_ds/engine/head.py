@@ -2,11 +2,10 @@
 
 Rows go through the head some at a time: their logits give their losses and, in the forward already,
 their part of the gradients. What is kept is a gradient of what the head reads and one of its
-weight, for vocabulary x tokens of logits and as much twice again.
+weight, in place of the logits, their softmax and their gradient.
 
 torch's own `linear_cross_entropy` does the same, but in bf16 it rounds the loss to bf16 and adds
-the chunks' gradients of the weight in bf16, and with a small vocabulary it is slower than the
-logits on a CPU.
+the chunks' gradients of the weight in bf16, and it is slower than the logits on a CPU.
 
 Shapes: B batch, T tokens, N = B * T, H hidden, V vocabulary.
 """
@@ -30,7 +29,7 @@ AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
 
 
 class LossHead:
-    """An output head that, given labels, returns the sum of the tokens' losses for the logits.
+    """An output head that returns the sum of the tokens' losses, where it is given labels.
 
     Attributes:
         est_labels: of the next forward, int64 [B, T]; None: it returns logits.

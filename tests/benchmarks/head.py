@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from est_ds.data.objectives.loss import mean_loss, token_loss
 from est_ds.engine.head import summed_loss
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from live_bytes import LiveBytes
 

@@ -82,25 +82,26 @@ def complete_generation(
     _update(file, ids | {"pad_token_id": padding} | longest)
 
 
-def complete_tokenizer(
-    folder: Path, tokenizer: Any, padding: int | None, positions: int | None
-) -> None:
-    """Writes into a folder's tokenizer_config.json the longest text, and a padding token if the
-    tokenizer has none that the model knows: batches of texts need one.
+def complete_tokenizer(folder: Path, tokenizer: Any, design: Design, padding: int | None) -> None:
+    """Writes into a folder's tokenizer_config.json the longest text, and how batches are padded.
 
-    It is the model's, or else EOS, as `generate()` takes it. The model's own config.json has none
-    then: a row of its embedding would not train on in transformers.
+    A tokenizer without a padding token that the model knows gets one: the model's, or else EOS, as
+    `generate()` takes it. The model's own config.json has none then: a row of its embedding would
+    not train on in transformers. Where texts are not continued at their right end, padding stands
+    there, so that the first token is at position 0 as in training.
 
     Args:
         padding: the model's padding id.
-        positions: tokens that the model takes; None: any number.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return  # nor are there special tokens
-    fields = {} if positions is None else {"model_max_length": positions}
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
+    is_continued = design.family.auto_class == "AutoModelForCausalLM"
+    fields: dict[str, Any] = {} if is_continued else {"padding_side": "right"}
+    if (positions := design.family.shape(design.hf_config).sequence) is not None:
+        fields["model_max_length"] = positions
+    own = tokenizer.pad_token_id
+    if own is None or own >= design.hf_config.vocab_size:
         is_special = padding in tokenizer.all_special_ids
         token = tokenizer.convert_ids_to_tokens(padding) if is_special else tokenizer.eos_token
         fields |= {} if token is None else {"pad_token": token}

@@ -196,7 +196,7 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
     tokenizer, lines = write_tokenizer(partial, design.config.data.tokenizer, objective)
     ids = special_ids(design, source.encoder, corpus.manifest, tokenizer)
     complete_config(partial, ids)
-    complete_tokenizer(partial, tokenizer, ids["pad_token_id"], positions)
+    complete_tokenizer(partial, tokenizer, design, ids["pad_token_id"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
     complete_generation(partial, ids, tokenizer.pad_token_id, positions)
     text = card(design, source.index, count_parameters(exported), wish.keep, tokenizer)

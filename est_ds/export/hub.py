@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,16 @@ class Hub:
         api: a `huggingface_hub.HfApi`.
         endpoint: where the Hub is.
         name: as the user gave it.
+        token: of the user; nobody is shown it.
     """
 
     api: Any
     endpoint: str
     name: str
+    token: str = field(repr=False)
 
     def push(self, folder: Path, message: str, without: str) -> str:
-        """Uploads a folder in one commit, in place of a former export.
+        """Uploads a folder, in place of a former export.
 
         The repository is made if there is none; only its owner sees it then.
 
@@ -59,7 +61,7 @@ class Hub:
         except Exception as e:  # whatever the library raises for what the Hub or the network says
             raise Failure(
                 f"{folder} is exported, but {self.endpoint} does not take it as {self.name!r} "
-                f"({_said(e)}); put it there with `hf upload {self.name} {folder}`."
+                f"({_said(e, self.token)}); put it there with `hf upload {self.name} {folder}`."
             ) from None
         return f"{self.endpoint}/{made.repo_id}"
 
@@ -78,28 +80,25 @@ def find_hub(name: str) -> Hub:
         raise UserError(f"--push={name!r} is no name of a repository; give OWNER/NAME.")
     from huggingface_hub import HfApi, constants, get_token
 
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    if get_token() is None:
+    endpoint, token = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, get_token()
+    if token is None:
         raise UserError(
             f"--push={name} needs a token of {endpoint} that may write; log in with `hf auth "
             f"login`, or set HF_TOKEN."
         )
-    api = HfApi(endpoint=endpoint)
+    api = HfApi(endpoint=endpoint, token=token)
     try:
         api.whoami()
     except Exception as e:  # whatever the library raises without a network, or for such a token
         raise UserError(
             f"--push={name}: {endpoint} cannot be reached, or does not know the token "
-            f"({_said(e)}); log in with `hf auth login`, or export without --push and call `hf "
-            f"upload {name} DIR` where there is a network."
+            f"({_said(e, token)}); log in with `hf auth login`, or export without --push and call "
+            f"`hf upload {name} DIR` where there is a network."
         ) from None
-    return Hub(api, endpoint, name)
+    return Hub(api, endpoint, name, token)
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception, token: str) -> str:
     """An error of the library in a line, without the token, should a server repeat it."""
-    from huggingface_hub import get_token
-
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    token = get_token()
-    return (text.replace(token, "<token>") if token else text)[:200]
+    return text.replace(token, "<token>")[:200]

@@ -95,6 +95,8 @@ def test_a_push_that_the_hub_refuses_leaves_the_export_and_says_how_to_repeat_it
     with writable_hub(tmp_path / "repository", monkeypatch, takes_commits=False) as hub:
         with pytest.raises(Failure, match="is exported, but .* does not take it as 'small'") as e:
             find_hub("small").push(folder, "message", without=MARK)
-    assert f"`hf upload small {folder}`" in str(e.value) and "no room" in str(e.value)
+    assert f"`hf upload small {folder} --private --exclude {MARK}`" in str(
+        e.value
+    ) and "no room" in str(e.value)
     assert hub.token not in str(e.value)
     assert (folder / "config.json").is_file()

@@ -14,9 +14,15 @@ import transformers
 import yaml
 
 from conftest import run_command
+from est_ds.checkpoints.index import read_index
+from est_ds.checkpoints.store import Store
 from est_ds.config.published import of_training
-from est_ds.export.card import _public
+from est_ds.config.run_file import load_run
+from est_ds.design import make_design
+from est_ds.export.card import _public, card
 from est_ds.export.config_file import complete_config
+from est_ds.export.part import Keep
+from est_ds.report.summary import summarise
 from est_ds.run.metrics import read_metrics
 from est_ds.slicing.families import hf_config
 from exports import exported, load, train_cells
@@ -181,6 +187,21 @@ def test_the_model_card_has_the_figures_of_the_run_and_no_path(folders):
     use = body.split("```python\n")[1].split("```")[0].replace("FOLDER", str(run_dir / "export"))
     exec(use.replace("print", "found = "), scope := {})
     assert len(scope["found"]) == 5
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_the_model_card_of_a_checkpoint_counts_its_own_steps(steps, trained, corpus):
+    """In their phases, which save FLOPs; of the whole run as its summary does."""
+    index = read_index(Store(trained / "checkpoints").path(steps))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    text = card(make_design(load_run(trained)), index, 1, Keep(layers="0"), tokenizer)
+    lines, _ = read_metrics(trained)
+    active, dense = (sum(e[f"flops_{kind}"] for e in lines[:steps]) for kind in ("active", "dense"))
+    less = 1 - active / dense if steps < 20 else summarise(trained).saved_model
+    assert less > 0.05
+    row = f"| training FLOPs, model | {active:.4g}, {less:.1%} below the full model's {dense:.4g} ("
+    assert row in text and f"| steps | {steps} of 20 |" in text
+    assert "a part of the trained model (`--layers=0`)" in text
 
 
 def test_a_published_config_names_no_folder():

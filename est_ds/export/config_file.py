@@ -110,4 +110,4 @@ def complete_tokenizer(folder: Path, tokenizer: Any, design: Design, padding: in
 
 def _update(file: Path, fields: dict[str, Any]) -> None:
     content = json.loads(file.read_text()) | fields  # null where the family has a default
-    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

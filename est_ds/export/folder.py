@@ -200,7 +200,7 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
     tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
     complete_generation(partial, ids, tokenizer.pad_token_id, positions)
     text = card(design, source.index, count_parameters(exported), wish.keep, tokenizer)
-    (partial / CARD).write_text(text)
+    (partial / CARD).write_text(text, encoding="utf-8")
     lines += check_tokenizer(tokenizer, source.encoder, [w.corpus for w in source.windows.values()])
 
     auto_class = getattr(transformers, design.family.auto_class)

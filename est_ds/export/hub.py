@@ -61,7 +61,8 @@ class Hub:
         except Exception as e:  # whatever the library raises for what the Hub or the network says
             raise Failure(
                 f"{folder} is exported, but {self.endpoint} does not take it as {self.name!r} "
-                f"({_said(e, self.token)}); put it there with `hf upload {self.name} {folder}`."
+                f"({_said(e, self.token)}); put it there with `hf upload {self.name} {folder} "
+                f"--private --exclude {without}`."
             ) from None
         return f"{self.endpoint}/{made.repo_id}"
 

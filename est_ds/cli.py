@@ -236,6 +236,12 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         action="store_true",
         help="skip the check of the held-out loss (it is long for a large model without a GPU)",
     )
+    export.add_argument(
+        "--push",
+        metavar="NAME",
+        help="then put the folder into this repository of the Hub (OWNER/NAME); one that is not "
+        "there is made, and private",
+    )
 
 
 def _add_report(report: argparse.ArgumentParser) -> None:
@@ -391,8 +397,11 @@ def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.config.run_file import load_run
     from est_ds.export import Wish, export
+    from est_ds.export.folder import MARK
+    from est_ds.export.hub import find_hub
     from est_ds.export.part import Keep
 
+    hub = None if parsed.push is None else find_hub(parsed.push)
     config = load_run(parsed.run, parsed.overrides)
     keep = Keep(parsed.layers, parsed.heads, parsed.columns, parsed.plan_step)
     wish = Wish(parsed.out, parsed.prompt, parsed.checkpoint, keep, parsed.skip_loss)
@@ -406,6 +415,9 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
         print(line)
     if done.sample is not None:
         print(f"sample: {done.sample!r}")
+    if hub is not None:
+        what = f"{Path(config.run_dir).resolve().name} after {done.step:,} steps"
+        print(f"pushed to {hub.push(done.folder, what, without=MARK)}")
 
 
 def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -202,8 +202,9 @@ def test_two_texts_have_something_between_them():
                 single="<s> $A", pair=template, special_tokens=put
             )
         loaded = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+        loaded.padding_side = "left"
         fill_up_with(loaded)
-        assert loaded.pad_token == "</s>"
+        assert (loaded.pad_token, loaded.padding_side) == ("</s>", "right")
         short, long = inputs_of(examples, loaded, 40, types=False)
         assert short["input_ids"] == [ids[word] for word in expected.split()]
         assert len(long["input_ids"]) == 40 and {ids["a"], ids["d"]} < set(long["input_ids"])

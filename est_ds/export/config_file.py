@@ -1,4 +1,5 @@
-"""What an exported config.json says besides the run's model: token ids, and older readers' keys."""
+"""What the JSON files of an export say besides the run's model: token ids, lengths, and keys that
+other readers look for."""
 
 from __future__ import annotations
 
@@ -39,17 +40,14 @@ def special_ids(
 
 
 def complete_config(folder: Path, ids: dict[str, int | None]) -> None:
-    """Writes special ids into a folder's config.json and generation_config.json, and into the first
-    what readers older than transformers 5 look for.
+    """Writes special ids into a folder's config.json, and what readers look for that are older than
+    transformers 5, or that go by the file alone (llama.cpp's converter).
 
     What transformers 5 reads back is the same but for the ids.
 
     Args:
         ids: by the names of the fields.
     """
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        _update(generation, ids)
     file = folder / "config.json"
     config = json.loads(file.read_text())
     older: dict[str, Any] = {"torch_dtype": config["dtype"]}
@@ -59,7 +57,55 @@ def complete_config(folder: Path, ids: dict[str, int | None]) -> None:
         older["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
     if config.get("scale_decoder_outputs") is False:
         older["tie_word_embeddings"] = False  # T5's own head, which they would tie
+    if config["model_type"] == "gpt2":
+        older["n_ctx"] = config["n_positions"]
     _update(file, ids | older)
+
+
+def complete_generation(
+    folder: Path, ids: dict[str, int | None], padding: int | None, positions: int | None
+) -> None:
+    """Writes into a folder's generation_config.json where generation stops, if there is one.
+
+    Args:
+        ids: special ids by the names of the fields.
+        padding: id that fills up the shorter rows of a batch: the tokenizer's.
+        positions: tokens that the model takes; None: any number.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text())
+    content.pop("_from_model_config", None)  # it is more than that
+    file.write_text(json.dumps(content))
+    longest = {} if positions is None else {"max_length": positions}
+    _update(file, ids | {"pad_token_id": padding} | longest)
+
+
+def complete_tokenizer(folder: Path, tokenizer: Any, design: Design, padding: int | None) -> None:
+    """Writes into a folder's tokenizer_config.json the longest text, and how batches are padded.
+
+    A tokenizer without a padding token that the model knows gets one: the model's, or else EOS, as
+    `generate()` takes it. The model's own config.json has none then: a row of its embedding would
+    not train on in transformers. Where texts are not continued at their right end, padding stands
+    there, so that the first token is at position 0 as in training.
+
+    Args:
+        padding: the model's padding id.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return  # nor are there special tokens
+    is_continued = design.family.auto_class == "AutoModelForCausalLM"
+    fields: dict[str, Any] = {} if is_continued else {"padding_side": "right"}
+    if (positions := design.family.shape(design.hf_config).sequence) is not None:
+        fields["model_max_length"] = positions
+    own = tokenizer.pad_token_id
+    if own is None or own >= design.hf_config.vocab_size:
+        is_special = padding in tokenizer.all_special_ids
+        token = tokenizer.convert_ids_to_tokens(padding) if is_special else tokenizer.eos_token
+        fields |= {} if token is None else {"pad_token": token}
+    _update(file, fields)
 
 
 def _update(file: Path, fields: dict[str, Any]) -> None:

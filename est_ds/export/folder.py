@@ -21,7 +21,14 @@ from est_ds.data.loader import Windows
 from est_ds.design import Design, make_design
 from est_ds.disk import describe
 from est_ds.errors import UserError
-from est_ds.export.config_file import complete_config, special_ids
+from est_ds.export.card import FILE as CARD
+from est_ds.export.card import card
+from est_ds.export.config_file import (
+    complete_config,
+    complete_generation,
+    complete_tokenizer,
+    special_ids,
+)
 from est_ds.export.logits import check_logits
 from est_ds.export.loss import check_loss
 from est_ds.export.part import Keep, plan_to_keep
@@ -31,6 +38,7 @@ from est_ds.export.tokenizer import check_tokenizer, write_tokenizer
 from est_ds.plans.plan import Plan
 from est_ds.run.directory import check_run_dir
 from est_ds.run.prepare import held_out_windows
+from est_ds.slicing.build import count_parameters
 
 MARK = "est_ds_export.json"  # says that a folder is an export, which another may replace
 
@@ -184,9 +192,16 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
         exported = with_weights(*smaller)
     exported.save_pretrained(partial)
     objective = source.first.objective
+    positions = design.family.shape(design.hf_config).sequence
     tokenizer, lines = write_tokenizer(partial, design.config.data.tokenizer, objective)
+    ids = special_ids(design, source.encoder, corpus.manifest, tokenizer)
+    complete_config(partial, ids)
+    complete_tokenizer(partial, tokenizer, design, ids["pad_token_id"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(partial)
+    complete_generation(partial, ids, tokenizer.pad_token_id, positions)
+    text = card(design, source.index, count_parameters(exported), wish.keep, tokenizer)
+    (partial / CARD).write_text(text, encoding="utf-8")
     lines += check_tokenizer(tokenizer, source.encoder, [w.corpus for w in source.windows.values()])
-    complete_config(partial, special_ids(design, source.encoder, corpus.manifest, tokenizer))
 
     auto_class = getattr(transformers, design.family.auto_class)
     reloaded = auto_class.from_pretrained(partial, dtype=dtype).eval()
@@ -200,7 +215,6 @@ def _write(source: _Source, wish: Wish, partial: Path) -> Exported:
         lines.append(check_loss(reloaded, design, source.index, source.windows))
     sample = None
     if reloaded.can_generate():
-        longest = design.family.shape(design.hf_config).sequence
-        sample, line = continued(reloaded, tokenizer, wish.prompt, longest)
+        sample, line = continued(reloaded, tokenizer, wish.prompt, positions)
         lines += line
     return Exported(partial, source.index.step, difference, tuple(lines), sample)

@@ -9,13 +9,15 @@ from est_ds.score.tasks import Examples
 
 
 def fill_up_with(tokenizer: Any) -> None:
-    """Gives a tokenizer a padding token if it has none: EOS, or else UNK.
+    """Gives a tokenizer a padding token if it has none: EOS, or else UNK; it goes to the right.
 
-    The head of a causal model reads the last token that is no padding.
+    There it moves no position. The head of a causal model reads the last token that is no padding,
+    and that of BERT the first.
 
     Raises:
         UserError: it has none of these.
     """
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:

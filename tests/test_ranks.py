@@ -97,19 +97,33 @@ def test_another_version_is_named_by_all(meet):
         assert "torch is 1 on a and 2 on b;" in str(found)
 
 
-def test_rank_0_needs_a_file_for_every_connection(monkeypatch):
-    allowed: list[Any] = []
+@pytest.mark.parametrize(
+    ("limits", "ranks", "raised_to"),
+    [
+        ((1024, 20_000), 4096, 4 * 4096 + 1024),
+        ((1024, 1024), 4, None),
+        ((1024, 4096), 900, 4096),
+        ((256, -1), 4, 16 + 1024),
+        ((-1, -1), 4096, None),
+    ],
+)
+def test_rank_0_may_open_a_file_for_every_connection(limits, ranks, raised_to, monkeypatch):
+    allowed: list[int] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: allowed.append(both[0]))
+    meeting._allow_sockets(meeting.SOCKETS * ranks)
+    assert [n for n in allowed if n != limits[0]] == [raised_to] * (raised_to is not None)
+
+
+def test_a_limit_that_is_too_low_for_all_connections_ends_the_start(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 20_000))
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: allowed.append(limits))
-    meeting._allow_sockets(4 * 4096)
-    assert allowed == [(4 * 4096 + 1024, 20_000)]
     with pytest.raises(Failure, match=r"may open 20000 files \(ulimit -Hn\).*raise that limit"):
-        meeting._allow_sockets(4 * 10_240)
+        meeting._allow_sockets(meeting.SOCKETS * 10_240)
 
 
-def test_addresses_are_few_and_lead_to_other_hosts():
-    everyone = [{"host": f"node{i // 2}", "address": f"10.0.0.{i // 2}"} for i in range(100)]
-    everyone[2]["address"] = "127.0.1.1"
+def test_addresses_are_few_and_lead_to_hosts():
+    everyone = [{"address": f"10.0.0.{i // 2}"} for i in range(100)]
+    everyone[0]["address"] = everyone[1]["address"] = "127.0.1.1"
     everyone[4]["address"] = None
     assert meeting._away(everyone) == [f"10.0.0.{i}" for i in range(1, 9)]
 

@@ -47,7 +47,7 @@ class Meeting:
         host: this process's.
         first_host: rank 0's.
         near: the ranks on this host.
-        addresses: of a few ranks on other hosts than rank 0's, each the one on the way to rank 0.
+        addresses: of a few ranks, each the one on the way to rank 0; none is the loopback's.
     """
 
     store: dist.Store
@@ -165,15 +165,15 @@ def _allow_sockets(number: int) -> None:
         Failure: the system does not allow as many.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = number + 1024  # and its own files
-    if soft >= needed or soft == resource.RLIM_INFINITY:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    least, ample = number + 128, number + 1024  # with its own files
+    most = ample if hard == resource.RLIM_INFINITY else hard
+    if most < least:
         raise Failure(
             f"rank 0 on {host_name()} may open {hard} files (ulimit -Hn), and the connections of "
-            f"all ranks take up to {needed}; raise that limit there and start again."
+            f"all ranks take up to {number}; raise that limit there and start again."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if soft != resource.RLIM_INFINITY and soft < ample:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(ample, most)), hard))
 
 
 def _reach(world: World, address: str, port: int, limit_s: float) -> dist.TCPStore:
@@ -303,9 +303,9 @@ def _raise_fault(store: dist.Store, world: World, record: dict[str, Any]) -> Non
 
 
 def _away(everyone: list[dict[str, Any]]) -> list[str]:
-    """Addresses that lead from rank 0's host to others; a few, as one may have no route."""
-    found = [r["address"] for r in everyone if r["address"] and r["host"] != everyone[0]["host"]]
-    return list(dict.fromkeys(a for a in found if not ipaddress.ip_address(a).is_loopback))[:8]
+    """Addresses that may lead to other hosts; a few, as one may have no route."""
+    found = dict.fromkeys(theirs["address"] for theirs in everyone if theirs["address"])
+    return [a for a in found if not ipaddress.ip_address(a).is_loopback][:8]
 
 
 def _difference(hosts: list[str], found: list[dict[str, str]]) -> str | None:

@@ -28,9 +28,7 @@ class Board:
         self._missing: list[str] = []  # on rank 0
 
     def begin(self) -> None:
-        """Begins another checkpoint, the former being complete."""
-        if self._begun:
-            self._store.delete_key(self._key(self._rank))
+        """Begins another checkpoint."""
         self._begun += 1
         self._missing = self._keys() if self._rank == 0 else []
 
@@ -54,6 +52,10 @@ class Board:
         for text in take(self._store, self._keys()):
             written = json.loads(text)
             yield File(**written["file"]), written["parameters"]
+
+    def clear(self) -> None:
+        """Takes away what this rank has left, once the checkpoint is complete."""
+        self._store.delete_key(self._key(self._rank))
 
     def _key(self, rank: int) -> str:
         return f"est_ds/written/{self._begun}/{rank}"

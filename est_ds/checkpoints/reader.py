@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -80,22 +80,26 @@ class Contents:
     ranges: dict[str, list[Range]]
 
 
-def contents(checkpoint: Path, files: Iterable[str]) -> Contents:
+def contents(
+    checkpoint: Path, files: Iterable[str], opened: Callable[[str], Any] | None = None
+) -> Contents:
     """Reads the headers of some of a checkpoint's files.
+
+    Args:
+        opened: gives a file, opened; each is closed at once if None.
 
     Raises:
         Damaged: one is missing or unreadable.
     """
     found = Contents(set(), {})
     for name in files:
-        with _opened(checkpoint, name) as file:
-            for key in file.keys():
-                state, start, parameter = key.split(":", 2)
-                found.keys.add(state)
-                if state == WEIGHT:
-                    stop = int(start) + file.get_slice(key).get_shape()[0]
-                    held = found.ranges.setdefault(parameter, [])
-                    held.append(Range(int(start), stop, name))
+        file = opened(name) if opened else _opened(checkpoint, name)
+        for key in file.keys():
+            state, start, parameter = key.split(":", 2)
+            found.keys.add(state)
+            if state == WEIGHT:
+                stop = int(start) + file.get_slice(key).get_shape()[0]
+                found.ranges.setdefault(parameter, []).append(Range(int(start), stop, name))
     return found
 
 
@@ -132,11 +136,15 @@ class Checkpoint:
         self.names = self.index.parameters.keys()
         self._files = ExitStack()
         self._open: dict[str, Any] = {}
-        known_here = known or contents(folder, self.index.files)
-        self.keys, self._ranges = known_here.keys, known_here.ranges
-        if known is None:
-            for name, shape in self.index.parameters.items():
+        try:
+            # They stay open: a training under way may remove the checkpoint.
+            here = known or contents(folder, self.index.files, self._file)
+            self.keys, self._ranges = here.keys, here.ranges
+            for name, shape in self.index.parameters.items() if known is None else ():
                 check_cover(name, self._ranges.get(name, []), 0, prod(shape))
+        except Damaged:
+            self._files.close()
+            raise
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -151,6 +151,7 @@ class Saver:
             self._complete(self._board.read())
         self._raise_everywhere()
         self._content = None
+        self._board.clear()
 
     def _open(self) -> None:
         self._store.folder.mkdir(parents=True, exist_ok=True)

@@ -190,7 +190,7 @@ est_ds_install() {
     echo "env: installing $(est_ds_pin deepspeed)"
     est_ds_pip --use-pep517 --no-build-isolation --no-deps "$(est_ds_pin deepspeed)" || return 1
     echo "env: installing the other packages and est_ds"
-    est_ds_pip --use-pep517 --no-build-isolation -e '.[test]' || return 1
+    est_ds_pip --use-pep517 --no-build-isolation -e '.[test,s3]' || return 1
     echo "env: checking"
     est_ds_check || return 1
     {

@@ -186,7 +186,7 @@ def test_environment_is_made_once_in_the_order_that_deepspeed_needs(checkout):
         pin_of("setuptools"),
         pin_of("torch") + "+cpu",
         pin_of("deepspeed"),
-        ".[test]",
+        ".[test,s3]",
     ]
     assert "--no-build-isolation" in calls[2] and "--no-build-isolation" in calls[3]
 

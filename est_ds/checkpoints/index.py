@@ -61,26 +61,37 @@ def read_index(checkpoint: Path) -> Index:
     Raises:
         Damaged: it is missing or not what was written.
     """
-    file = checkpoint / FILE
     try:
-        tree = json.loads(file.read_bytes())
+        return parse_index((checkpoint / FILE).read_bytes(), checkpoint.name)
+    except FileNotFoundError:
+        raise Damaged(f"{FILE} is missing") from None
+    except OSError as e:
+        raise Damaged(f"{FILE} cannot be read ({type(e).__name__})") from None
+
+
+def parse_index(content: bytes, folder: str) -> Index:
+    """As `read_index`, of what was read.
+
+    Args:
+        folder: the name of the folder that it is in.
+    """
+    try:
+        tree = json.loads(content)
         if tree["format"] != FORMAT:
             raise Damaged(
                 f"{FILE} is of format {tree['format']}, and this version of est_ds reads {FORMAT}"
             )
         digest = tree.pop("sha256")
         index = Index.model_validate(tree)
-    except FileNotFoundError:
-        raise Damaged(f"{FILE} is missing") from None
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise Damaged(f"{FILE} is not of this format ({where}: {first['msg']})") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise Damaged(f"{FILE} cannot be read ({type(e).__name__})") from None
     if digest != _digest(tree):
         raise Damaged(f"{FILE} is not what was written (its sha256 differs)")
-    tag = TAG.fullmatch(checkpoint.name)
+    tag = TAG.fullmatch(folder)
     if tag and int(tag[1]) != index.step:
         raise Damaged(f"{FILE} is of step {index.step}: the folder was renamed")
     return index

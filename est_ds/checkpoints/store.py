@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from est_ds.checkpoints.index import FILE, TAG, Damaged, read_index
@@ -16,6 +17,29 @@ LATEST, BEST = "latest", "best"
 
 def tag_of(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def kept_steps(
+    losses: Mapping[int, float | None], settings: Settings
+) -> tuple[set[int], int | None]:
+    """Returns the checkpoints that the settings keep, and the best of them.
+
+    Args:
+        losses: held-out losses by step, None where none was measured.
+    """
+    steps = sorted(losses)
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    kept = set(steps[-settings.keep_last :] if settings.keep_last else steps)
+    if settings.keep_every:
+        kept.update(step for step in steps if step % settings.keep_every == 0)
+    if settings.keep_best and measured:
+        kept.add(_best(measured))
+    measured = {step: loss for step, loss in measured.items() if step in kept}
+    return kept, _best(measured) if measured else None
+
+
+def _best(losses: Mapping[int, float]) -> int:
+    return min(losses, key=lambda step: (losses[step], step))
 
 
 class Store:
@@ -92,26 +116,21 @@ class Store:
             f"one of the steps {', '.join(map(str, steps))}."
         )
 
-    def keep(self, newest: int, settings: Settings) -> None:
+    def keep(self, newest: int, settings: Settings, held: Collection[int] = ()) -> None:
         """Moves `latest` and `best`, and removes what the settings do not keep.
 
         Args:
             newest: the checkpoint just completed. Later ones, of a run that went back, are left.
+            held: steps that stay for now, since they are being copied.
         """
         self.point_to(newest)
-        steps = [step for step in self.steps() if step <= newest]
-        losses = {step: loss for step in steps if (loss := self._eval_loss(step)) is not None}
-        kept = set(steps[-settings.keep_last :] if settings.keep_last else steps)
-        if settings.keep_every:
-            kept.update(step for step in steps if step % settings.keep_every == 0)
-        if settings.keep_best and losses:
-            kept.add(min(losses, key=lambda step: (losses[step], step)))
-        if measured := kept & losses.keys():
-            best = min(measured, key=lambda step: (losses[step], step))
+        losses = {step: self._eval_loss(step) for step in self.steps() if step <= newest}
+        kept, best = kept_steps(losses, settings)
+        if best is not None:
             replace_text(self.folder / BEST, tag_of(best) + "\n")
         elif self.named(BEST) not in kept:
             (self.folder / BEST).unlink(missing_ok=True)
-        for step in set(steps) - kept:
+        for step in losses.keys() - kept - set(held):
             self.remove(step)
 
     def remove(self, step: int) -> None:

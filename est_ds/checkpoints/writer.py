@@ -31,6 +31,7 @@ from torch import Tensor
 
 from est_ds.checkpoints import index
 from est_ds.checkpoints.board import Board, Shapes
+from est_ds.checkpoints.copier import Copier
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import fragment_key
 from est_ds.checkpoints.state import State
@@ -39,6 +40,7 @@ from est_ds.disk import File, describe, replace_text, sync_file, sync_folder
 from est_ds.engine.base import Engine
 from est_ds.errors import Failure, gigabytes
 from est_ds.ranks.gather import dealt, first_of_all, gathered_on_rank_0, of_rank_0
+from est_ds.ranks.preempt import Preempted
 
 LAST_WAIT_S = 60.0  # for a write that is under way when training fails
 
@@ -56,11 +58,14 @@ class _Content:
 class Saver:
     """Writes checkpoints; every rank has one and calls its methods together.
 
-    To be used in a `with`, at whose end nothing is being written any more.
+    To be used in a `with`, at whose end nothing is being written or copied any more.
+
+    Args:
+        copier: copies them to a bucket; None: nothing does.
     """
 
-    def __init__(self, engine: Engine, store: Store) -> None:
-        self._engine, self._store = engine, store
+    def __init__(self, engine: Engine, store: Store, copier: Copier | None = None) -> None:
+        self._engine, self._store, self._copier = engine, store, copier
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._board = Board(self._rank, self._num_ranks)
         everyone = gathered_on_rank_0((socket.gethostname(), engine.fragments.num_bytes))
@@ -76,6 +81,8 @@ class Saver:
     def __exit__(self, kind: type | None, *error: object) -> None:
         if kind is None:
             self.finish()
+            if self._copier:
+                self._copier.require()
         elif self._thread is not None:
             # Other ranks may be gone: no communication.
             self._thread.join(LAST_WAIT_S)
@@ -83,6 +90,10 @@ class Saver:
             while self._content and not self._error and time.monotonic() < deadline:
                 self.poll()
                 time.sleep(0.1)
+        if self._copier and (kind is None or issubclass(kind, (Preempted, Failure))):
+            # A notice leaves as much time as the end; after a failure most is copied.
+            is_failure = kind is not None and issubclass(kind, Failure)
+            self._copier.close(LAST_WAIT_S if is_failure else None)
 
     def check_space(self) -> None:
         """Compares free disk space with what a checkpoint takes.
@@ -103,9 +114,11 @@ class Saver:
 
         Raises:
             Failure: this or the former checkpoint cannot be written, or copies of a parameter
-                differ.
+                differ; or the former one cannot be copied, and must be.
         """
         self.finish()
+        if self._copier:
+            self._copier.require()
         self._engine.check_copies(step)
         self.check_space()
         fragments = self._engine.fragments
@@ -152,6 +165,16 @@ class Saver:
         self._raise_everywhere()
         self._content = None
         self._board.clear()
+
+    def settle(self) -> None:
+        """Waits until nothing is being written or sent. Every rank calls it.
+
+        Raises:
+            Failure: as of `finish`.
+        """
+        self.finish()
+        if self._copier:
+            self._copier.settle(gives_up=True)
 
     def _open(self) -> None:
         self._store.folder.mkdir(parents=True, exist_ok=True)
@@ -235,7 +258,10 @@ class Saver:
                 self._store.remove(content.step)
             os.replace(content.partial, final)
             sync_folder(self._store.folder)
-            self._store.keep(content.step, self._engine.config.checkpoint)
+            if self._copier:
+                self._copier.offer(content.step)
+            held = self._copier.held if self._copier else ()
+            self._store.keep(content.step, self._engine.config.checkpoint, held)
         except OSError as e:
             self._error = e
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from est_ds.config.kinds import CorpusName, PathText, Position, Positive
+from est_ds.config.kinds import CorpusName, PlaceText, Position, Positive, absolute
 from est_ds.config.strict import Strict
 
 
@@ -15,11 +14,11 @@ class CorpusShare(Strict):
     """A corpus of a mixture, and its share of the sequences.
 
     Attributes:
-        corpus: prefix of its .bin and .idx.
+        corpus: prefix of its .bin and .idx, here or in a bucket.
         weight: its share, relative to the other corpora's weights.
     """
 
-    corpus: PathText
+    corpus: PlaceText
     weight: Annotated[float, Field(gt=0.0)] | None = None
 
 
@@ -43,10 +42,12 @@ class Data(Strict):
     """Packed corpora, their tokenizer, tokens of a sequence.
 
     Attributes:
-        train: a prefix (of .bin and .idx), or a mixture of corpora by weight.
+        train: a prefix (of .bin and .idx), or a mixture of corpora by weight. A prefix in a bucket
+            (`s3://BUCKET/FOLDER/NAME`, `gs://...` or `file:///...`) is copied to this machine
+            before the start (`EST_DS_CACHE`, else `~/.cache/est_ds`); it needs its manifest.
         phases: weights of the mixture that change by step.
         valid: a held-out corpus's prefix, or prefixes by name, which are evaluated one by one.
-        tokenizer: folder of the tokenizer that the corpora were packed with.
+        tokenizer: folder of the tokenizer that the corpora were packed with, here or in a bucket.
         sequence: tokens of a sequence.
         shuffle: `sequences`: every epoch has the same sequences, in an order of its own.
             `documents`: the documents are permuted too, before they are cut into sequences.
@@ -57,17 +58,17 @@ class Data(Strict):
     """
 
     train: Annotated[
-        Annotated[PathText, Tag("<prefix>")]
+        Annotated[PlaceText, Tag("<prefix>")]
         | Annotated[tuple[CorpusShare, ...], Field(min_length=1), Tag("<mixture>")],
         _either("<prefix>", "<mixture>"),
     ]
     phases: tuple[DataPhase, ...] = ()
     valid: Annotated[
-        Annotated[PathText, Tag("<prefix>")]
-        | Annotated[dict[CorpusName, PathText], Field(min_length=1), Tag("<names>")],
+        Annotated[PlaceText, Tag("<prefix>")]
+        | Annotated[dict[CorpusName, PlaceText], Field(min_length=1), Tag("<names>")],
         _either("<prefix>", "<names>"),
     ]
-    tokenizer: PathText
+    tokenizer: PlaceText
     sequence: Positive
     shuffle: Literal["sequences", "documents"] = "sequences"
     documents: Literal["joined", "separate"] = "joined"
@@ -114,7 +115,7 @@ class Data(Strict):
                     "phases need a mixture: make train a list of corpora, or remove them"
                 )
             return self
-        names = [os.path.abspath(part.corpus) for part in self.train]
+        names = [absolute(part.corpus) for part in self.train]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"train has the corpus {name} twice; add up its weights")

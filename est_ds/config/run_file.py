@@ -26,6 +26,7 @@ PATHS = (
     "data.valid",
     "data.valid.*",
     "data.tokenizer",
+    "checkpoint.copy_to",
 )
 
 

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from est_ds.config.corpora import Data
-from est_ds.config.kinds import PathText, Positive
+from est_ds.config.kinds import BucketUrl, PathText, Positive
 from est_ds.config.schedule import AnySchedule, Cosine
 from est_ds.config.start import Start
 from est_ds.config.strict import Strict
@@ -147,6 +147,13 @@ class Checkpoint(Strict):
         keep_best: so does the one with the lowest held-out loss.
         asynchronous: they are written in the background, from a copy in host memory, where there is
             room for it.
+        copy_to: each is also copied to this folder of a bucket in the background, and kept there
+            by the same rules: `s3://BUCKET/FOLDER`, `gs://BUCKET/FOLDER` or `file:///FOLDER`, of
+            this run alone. `resume: auto` looks there too.
+        copy_required: a copy that is not done in time ends the run before the next checkpoint is
+            written; without this it is tried again while the run goes on.
+        copy_wait_s: seconds that the end of a run, or a notice, waits for the last copy, and with
+            `copy_required` the next checkpoint for the former one's (default 600).
     """
 
     every: Positive
@@ -154,6 +161,23 @@ class Checkpoint(Strict):
     keep_every: Positive | None = None
     keep_best: bool = True
     asynchronous: bool = True
+    copy_to: BucketUrl | None = None
+    copy_required: bool = False
+    copy_wait_s: Annotated[float, Field(ge=0.0, le=1e9)] | None = None
+
+    @model_validator(mode="after")
+    def _copies_take_effect(self) -> Checkpoint:
+        if self.copy_to is None and (self.copy_required or self.copy_wait_s is not None):
+            field = "copy_required" if self.copy_required else "copy_wait_s"
+            raise ValueError(
+                f"{field}={getattr(self, field)} has no effect without copy_to; remove it, or set "
+                f"copy_to"
+            )
+        return self
+
+    @property
+    def copy_limit_s(self) -> float:
+        return 600.0 if self.copy_wait_s is None else self.copy_wait_s
 
 
 class Evaluate(Strict):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from est_ds.config.kinds import is_url
 from est_ds.data.header import AGAIN, Header, read_header
-from est_ds.data.manifest import Manifest, Shard, manifest_path, read_manifest
+from est_ds.data.manifest import Manifest, Shard, known_manifest, manifest_path, read_manifest
+from est_ds.data.staging import is_staged, staged_corpus
 from est_ds.data.token_range import token_range
 from est_ds.data.tokenizer import file_sha256, tokenizer_fingerprint, tokenizer_sha256
 from est_ds.errors import LocalFailure, UserError
@@ -55,13 +57,14 @@ class Corpus:
 
     @classmethod
     def open(cls, prefix: str | Path) -> "Corpus":
-        """Opens a corpus made by `data_prep pack`, Megatron or GPT-NeoX.
+        """Opens a corpus made by `data_prep pack`, Megatron or GPT-NeoX; one in a bucket is copied
+        to this machine first.
 
         Raises:
             UserError: Files missing, truncated, or not matching each other or the
                 manifest. Hashes are not computed here: `check_hashes` does that.
         """
-        prefix = str(prefix)
+        prefix = staged_corpus(str(prefix))
         manifest = read_manifest(prefix)
         if manifest is None:
             if Path(f"{prefix}-00000.idx").is_file():
@@ -98,7 +101,9 @@ class Corpus:
         """
         if any(Path(f"{prefix}{suffix}.idx").is_file() for suffix in ("", "-00000")):
             return cls.open(prefix)
-        manifest = read_manifest(prefix)
+        manifest = known_manifest(prefix)
+        if manifest and is_url(prefix) and is_staged(prefix, manifest):
+            return cls.open(prefix)
         return cls(prefix, (), manifest) if manifest else None
 
     def window(self, start: int, length: int) -> np.ndarray:

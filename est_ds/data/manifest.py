@@ -2,11 +2,14 @@
 
 import hashlib
 import math
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from est_ds.config.kinds import is_url
+from est_ds.data.remote import Remote, RemoteError, RemoteMissing, persistent
 from est_ds.errors import UserError
 
 FORMAT_VERSION = 2
@@ -122,18 +125,51 @@ def manifest_path(prefix: str) -> Path:
 def read_manifest(prefix: str) -> Manifest | None:
     """Reads the manifest of a corpus; None if it has none.
 
+    Args:
+        prefix: of a corpus here, or in a bucket.
+
     Raises:
-        UserError: The file is there but is not a manifest of this format.
+        UserError: The file is there but is not a manifest of this format; or the bucket cannot be
+            read.
     """
     path = manifest_path(prefix)
-    if not path.is_file():
+    if is_url(prefix):
+        content = _remote_manifest(prefix)
+    else:
+        content = path.read_bytes() if path.is_file() else None
+    if content is None:
         return None
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
             f"{path}: {field}: {first['msg']}; expected a manifest of format version "
             f"{FORMAT_VERSION}; pack the corpus again with `python -m data_prep pack`."
+        ) from None
+
+
+def known_manifest(prefix: str) -> Manifest | None:
+    """As `read_manifest`; None also where a bucket cannot be read."""
+    try:
+        return read_manifest(prefix)
+    except UserError:
+        if is_url(prefix):
+            return None
+        raise
+
+
+@cache
+def _remote_manifest(prefix: str) -> bytes | None:
+    folder, _, name = prefix.rpartition("/")
+    try:
+        remote = Remote(folder, "data")
+        return persistent(lambda: remote.read(f"{name}.manifest.json"))
+    except RemoteMissing:
+        return None
+    except RemoteError as e:
+        raise UserError(
+            f"corpus {prefix}: {e}; see that the name is right and that this machine may read it, "
+            f"or give a local path."
         ) from None

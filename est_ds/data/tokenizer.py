@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from est_ds.config.kinds import is_url
+from est_ds.data.staging import staged_folder
 from est_ds.errors import UserError
 
 SENTENCEPIECE = "tokenizer.model"
@@ -35,6 +37,14 @@ _INERT = frozenset(
 )
 
 
+def _here(tokenizer: str | Path) -> Path:
+    """Where a tokenizer lies on this machine; one in a bucket is copied."""
+    if not is_url(str(tokenizer)):
+        return Path(tokenizer)
+    names = (SENTENCEPIECE, HUGGING_FACE, *VOCABULARIES, *_COMPANIONS, _CHAT_TEMPLATE)
+    return staged_folder(str(tokenizer), (*names, _MODEL_CONFIG))
+
+
 def defining_files(tokenizer: str | Path) -> list[Path]:
     """The files by which a corpus has always known its tokenizer (`tokenizer_sha256`).
 
@@ -46,7 +56,7 @@ def defining_files(tokenizer: str | Path) -> list[Path]:
     Raises:
         UserError: There is none.
     """
-    path = Path(tokenizer)
+    path = _here(tokenizer)
     if path.is_file() and path.name in (SENTENCEPIECE, HUGGING_FACE):
         return [path]
     for names in ((SENTENCEPIECE,), (HUGGING_FACE,), VOCABULARIES):
@@ -71,7 +81,7 @@ def tokenizer_files(tokenizer: str | Path) -> list[Path]:
     Raises:
         UserError: None defines a tokenizer.
     """
-    path = Path(tokenizer)
+    path = _here(tokenizer)
     folder = path.parent if path.is_file() else path
     defining_files(path)
     if sentencepiece_alone(path):
@@ -83,7 +93,7 @@ def tokenizer_files(tokenizer: str | Path) -> list[Path]:
 def sentencepiece_alone(tokenizer: str | Path) -> bool:
     """Whether nothing says how Hugging Face is to read a sentencepiece model: as Llama 2 comes from
     its makers, or where `tokenizer.model` itself is given."""
-    path = Path(tokenizer)
+    path = _here(tokenizer)
     if path.is_file():
         return path.name == SENTENCEPIECE
     beside = (HUGGING_FACE, *_COMPANIONS, _MODEL_CONFIG)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from est_ds.errors import UserError
 from est_ds.ranks.board import put, take
 from est_ds.ranks.meeting import latest_store
 
@@ -101,6 +103,32 @@ def _of_rank(rank: int, value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, rank)
     return values[0]
+
+
+def on_threads(work: Callable[[], object] | None, goes_on: Callable[[], None]) -> None:
+    """Runs something long on a thread of each rank that has something to do, until all are done.
+
+    Args:
+        work: None: this rank has nothing to do.
+        goes_on: called every second while any rank works.
+
+    Raises:
+        UserError: it raised one on some rank; all raise it.
+        Exception: it raised another on this rank.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        working: Future[object] | None = pool.submit(work) if work else None
+        while True:
+            goes_on()
+            done = working is None or bool(wait([working], 1.0).done)
+            error = working.exception() if working and done else None
+            fault = first_of_all(error if isinstance(error, UserError) else None)
+            if fault:
+                raise fault[1]
+            if error:
+                raise error
+            if not largest(int(not done)):
+                return
 
 
 def is_same_on_all(text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import resource
 import secrets
 import socket
@@ -57,6 +58,18 @@ class Meeting:
     first_host: str
     near: tuple[int, ...]
     addresses: tuple[str, ...] = ()
+
+    def connect(self) -> dist.Store:
+        """A connection of its own, for a thread; a lost one does not come back by itself.
+
+        Never to the store of a later start, whose processes would hear this one's alarm.
+
+        Raises:
+            OSError, dist.DistError: rank 0 does not answer.
+        """
+        if World.from_environment().is_first:
+            return self.store.clone()
+        return connect(os.environ["MASTER_ADDR"], self.port, self.token)
 
 
 def meet(

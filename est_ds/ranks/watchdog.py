@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from est_ds.errors import Failure, LocalFailure, UserError
 from est_ds.ranks.board import look_every_s, present, wait_for
-from est_ds.ranks.meeting import Meeting, OtherStart, connect, host_of
+from est_ds.ranks.meeting import Meeting, OtherStart, host_of
 from est_ds.ranks.preempt import Preempted
 from est_ds.ranks.verdict import SHOWN, Record, is_broken_connection, verdict, where_main_is
 from est_ds.ranks.world import World
@@ -61,6 +61,10 @@ class Watchdog:
         self._done, self._doing, self._since = done, doing, time.monotonic()
         # For code that holds the interpreter, where no thread can run.
         faulthandler.dump_traceback_later(1.5 * self._limit_s + 30, exit=True)
+
+    def go_on(self, doing: str) -> None:
+        """As `mark`, with as many steps done as before."""
+        self.mark(self._done, doing)
 
     def __enter__(self) -> Watchdog:
         for work in (self._watch, self._talk):
@@ -105,7 +109,7 @@ class Watchdog:
         board = None
         while not self._ended.wait(self._look_every_s):
             try:
-                board = board or _Board(self._connect(), self._world)
+                board = board or _Board(self._meeting.connect(), self._world)
                 board.beat(self._record())
                 self._alarm = board.alarm()
                 self._last |= board.beats([0])
@@ -114,15 +118,6 @@ class Watchdog:
                 self._alarm = "rank 0 has gone, and the run was started again."
             except (OSError, dist.DistError):
                 board = None
-
-    def _connect(self) -> dist.Store:
-        """A connection of its own; a lost one does not come back by itself.
-
-        Never to the store of a later start, whose processes would hear this one's alarm.
-        """
-        if self._world.is_first:
-            return self._meeting.store.clone()
-        return connect(os.environ["MASTER_ADDR"], self._meeting.port, self._meeting.token)
 
     def _record(self, error: str | None = None) -> Record:
         # If it concludes itself, it failed, or waited for others when a connection broke.
@@ -179,7 +174,7 @@ class Watchdog:
         """Takes in what others are at: the one that raised the alarm of all, the others of their
         host, and the verdict."""
         try:
-            board = _Board(self._connect(), self._world)
+            board = _Board(self._meeting.connect(), self._world)
             board.report(reports[self._world.rank])
             gathers = board.raise_alarm(reason)
             of = range(self._world.size) if gathers else self._meeting.near

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from est_ds.data.manifest import Manifest, read_manifest
+from est_ds.data.manifest import Manifest, known_manifest
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.times import Between, TimedLines, Timing, middle, timed
 from est_ds.run.metrics import Steps, steps_of
@@ -313,7 +313,7 @@ def _bits_per_byte(run: RunFiles, evaluation: dict[str, Any]) -> float | None:
         return None
     bits = []
     for name, loss in losses.items():
-        manifest = read_manifest(data.held_out[name]) if name in data.held_out else None
+        manifest = known_manifest(data.held_out[name]) if name in data.held_out else None
         apart = data.documents == "separate"
         bits.append(manifest.bits_per_byte(loss, apart=apart) if manifest else None)
     return None if None in bits else sum(bits) / len(bits)
@@ -326,7 +326,7 @@ def _unigram_entropy(weights: dict[str, float | None]) -> tuple[float | None, fl
     Args:
         weights: by the prefix of the corpus.
     """
-    manifests = [read_manifest(prefix) for prefix in weights]
+    manifests = [known_manifest(prefix) for prefix in weights]
     if None in manifests or None in weights.values():
         return None, None
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryFile
 from typing import Any, TextIO
 
 from est_ds.config.corpora import Data
+from est_ds.config.kinds import absolute
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.disk import hold, replace_text
@@ -92,12 +93,26 @@ def _check_same_run(config: RunConfig) -> None:
             f"{config.run_dir} --at STEP --run-dir NEW), or resume this one as it is: est-ds train "
             f"{config.run_dir}"
         )
+    if config.checkpoint.copy_to is None or config.resume == "latest":  # else they come from there
+        check_not_lost(former)
+
+
+def check_not_lost(config: RunConfig) -> None:
+    """Refuses a run directory that has lost its checkpoints.
+
+    Args:
+        config: the one in it.
+
+    Raises:
+        UserError: the run has trained, and there is none.
+    """
+    directory = Path(config.run_dir)
     checkpoints = directory / "checkpoints"
     if any(checkpoints.glob("*step_*")):
         return
     steps, _ = read_metrics(directory)
     # By then one is complete: the next waits for it.
-    if steps and (not checkpoints.is_dir() or steps[-1]["step"] >= 2 * former.checkpoint.every):
+    if steps and (not checkpoints.is_dir() or steps[-1]["step"] >= 2 * config.checkpoint.every):
         raise UserError(
             f"run_dir={config.run_dir!r} has trained {steps[-1]['step'] + 1} steps, and "
             f"{str(checkpoints)!r} holds no checkpoint: moved away, or not mounted. Put it back, "
@@ -146,14 +161,14 @@ def write_config(config: RunConfig, directory: Path | None = None) -> None:
 def _with_absolute_paths(data: Data) -> Data:
     train, valid = data.train, data.valid
     if isinstance(train, str):
-        train = os.path.abspath(train)
+        train = absolute(train)
     else:
-        train = tuple(p.model_copy(update={"corpus": os.path.abspath(p.corpus)}) for p in train)
+        train = tuple(p.model_copy(update={"corpus": absolute(p.corpus)}) for p in train)
     if isinstance(valid, str):
-        valid = os.path.abspath(valid)
+        valid = absolute(valid)
     else:
-        valid = {name: os.path.abspath(prefix) for name, prefix in valid.items()}
-    paths = {"train": train, "valid": valid, "tokenizer": os.path.abspath(data.tokenizer)}
+        valid = {name: absolute(prefix) for name, prefix in valid.items()}
+    paths = {"train": train, "valid": valid, "tokenizer": absolute(data.tokenizer)}
     return data.model_copy(update=paths)
 
 

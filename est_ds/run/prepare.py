@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from est_ds.config.kinds import is_url
 from est_ds.config.published import FROM, folder_of, has_begun
 from est_ds.config.sections import RunConfig
 from est_ds.data.auto_tokenizer import check_same_tokenizer
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows
 from est_ds.data.objectives.base import Objective, Surroundings
+from est_ds.data.remote import check_installed
 from est_ds.data.tokenizer import is_tokenizer
 from est_ds.design import Design, corpus_weights, make_design
 from est_ds.engine.settings import check_zero_section
@@ -61,6 +63,8 @@ def prepare(config: RunConfig, processes: int, *, branches: bool = False) -> Run
     design = make_design(config)
     check_zero_section(config)
     _check_compiler(config)
+    if config.checkpoint.copy_to:
+        check_installed(config.checkpoint.copy_to, "checkpoint.copy_to")
     config.batch.accumulation(config.data_parallel(processes))
     data = config.data
     train = [Corpus.open(part.corpus) for part in data.parts]
@@ -92,7 +96,7 @@ def unchecked_data(design: Design) -> list[str]:
     corpora = dict(zip(prefixes, (*train, *valid.values())))
     absent = [p for p, corpus in corpora.items() if corpus is None]
     absent += [f"{p} (but its manifest)" for p, c in corpora.items() if c and not c.shards]
-    has_tokenizer = Path(data.tokenizer).exists()
+    has_tokenizer = not is_url(data.tokenizer) and Path(data.tokenizer).exists()
     if not has_tokenizer:
         absent.append(data.tokenizer)
     for corpus in filter(None, corpora.values()):

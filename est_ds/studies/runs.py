@@ -97,7 +97,11 @@ class Runs:
         """
         config = self._config(arm, values, steps, self.file.seeds[seed])
         name = _name(arm, seed, values, steps)
-        config = config.model_copy(update={"run_dir": str(self.file.folder / name)})
+        own: dict[str, Any] = {"run_dir": str(self.file.folder / name)}
+        if there := config.checkpoint.copy_to:
+            copies = {"copy_to": f"{there}/{name}"}
+            own["checkpoint"] = config.checkpoint.model_copy(update=copies)
+        config = config.model_copy(update=own)
         flops = self._flops(arm, values, steps)
         return StudyRun(arm, seed, values, config, flops, key_of(config), name)
 

@@ -8,17 +8,10 @@ every checkpoint and at every phase change, and at no cost in between.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from est_ds.errors import Failure, UserError
+from est_ds.errors import Failure
 from est_ds.plans.plan import Plan, StepPlans
-from est_ds.ranks.gather import (
-    first_of_all,
-    gathered_on_rank_0,
-    is_same_on_all,
-    largest,
-    of_rank_0,
-)
+from est_ds.ranks.gather import gathered_on_rank_0, is_same_on_all, of_rank_0, on_threads
 from est_ds.run.prepare import Run
 
 
@@ -79,16 +72,4 @@ def check_hashes(run: Run, reads: bool, goes_on: Callable[[], None]) -> None:
     Raises:
         UserError: a file was altered, or a corpus has no manifest; all raise it.
     """
-    with ThreadPoolExecutor(1) as pool:
-        reading: Future[None] | None = pool.submit(run.check_hashes) if reads else None
-        while True:
-            goes_on()
-            done = reading is None or bool(wait([reading], 1.0).done)
-            error = reading.exception() if reading and done else None
-            fault = first_of_all(error if isinstance(error, UserError) else None)
-            if fault:
-                raise fault[1]
-            if error:
-                raise error
-            if not largest(int(not done)):
-                return
+    on_threads(run.check_hashes if reads else None, goes_on)

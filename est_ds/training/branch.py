@@ -89,6 +89,12 @@ def branch(run: str, at: str, new: str, overrides: list[str]) -> str:
         read = trunk.index.state.tokens
         steps = steps_of_tokens(config.tokens, config.tokens_per_step, trunk.step, read)
         config = config.model_copy(update={"steps": steps})
+    copy_to = config.checkpoint.copy_to
+    if copy_to and copy_to == trunk.config.checkpoint.copy_to:
+        raise UserError(
+            f"checkpoint.copy_to={copy_to!r} has the parent's copies; give the branch a folder of "
+            f"its own (checkpoint.copy_to=URL), or none (checkpoint.copy_to=null)."
+        )
     changed = changed_fields(trunk.config, config)
     changed = {field: values for field, values in changed.items() if _is_asked_for(field)}
     check_changes(trunk.config, config, changed, trunk.step)

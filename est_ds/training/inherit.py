@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from est_ds.config.kinds import is_url
 from est_ds.config.sections import RunConfig
 from est_ds.config.start import Reading
 from est_ds.data.manifest import read_manifest
@@ -106,7 +107,7 @@ def check_tokenizer(there: RunConfig, here: RunConfig) -> None:
 
 
 def _tokenizer(config: RunConfig) -> str | None:
-    if Path(config.data.tokenizer).exists():
+    if is_url(config.data.tokenizer) or Path(config.data.tokenizer).exists():
         return tokenizer_sha256(config.data.tokenizer)
     prefixes = [*(part.corpus for part in config.data.parts), *config.data.held_out.values()]
     manifests = [read_manifest(prefix) for prefix in prefixes]

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
+from est_ds.checkpoints.copier import Board, Copier
 from est_ds.checkpoints.index import Index
+from est_ds.checkpoints.restore import choose_or_restore
 from est_ds.checkpoints.resume import choose_checkpoint, load_checkpoint, load_weights
 from est_ds.checkpoints.store import Store
 from est_ds.checkpoints.writer import Saver
 from est_ds.data.prefetch import Prefetched
+from est_ds.data.staging import fetching_s
 from est_ds.engine.base import Engine
 from est_ds.engine.build import build_engine
 from est_ds.engine.start import start_processes
 from est_ds.errors import Failure, UserError
 from est_ds.ranks.before_training import BeforeTraining
+from est_ds.ranks.gather import of_rank_0
 from est_ds.ranks.meeting import Meeting
 from est_ds.ranks.preempt import Preempted, noticed
 from est_ds.ranks.watchdog import Watchdog
@@ -69,21 +76,26 @@ def train(
     lock = lock_run_dir(config) if world.is_first else None
     limit_s = config.watchdog.limit_s
     with BeforeTraining(world) as before:
-        meeting = join(world, limit_s, before.reached)
+        meeting = join(world, limit_s + fetching_s(config.data), before.reached)
         with Watchdog(meeting, world, limit_s) as watchdog:
             if config.data.verify == "hashes":
                 check_hashes(run, world.local_rank == 0, lambda: watchdog.mark(0, "verifying data"))
-            _train(run, build, watchdog, before)
+            copying = partial(_copying, run, meeting, watchdog)
+            _train(run, build, watchdog, before, copying)
     if lock:
         lock.close()
 
 
 def _train(
-    run: Run, build: Callable[..., Engine], watchdog: Watchdog, before: BeforeTraining
+    run: Run,
+    build: Callable[..., Engine],
+    watchdog: Watchdog,
+    before: BeforeTraining,
+    copying: Callable[..., AbstractContextManager[Copier | None]],
 ) -> None:
     config, world = run.config, World.from_environment()
     store = Store.of(run.directory)
-    resumed = choose_checkpoint(store, config.resume)
+    resumed = choose_or_restore(store, config, lambda: watchdog.go_on("fetching a checkpoint"))
     start = resumed.step if resumed else 0
     check_state(run, resumed)
     if world.is_first:
@@ -97,7 +109,12 @@ def _train(
     engine.forget_events(start)
     loader = Prefetched(run.train, config.steps, engine.portion)
     history = History(config.divergence, first_steps(run), resumed and resumed.state.divergence)
-    with Recorder(run, engine, start) as recorder, loader, Saver(engine, store) as saver:
+    with (
+        Recorder(run, engine, start) as recorder,
+        loader,
+        copying(store, recorder) as copier,
+        Saver(engine, store, copier) as saver,
+    ):
         check_agreement(run, start)
         clock = Clock(resumed.state.trained_s if resumed else 0.0)
         job = Job(run, engine, store, saver, loader, history, recorder, watchdog, clock)
@@ -114,6 +131,18 @@ def _train(
                 step = go_back(job, step)
         if config.log.step_times and start < config.steps:
             _measure(job, time.monotonic() - began)
+
+
+def _copying(
+    run: Run, meeting: Meeting, watchdog: Watchdog, store: Store, recorder: Recorder
+) -> AbstractContextManager[Copier | None]:
+    """What copies the checkpoints to a bucket, if the run asks for it. Every rank calls it."""
+    settings = run.config.checkpoint
+    if settings.copy_to is None:
+        return nullcontext()
+    board = Board(meeting.connect, of_rank_0(secrets.token_hex(8)))
+    goes_on = partial(watchdog.go_on, "waiting for copies of checkpoints")
+    return Copier(store, settings, board, recorder.note, goes_on)
 
 
 def _begin(job: Job, start: int, resumed: Index | None) -> None:
@@ -219,7 +248,7 @@ def _measure(job: Job, trained_s: float) -> None:
     Args:
         trained_s: how long the steps of this start took.
     """
-    job.saver.finish()
+    job.saver.settle()  # what is sent meanwhile takes time from the steps
     steps = job.run.config.steps
     times = measure_phases(
         job.run, job.engine, trained_s, lambda: job.watchdog.mark(steps, "measuring step times")

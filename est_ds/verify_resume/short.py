@@ -70,6 +70,7 @@ def _in_steps(config: RunConfig, steps: int) -> RunConfig:
     tree["evaluate"] |= {"every": steps, "windows": False, "boundaries": False}
     tree["log"] = {"every": 1, "step_times": False}
     tree["resume"] = "auto"
+    tree["checkpoint"] |= {"copy_to": None, "copy_required": False, "copy_wait_s": None}
     tree["deepspeed"] = {k: v for k, v in tree["deepspeed"].items() if k not in MONITORS}
     return checked(RunConfig, tree)
 

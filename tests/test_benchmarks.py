@@ -36,6 +36,7 @@ TINY = {
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
     "packing.py": ("--rounds", "1"),
     "estimates.py": (),
+    "ranks.py": ("--ranks", "8", "24", "--steps", "1"),
 }
 STARTING_PROCESSES = {"dense.py", "steady.py"}
 PARTS = {"common.py", "contenders.py", "gate.py"}
@@ -69,8 +70,10 @@ def test_every_script_runs(corpus):
         "without, 0.2",
         "x the need of 8",
         "| narrow |",
+        "24 ranks resume",
     ):
         assert row in done.stdout, done.stdout
+    assert len(re.findall(r"bytes a rank, 24 over 8: \S+  ok", done.stdout)) == 3, done.stdout
     apart = re.findall(r"(by hand|est_ds): at most (\S+) from plain torch", done.stdout)
     apart = {name: float(figure) for name, figure in apart}
     assert apart["est_ds"] < 1e-5 < 1e-3 < apart["by hand"], done.stdout

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from est_ds.checkpoints.index import TAG, Damaged, read_index
+from est_ds.checkpoints.index import FILE, TAG, Damaged, read_index
 from est_ds.config.sections import Checkpoint as Settings
 from est_ds.disk import replace_text
 from est_ds.errors import UserError
@@ -47,6 +47,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._losses: dict[tuple[int, int, int], float | None] = {}
 
     @classmethod
     def of(cls, run_dir: str | os.PathLike) -> Store:
@@ -150,7 +151,12 @@ class Store:
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
     def _eval_loss(self, step: int) -> float | None:
+        """Read once: `checkpoint.json` of many files is long."""
         try:
-            return read_index(self.path(step)).eval_loss
-        except Damaged:
+            status = (self.path(step) / FILE).stat()
+            known = step, status.st_ino, status.st_mtime_ns
+            if known not in self._losses:
+                self._losses[known] = read_index(self.path(step)).eval_loss
+            return self._losses[known]
+        except (Damaged, OSError):
             return None

@@ -5,20 +5,20 @@ converter of the whole run has gone over them, name the parameters of a pipeline
 engine differently, and are neither atomic nor asynchronous. Only its tables of who holds what are
 used (`fragments.py`).
 
-Every rank writes its ranges into `.step_XXXXXXXX.partial`, on a thread, and then their size and
-hash. Once all have, rank 0 adds `checkpoint.json`, renames the folder and moves `latest`: a
-checkpoint is complete or absent.
+Every rank writes its ranges into `.step_XXXXXXXX.partial`, on a thread, and then leaves their size
+and hash at the store on rank 0. Once all have, rank 0 adds `checkpoint.json`, renames the folder
+and moves `latest`: a checkpoint is complete or absent.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from est_ds.checkpoints import index
+from est_ds.checkpoints.board import Board, Shapes
 from est_ds.checkpoints.copier import Copier
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import fragment_key
 from est_ds.checkpoints.state import State
 from est_ds.checkpoints.store import Store, tag_of
-from est_ds.disk import describe, replace_text, sync_file, sync_folder
+from est_ds.disk import File, describe, replace_text, sync_file, sync_folder
 from est_ds.engine.base import Engine
 from est_ds.errors import Failure, gigabytes
-from est_ds.ranks.gather import gathered, gathered_on_rank_0, of_rank_0
+from est_ds.ranks.gather import dealt, first_of_all, gathered_on_rank_0, of_rank_0
 from est_ds.ranks.preempt import Preempted
 
 LAST_WAIT_S = 60.0  # for a write that is under way when training fails
@@ -66,14 +67,12 @@ class Saver:
     def __init__(self, engine: Engine, store: Store, copier: Copier | None = None) -> None:
         self._engine, self._store, self._copier = engine, store, copier
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
-        own_bytes, host = engine.fragments.num_bytes, socket.gethostname()
-        everyone = gathered((host, own_bytes))
-        self._host_bytes = sum(n for name, n in everyone if name == host)
-        self._total_bytes = sum(n for _, n in everyone)
+        self._board = Board(self._rank, self._num_ranks)
+        everyone = gathered_on_rank_0((socket.gethostname(), engine.fragments.num_bytes))
+        self._host_bytes, self._total_bytes = dealt(_sums(everyone) if everyone else None)
         self._content: _Content | None = None  # of the checkpoint that is being written
         self._thread: threading.Thread | None = None
-        self._error: OSError | SafetensorError | None = None
-        self._written: dict[str, Any] | None = None  # what this rank's file is
+        self._error: Exception | None = None
         self._on_rank_0(self._open)
 
     def __enter__(self) -> Saver:
@@ -126,6 +125,7 @@ class Saver:
         counts = {"optimizer_steps": fragments.optimizer_steps, "births": fragments.births}
         state = state.model_copy(update=counts)
         partial = self._store.folder / f".{tag_of(step)}.partial"
+        self._board.begin()
         self._content = _Content(partial, step, state, eval_loss)
         self._on_rank_0(self._begin)
         aside = self._engine.config.checkpoint.asynchronous and self._has_memory()
@@ -146,15 +146,8 @@ class Saver:
         """
         if self._rank or self._content is None:
             return
-        markers = [self._marker(rank) for rank in range(self._num_ranks)]
-        try:
-            if not all(marker.exists() for marker in markers):
-                return
-            written = [json.loads(marker.read_text()) for marker in markers]
-        except OSError as e:
-            self._error, self._content = e, None
-        else:
-            self._complete(written)
+        if self._board.is_full():
+            self._complete(self._board.read())
 
     def finish(self) -> None:
         """Waits until the checkpoint that is being written is complete.
@@ -167,12 +160,11 @@ class Saver:
         self._thread.join()
         self._thread = None
         self._raise_everywhere()
-        # Not from the markers: a shared file system may show them late.
-        written = gathered_on_rank_0(self._written)
         if self._rank == 0 and self._content is not None:
-            self._complete(written)
+            self._complete(self._board.read())
         self._raise_everywhere()
         self._content = None
+        self._board.clear()
 
     def settle(self) -> None:
         """Waits until nothing is being written or sent. Every rank calls it.
@@ -207,26 +199,27 @@ class Saver:
         Raises:
             Failure: they cannot be read or written; every rank raises it.
         """
-        found = None
+        found, error = None, None
         if self._rank == 0:
             try:
                 found = work()
             except OSError as e:
-                self._error = e
-        self._raise_everywhere()
-        return of_rank_0(found)
+                error = _text(e)
+        found, error = of_rank_0((found, error))
+        if error:
+            raise self._failure(0, error)
+        return found
 
     def _raise_everywhere(self) -> None:
-        errors = gathered(self._error and f"{type(self._error).__name__}: {self._error}")
-        for rank, text in enumerate(errors):
-            if text:
-                raise Failure(
-                    f"rank {rank} could not write the checkpoint in {self._store.folder} ({text}); "
-                    f"mend that and start the run again: it resumes from its last checkpoint."
-                )
+        failed = first_of_all(_text(self._error) if self._error else None)
+        if failed:
+            raise self._failure(*failed)
 
-    def _marker(self, rank: int) -> Path:
-        return self._content.partial / f"rank_{rank:05d}.json"
+    def _failure(self, rank: int, text: str) -> Failure:
+        return Failure(
+            f"rank {rank} could not write the checkpoint in {self._store.folder} ({text}); "
+            f"mend that and start the run again: it resumes from its last checkpoint."
+        )
 
     def _write(self, partial: Path, tensors: dict[str, Tensor]) -> None:
         """On the thread."""
@@ -237,22 +230,19 @@ class Saver:
             # Readable by whoever may read the folder; the library makes it private.
             file.chmod(partial.stat().st_mode & 0o666)
             sync_file(file)
-            written = {
-                "file": describe(file).model_dump(),
-                "parameters": self._engine.fragments.shapes,
-            }
-            replace_text(file.with_suffix(".json"), json.dumps(written))
-            self._written = written
-        except (OSError, SafetensorError) as e:
+            # The replicas of a pipe stage hold parts of the same parameters.
+            shapes = self._engine.fragments.shapes if self._engine.replica == 0 else {}
+            self._board.leave(describe(file), shapes)
+        except (OSError, SafetensorError, dist.DistError) as e:
             self._error = e
 
-    def _complete(self, written: list[dict[str, Any]]) -> None:
+    def _complete(self, written: Iterable[tuple[File, Shapes]]) -> None:
         """On rank 0, from what every rank wrote."""
         content, self._content = self._content, None
         files, parameters = {}, {}
-        for rank, part in enumerate(written):
-            files[f"rank_{rank:05d}.safetensors"] = part["file"]
-            parameters |= part["parameters"]
+        for rank, (file, shapes) in enumerate(written):
+            files[f"rank_{rank:05d}.safetensors"] = file
+            parameters |= shapes
         whole = Index(
             step=content.step,
             layout=self._engine.layout,
@@ -262,8 +252,6 @@ class Saver:
             eval_loss=content.eval_loss,
         )
         try:
-            for marker in content.partial.glob("rank_*.json"):
-                marker.unlink()
             replace_text(content.partial / index.FILE, whole.to_json())
             final = self._store.path(content.step)
             if final.exists():  # of a run that went back
@@ -285,3 +273,20 @@ class Saver:
 def _folder_identity(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _sums(everyone: list[tuple[str, int]]) -> Iterator[tuple[int, int]]:
+    """Of every rank the bytes of its host, and of all.
+
+    Args:
+        everyone: of every rank the host and its bytes.
+    """
+    of_host: Counter[str] = Counter()
+    for host, num_bytes in everyone:
+        of_host[host] += num_bytes
+    total = of_host.total()
+    return ((of_host[host], total) for host, _ in everyone)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -283,20 +284,29 @@ class Batches:
         """Names the contents of the corpora, in their order."""
         return "+".join(windows.corpus.fingerprint for windows in self.corpora)
 
-    def samples(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Corpus, epoch and window of every sample of a step; costs the same for every step.
+    def samples(
+        self, step: int, rows: range | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Corpus, epoch and window of samples of a step; costs the same for every step.
+
+        Args:
+            rows: which of the global batch, one after the other; all if None.
 
         Returns:
-            int64 [global_batch] each.
+            int64 [rows] each.
         """
-        corpora, numbers = self.mixture.locate(step * self.global_batch, self.global_batch)
+        some = range(self.global_batch) if rows is None else rows
+        first = step * self.global_batch + some.start
+        corpora, numbers = self.mixture.locate(first, len(some))
         epochs, ids = np.empty_like(numbers), np.empty_like(numbers)
         for i, windows in enumerate(self.corpora):
-            rows = np.flatnonzero(corpora == i)
-            if rows.size:  # a corpus's samples of a step follow each other in its own order
-                first = int(numbers[rows[0]])
-                ids[rows] = positions(first, len(rows), windows.num_samples, self.seed, corpus=i)
-                epochs[rows] = numbers[rows] // windows.num_samples
+            places = np.flatnonzero(corpora == i)
+            if places.size:  # a corpus's samples of a step follow each other in its own order
+                first = int(numbers[places[0]])
+                ids[places] = positions(
+                    first, len(places), windows.num_samples, self.seed, corpus=i
+                )
+                epochs[places] = numbers[places] // windows.num_samples
         return corpora, epochs, ids
 
     def digest(self, step: int) -> str:
@@ -332,18 +342,16 @@ class Batches:
     def _micro_batches(self, step, portion):
         for windows in self.corpora:
             windows.corpus.check_unchanged()
-        first = step * self.global_batch
-        draws = [Draws(self.seed, TRAINING, first + row) for row in range(self.global_batch)]
-        corpora, epochs, ids = self.samples(step)
 
-        def of_row(function: str, row: int):
-            windows = self.corpora[corpora[row]]
-            return getattr(windows, function)(int(ids[row]), draws[row], int(epochs[row]))
+        def of(function: str, rows: range) -> Iterator[Any]:
+            for row, corpus, epoch, sample in zip(rows, *self.samples(step, rows)):
+                draws = Draws(self.seed, TRAINING, step * self.global_batch + row)
+                yield getattr(self.corpora[corpus], function)(int(sample), draws, int(epoch))
 
-        every = range(self.global_batch)
-        divisor = self.corpora[0].divisor(
-            (of_row("num_targets", row) for row in every), portion.micro
-        )
-        by_replica = np.array(every).reshape(portion.num_replicas, -1, portion.micro)
-        for rows in by_replica[portion.replica]:
-            yield stacked([of_row("example", row) for row in rows], divisor)
+        whole, micro = self.global_batch, portion.micro
+        divisor = self.corpora[0].divisor(of("num_targets", range(whole)), micro)
+        own = whole // portion.num_replicas
+        begin = portion.replica * own
+        examples = of("example", range(begin, begin + own))
+        for _ in range(own // micro):
+            yield stacked(list(islice(examples, micro)), divisor)

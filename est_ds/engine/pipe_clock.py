@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
 
 from est_ds.engine.patches import replace_instructions
-from est_ds.ranks.gather import gathered
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class PipeClock:
 
     def __init__(self, engine: Any) -> None:
         self._stage, self._num_stages = engine.stage_id, engine.num_stages
+        self._device = engine.device
         self._marks: list[tuple[Any, Any]] = []
         self._busy_s = self._total_s = 0.0
         passes = (ForwardPass, BackwardPass)
@@ -64,14 +65,13 @@ class PipeClock:
 
     def shares(self) -> PipeShares | None:
         """Since the last call; None if no step was done. Every process calls it."""
-        everyone = gathered((self._stage, self._busy_s, self._total_s))
+        sums = torch.zeros(self._num_stages, 2, dtype=torch.float64, device=self._device)
+        sums[self._stage] = torch.tensor([self._busy_s, self._total_s])
+        dist.all_reduce(sums)
         self._busy_s = self._total_s = 0.0
-        if not any(total_s for _, _, total_s in everyone):
+        if not sums[:, 1].any():
             return None
-        busy = []
-        for stage in range(self._num_stages):
-            of_stage = [(b, t) for s, b, t in everyone if s == stage]
-            busy.append(sum(b for b, _ in of_stage) / sum(t for _, t in of_stage))
+        busy = (sums[:, 0] / sums[:, 1]).tolist()
         return PipeShares(tuple(busy))
 
     def _timed(self, execute: Callable[..., None]) -> Callable[..., None]:

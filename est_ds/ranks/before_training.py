@@ -16,12 +16,13 @@ import time
 import torch.distributed as dist
 
 from est_ds.ranks import preempt
+from est_ds.ranks.board import look_every_s
 from est_ds.ranks.meeting import CALL_S
 from est_ds.ranks.world import World
 
 KEY = "est_ds/before_training"
 BEGUN, ENDS = "begun", "ends"
-EVERY_S = 0.2  # between two looks at the store
+EVERY_S = 0.2  # between two looks at the store where few ranks look
 TELL_S = 1.0  # for the others to hear it, before they lose this process; and to find the store
 
 
@@ -33,6 +34,7 @@ class BeforeTraining:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._look_every_s = look_every_s(EVERY_S, world.size)
         self._store: dist.Store | None = None
         self._reached = threading.Event()
         self._over = threading.Event()
@@ -90,7 +92,7 @@ class BeforeTraining:
     def _hear_others(self) -> None:
         self._reached.wait()
         try:
-            while not self._over.wait(EVERY_S):
+            while not self._over.wait(self._look_every_s):
                 if self._store.check([KEY]) and self._store.get(KEY).decode() == ENDS:
                     self._end()
         except (OSError, dist.DistError):
@@ -110,5 +112,6 @@ class BeforeTraining:
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # the other thread is at it
         if self._world.size > 1:
-            time.sleep(TELL_S * (2 if self._world.is_first else 1))  # rank 0 takes the store along
+            tell_s = TELL_S + self._look_every_s - EVERY_S
+            time.sleep(tell_s * (2 if self._world.is_first else 1))  # rank 0 takes the store along
         preempt.end("pre-empted before the first step" if self._world.local_rank == 0 else None)

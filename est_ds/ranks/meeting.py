@@ -9,22 +9,30 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import resource
 import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from est_ds.errors import Failure, UserError
+from est_ds.ranks.board import AT_ONCE, absent, look_every_s, read_all, wait_for
 from est_ds.ranks.versions import comparable_versions
 from est_ds.ranks.world import World, meeting_place
 
 CALL_S = 5.0  # for one request to a store that is there
 TOKEN = "est_ds/token"
+MISSING = "est_ds/missing"  # rank 0's words, every `TELL_EVERY_S` while it waits
+TELL_EVERY_S = 2.0
+RECORD = "est_ds/record"  # rank 0's, once it has seen all
+READ = "est_ds/record_read"
+SOCKETS = 4  # of one rank at rank 0: the meeting, pre-emption, the watchdog, the process group
 
 # Until the process ends: whatever group it joins later talks by them, and rank 0's is the server.
 _stores: list[dist.Store] = []
@@ -32,17 +40,24 @@ _stores: list[dist.Store] = []
 
 @dataclass(frozen=True)
 class Meeting:
-    """The store on rank 0, its port, and of all ranks the hosts and their addresses.
+    """The store on rank 0, its port, and what a process knows of the others.
 
-    An address is the one on the way to rank 0; on rank 0's own host it may be the loopback's. The
-    token is another one whenever the run is started again, on the same port too.
+    The token is another one whenever the run is started again, on the same port too.
+
+    Attributes:
+        host: this process's.
+        first_host: rank 0's.
+        near: the ranks on this host.
+        addresses: of a few ranks, each the one on the way to rank 0; none is the loopback's.
     """
 
     store: dist.Store
     port: int
     token: str
-    hosts: list[str]
-    addresses: list[str | None]
+    host: str
+    first_host: str
+    near: tuple[int, ...]
+    addresses: tuple[str, ...] = ()
 
     def connect(self) -> dist.Store:
         """A connection of its own, for a thread; a lost one does not come back by itself.
@@ -62,6 +77,9 @@ def meet(
 ) -> Meeting:
     """Waits until every process is there. Every process calls it.
 
+    Each leaves a record of itself. Rank 0 reads all, and publishes one for everybody and one for
+    each host.
+
     Args:
         limit_s: for how long.
         reached: is given the store as soon as rank 0 answers.
@@ -72,23 +90,43 @@ def meet(
     """
     address, port = meeting_place(world)
     deadline = time.monotonic() + limit_s
-    store = _serve(port) if world.is_first else _reach(world, address, port, limit_s)
+    store = _serve(port, world.size) if world.is_first else _reach(world, address, port, limit_s)
     _stores.append(store)
     if reached:
         reached(store)
-    own = own_address(address)
-    mine = {"host": socket.gethostname(), "address": own, "versions": comparable_versions()}
+    own, host = own_address(address), host_name()
+    mine = {"host": host, "address": own, "versions": comparable_versions()}
     try:
         token = store.get(TOKEN).decode()
         store.set(_key(world.rank), json.dumps(mine))
-        everyone = [json.loads(text) for text in _all(store, world.size, deadline, limit_s)]
+        if world.is_first:
+            record = _gather(store, world.size, deadline, limit_s)
+        elif wait_for(store, RECORD, world.size, deadline + 2 * TELL_EVERY_S):
+            record = json.loads(store.get(RECORD))
+        else:  # rank 0 came later, and still waits
+            record = {"missing": store.get(MISSING).decode()}
+        _raise_fault(store, world, record)
+        near = json.loads(store.get(_near_key(host)))
     except (dist.DistError, OSError):
         raise Failure(
             f"rank 0 at {address}:{port} ended before all processes had come; see its output."
         ) from None
-    hosts = [theirs["host"] for theirs in everyone]
-    _compare(hosts, [theirs["versions"] for theirs in everyone])
-    return Meeting(store, store.port, token, hosts, [theirs["address"] for theirs in everyone])
+    addresses = tuple(record["addresses"])
+    return Meeting(store, store.port, token, host, record["host"], tuple(near), addresses)
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def host_of(store: dist.Store, rank: int) -> str:
+    """The host of a rank that has come to the meeting at a store."""
+    return json.loads(store.get(_key(rank)))["host"]
+
+
+def latest_store() -> dist.Store:
+    """The store by which this process has met the others."""
+    return _stores[-1]
 
 
 class OtherStart(OSError):
@@ -114,7 +152,8 @@ def connect(address: str, port: int, token: str | None = None) -> dist.TCPStore:
     return store
 
 
-def _serve(port: int) -> dist.TCPStore:
+def _serve(port: int, num_ranks: int) -> dist.TCPStore:
+    _allow_sockets(SOCKETS * num_ranks)
     try:
         store = dist.TCPStore(
             "localhost",
@@ -125,11 +164,29 @@ def _serve(port: int) -> dist.TCPStore:
         )
     except dist.DistError as e:
         raise Failure(
-            f"port {port} of {socket.gethostname()} cannot be used ({_first_line(e)}); end what "
+            f"port {port} of {host_name()} cannot be used ({_first_line(e)}); end what "
             f"uses it, or start with another port (--master HOST:PORT)."
         ) from None
     store.set(TOKEN, secrets.token_hex(8))
     return store
+
+
+def _allow_sockets(number: int) -> None:
+    """Raises this process's limit of open files for the sockets of all ranks.
+
+    Raises:
+        Failure: the system does not allow as many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least, ample = number + 128, number + 1024  # with its own files
+    most = ample if hard == resource.RLIM_INFINITY else hard
+    if most < least:
+        raise Failure(
+            f"rank 0 on {host_name()} may open {hard} files (ulimit -Hn), and the connections of "
+            f"all ranks take up to {number}; raise that limit there and start again."
+        )
+    if soft != resource.RLIM_INFINITY and soft < ample:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(ample, most)), hard))
 
 
 def _reach(world: World, address: str, port: int, limit_s: float) -> dist.TCPStore:
@@ -141,7 +198,7 @@ def _reach(world: World, address: str, port: int, limit_s: float) -> dist.TCPSto
         except (OSError, dist.DistError) as e:
             if time.monotonic() > deadline:
                 raise Failure(
-                    f"rank {world.rank} on {socket.gethostname()} could not reach rank 0 at "
+                    f"rank {world.rank} on {host_name()} could not reach rank 0 at "
                     f"{address}:{port} within {limit_s:.0f} s ({_first_line(e)}); see that it was "
                     f"started and that no firewall is between them (est-ds doctor measures it)."
                 ) from None
@@ -156,7 +213,7 @@ def choose_interface(environment: Mapping[str, str], meeting: Meeting) -> str | 
     """
     if "GLOO_SOCKET_IFNAME" in environment:
         return None
-    for peer in (environment["MASTER_ADDR"], *filter(None, meeting.addresses)):
+    for peer in (environment["MASTER_ADDR"], *meeting.addresses):
         own = own_address(peer)
         if own is not None and not ipaddress.ip_address(own).is_loopback:
             return interface_of(own)
@@ -186,34 +243,96 @@ def _key(rank: int) -> str:
     return f"est_ds/met/{rank}"
 
 
-def _all(store: dist.Store, size: int, deadline: float, limit_s: float) -> list[bytes]:
-    missing = set(range(size))
-    while True:
-        missing -= {rank for rank in missing if store.check([_key(rank)])}
-        if not missing:
-            return store.multi_get([_key(rank) for rank in range(size)])
-        if time.monotonic() > deadline:
-            raise Failure(
-                f"{len(missing)} of {size} processes did not come within {limit_s:.0f} s: ranks "
-                f"{_shown(sorted(missing))}; see their nodes' output, or try est-ds doctor."
-            )
+def _keys(size: int) -> list[str]:
+    return [_key(rank) for rank in range(size)]
+
+
+def _near_key(host: str) -> str:
+    return f"est_ds/near/{host}"
+
+
+def _gather(store: dist.Store, size: int, deadline: float, limit_s: float) -> dict[str, Any]:
+    """On rank 0: reads what every rank has left, and publishes what they need of it.
+
+    Returns:
+        The record that all read: `missing` or `differ` with what is wrong, or rank 0's `host` and
+        some `addresses`.
+    """
+    record = {"missing": _wait_for_all(store, size, deadline, limit_s)}
+    if not record["missing"]:
+        everyone = [json.loads(text) for text in read_all(store, _keys(size))]
+        hosts = [theirs["host"] for theirs in everyone]
+        record = {"differ": _difference(hosts, [theirs["versions"] for theirs in everyone])}
+        if not record["differ"]:
+            record = {"host": hosts[0], "addresses": _away(everyone)}
+            near: dict[str, list[int]] = {}
+            for rank, host in enumerate(hosts):
+                near.setdefault(host, []).append(rank)
+            for host, ranks in near.items():
+                store.set(_near_key(host), json.dumps(ranks))
+    store.set(RECORD, json.dumps(record))
+    return record
+
+
+def _wait_for_all(store: dist.Store, size: int, deadline: float, limit_s: float) -> str | None:
+    """Waits for the records of all; who is missing at the deadline, if anybody is."""
+    missing, told = _keys(size), float("-inf")
+    while missing:
+        if store.check(missing[:AT_ONCE]):
+            del missing[:AT_ONCE]
+            continue
+        now = time.monotonic()
+        if now > deadline or now - told > TELL_EVERY_S:
+            missing, told = absent(store, missing), now
+            text = _missing_text(missing, size, limit_s)
+            if missing and now > deadline:
+                return text
+            store.set(MISSING, text)
         time.sleep(0.1)
+    return None
 
 
-def _compare(hosts: list[str], found: list[dict[str, str]]) -> None:
+def _missing_text(keys: list[str], size: int, limit_s: float) -> str:
+    shown = ", ".join(key.rpartition("/")[2] for key in keys[:8]) + ", ..." * (len(keys) > 8)
+    return (
+        f"{len(keys)} of {size} processes did not come within {limit_s:.0f} s: ranks {shown}; see "
+        f"their nodes' output, or try est-ds doctor."
+    )
+
+
+def _raise_fault(store: dist.Store, world: World, record: dict[str, Any]) -> None:
+    """Raises what is wrong, everywhere alike; rank 0, where the record lies, last."""
+    if differ := record.get("differ"):
+        deadline = time.monotonic() + CALL_S
+        while store.add(READ, 0 if world.is_first else 1) < world.size - 1:
+            if not world.is_first or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        raise UserError(differ)
+    if missing := record.get("missing"):
+        if world.is_first:  # nobody knows how many are there to read it
+            time.sleep(look_every_s(0.1, world.size) + 0.5)
+        raise Failure(missing)
+
+
+def _away(everyone: list[dict[str, Any]]) -> list[str]:
+    """Addresses that may lead to other hosts; a few, as one may have no route."""
+    found = dict.fromkeys(theirs["address"] for theirs in everyone if theirs["address"])
+    return [a for a in found if not ipaddress.ip_address(a).is_loopback][:8]
+
+
+def _difference(hosts: list[str], found: list[dict[str, str]]) -> str | None:
     for name, expected in found[0].items():
         other = {h: v[name] for h, v in zip(hosts, found) if v[name] != expected}
         if other:
-            shown = ", ".join(f"{value} on {host}" for host, value in sorted(other.items()))
-            raise UserError(
-                f"{name} is {expected} on {hosts[0]} and {shown}; install the same versions on "
-                f"every node (launch/requirements.txt)."
+            shown = [f"{value} on {host}" for host, value in sorted(other.items())]
+            shown = shown[:8] + [f"{len(shown) - 8} more"] * (len(shown) > 8)
+            return (
+                f"{name} is {expected} on {hosts[0]} and {', '.join(shown)}; install the same "
+                f"versions on every node (launch/requirements.txt)."
             )
+    return None
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
-
-
-def _shown(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

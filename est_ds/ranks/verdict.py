@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -69,7 +70,7 @@ def is_broken_connection(error: BaseException) -> bool:
 
 def verdict(
     reason: str,
-    hosts: list[str],
+    host_of: Callable[[int], str],
     reports: dict[int, Record],
     missing: list[int],
     last: dict[int, Record],
@@ -77,7 +78,7 @@ def verdict(
     """One paragraph: why the run ends, and the processes that are the cause.
 
     Args:
-        hosts: of every rank.
+        host_of: the host of a rank; asked for those that are named.
         reports: of the ranks that answered when the run came to a halt.
         missing: the ranks that did not.
         last: the latest record of these, where there is one.
@@ -87,7 +88,7 @@ def verdict(
     for rank in guilty[:SHOWN]:
         record = reports.get(rank) or last.get(rank)
         at = f"last step {record.done}, {record.doing}" if record else "before its first step"
-        lines.append(f"  rank {rank} on {hosts[rank]} ({at}) {_fault(reports.get(rank))}")
+        lines.append(f"  rank {rank} on {host_of(rank)} ({at}) {_fault(reports.get(rank))}")
     if len(guilty) > SHOWN:
         lines.append(f"  and {len(guilty) - SHOWN} more")
     others = [record.done for rank, record in reports.items() if rank not in guilty]

@@ -2,8 +2,9 @@
 
 A process that dies or hangs leaves the others waiting in a reduction, with NCCL for ever. Each
 process watches its own progress on a thread and tells it to the store on rank 0. The first that
-made no progress for the limit, or failed, raises the alarm; all then report what they are at, and
-exit. Nobody needs the store to exit: whoever cannot reach it ends by its own clock.
+made no progress for the limit, or failed, raises the alarm; all then report what they are at. The
+one that raised it gathers the reports, and leaves its verdict for all, who exit. Nobody needs the
+store to exit: whoever cannot reach it ends by its own clock.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from types import TracebackType
 import torch.distributed as dist
 
 from est_ds.errors import Failure, LocalFailure, UserError
-from est_ds.ranks.meeting import Meeting, OtherStart
+from est_ds.ranks.board import look_every_s, present, wait_for
+from est_ds.ranks.meeting import Meeting, OtherStart, host_of
 from est_ds.ranks.preempt import Preempted
-from est_ds.ranks.verdict import Record, is_broken_connection, verdict, where_main_is
+from est_ds.ranks.verdict import SHOWN, Record, is_broken_connection, verdict, where_main_is
 from est_ds.ranks.world import World
 
 ALARM = "est_ds/alarm"
-EVERY_S = 1.0  # between two looks at the store and at the own progress
-ANSWER_S = 5.0  # for the reports of all
+VERDICT = "est_ds/verdict"
+EVERY_S = 1.0  # between two looks at the own progress, and at the store where few ranks look
+ANSWER_S = 5.0  # for the reports of all, after they have heard the alarm
+REQUESTS = 4  # of a look
 
 
 class Watchdog:
@@ -48,6 +52,8 @@ class Watchdog:
         self._last: dict[int, Record] = {}
         self._heard = time.monotonic()  # of the store
         self._lost = False  # the store, and with it rank 0
+        self._text: str | None = None  # the verdict
+        self._look_every_s = look_every_s(EVERY_S, REQUESTS * world.size)
         self.mark(0, "starting")
 
     def mark(self, done: int, doing: str) -> None:
@@ -86,7 +92,7 @@ class Watchdog:
 
     @property
     def _host(self) -> str:
-        return self._meeting.hosts[self._world.rank]
+        return self._meeting.host
 
     def _watch(self) -> None:
         while not self._ended.wait(EVERY_S):
@@ -101,7 +107,7 @@ class Watchdog:
     def _talk(self) -> None:
         """Tells the store of this process, and listens for the alarm."""
         board = None
-        while not self._ended.wait(EVERY_S):
+        while not self._ended.wait(self._look_every_s):
             try:
                 board = board or _Board(self._meeting.connect(), self._world)
                 board.beat(self._record())
@@ -127,49 +133,76 @@ class Watchdog:
             # On a thread: no answer may come from the store, nor an error.
             gathering = threading.Thread(target=self._gather, args=(reason, reports), daemon=True)
             gathering.start()
-            gathering.join(2 * ANSWER_S)
+            gathering.join(2 * self._answer_s)
+            self._lost |= gathering.is_alive()
             if self._speaks(list(reports)):
-                missing = [rank for rank in range(self._world.size) if rank not in reports]
-                if self._lost:
-                    missing = [0]  # of the others nothing is known
-                hosts = self._meeting.hosts
-                text = verdict(self._alarm or reason, hosts, dict(reports), missing, self._last)
                 with suppress(OSError):  # nobody reads it any more
-                    print(text, file=sys.stderr, flush=True)
+                    print(self._said(reason, dict(reports)), file=sys.stderr, flush=True)
             self._kill_stopped_neighbours(reports)
             if self._world.is_first:
-                time.sleep(2 * EVERY_S)  # the others read from the store until then
+                time.sleep(2 * self._look_every_s)  # the others read from the store until then
             sys.stdout.flush()
         finally:  # whatever fails here
             os._exit(1)
+
+    @property
+    def _answer_s(self) -> float:
+        return ANSWER_S + self._look_every_s - EVERY_S
+
+    def _said(self, reason: str, reports: dict[int, Record]) -> str:
+        """The verdict; of what is known here, where nobody has left one."""
+        if self._text is not None:
+            return self._text
+        missing = [rank for rank in self._meeting.near if rank not in reports]
+        if self._lost:
+            missing = [0]  # of the others nothing is known
+        hosts = {0: self._meeting.first_host} | dict.fromkeys(self._meeting.near, self._host)
+
+        def host_of(rank: int) -> str:
+            return hosts.get(rank, "its host")
+
+        return verdict(self._alarm or reason, host_of, reports, missing, self._last)
 
     def _speaks(self, answering: list[int]) -> bool:
         """Whether this is the process of its host that says what all know."""
         if self._lost:
             return self._world.local_rank == 0 or self._world.rank == 1
-        near = [rank for rank in answering if self._meeting.hosts[rank] == self._host]
+        near = [rank for rank in answering if rank in self._meeting.near]
         return self._world.rank == min(near)
 
     def _gather(self, reason: str, reports: dict[int, Record]) -> None:
-        everyone = range(self._world.size)
+        """Takes in what others are at: the one that raised the alarm of all, the others of their
+        host, and the verdict."""
         try:
             board = _Board(self._meeting.connect(), self._world)
-            board.raise_alarm(reason)
             board.report(reports[self._world.rank])
-            deadline = time.monotonic() + ANSWER_S
-            while len(reports) < self._world.size and time.monotonic() < deadline:
-                reports |= board.reports([rank for rank in everyone if rank not in reports])
+            gathers = board.raise_alarm(reason)
+            of = range(self._world.size) if gathers else self._meeting.near
+            deadline = time.monotonic() + self._answer_s
+            while len(reports) < len(of) and time.monotonic() < deadline:
+                reports |= board.reports([rank for rank in of if rank not in reports])
                 time.sleep(0.2)
-            self._last |= board.beats([rank for rank in everyone if rank not in reports])
+            missing = [rank for rank in of if rank not in reports]
+            self._last |= board.beats([*missing[:SHOWN], *self._near_of(missing)])
             self._alarm = board.alarm()
+            if gathers:
+                self._text = verdict(
+                    self._alarm or reason, board.host_of, dict(reports), missing, self._last
+                )
+                board.leave_verdict(self._text)
+            else:
+                self._text = board.verdict(self._world.size, deadline)
         except (OSError, dist.DistError):
-            self._lost = True
+            self._lost = self._text is None
+
+    def _near_of(self, ranks: list[int]) -> list[int]:
+        return [rank for rank in ranks if rank in self._meeting.near]
 
     def _kill_stopped_neighbours(self, reports: dict[int, Record]) -> None:
         """Ends processes of the same launcher that do not answer: it waits 30 s before it does."""
-        for rank, record in self._last.items():
-            near = self._meeting.hosts[rank] == self._host and record.parent == os.getppid()
-            if near and rank not in reports:
+        for rank in self._near_of([*self._last]):
+            record = self._last[rank]
+            if record.parent == os.getppid() and rank not in reports:
                 try:
                     os.kill(record.pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -194,17 +227,29 @@ class _Board:
     def reports(self, ranks: list[int]) -> dict[int, Record]:
         return self._read("report", ranks)
 
-    def raise_alarm(self, reason: str) -> None:
-        """The first reason stays."""
-        self._store.compare_set(ALARM, "", reason)
+    def host_of(self, rank: int) -> str:
+        return host_of(self._store, rank)
+
+    def raise_alarm(self, reason: str) -> bool:
+        """The first reason stays; whether it is this rank's."""
+        own = f"{self._rank} {reason}"
+        return self._store.compare_set(ALARM, "", own).decode() == own
 
     def alarm(self) -> str | None:
-        return self._store.get(ALARM).decode() if self._store.check([ALARM]) else None
+        if not self._store.check([ALARM]):
+            return None
+        return self._store.get(ALARM).decode().partition(" ")[2]
+
+    def leave_verdict(self, text: str) -> None:
+        self._store.set(VERDICT, text)
+        self._store.check([VERDICT])  # it has come there
+
+    def verdict(self, num_ranks: int, until: float) -> str | None:
+        """Waits for the verdict; None if none comes."""
+        found = wait_for(self._store, VERDICT, num_ranks, until + 1.0)
+        return self._store.get(VERDICT).decode() if found else None
 
     def _read(self, kind: str, ranks: list[int]) -> dict[int, Record]:
-        found = {}
-        for rank in ranks:
-            key = f"est_ds/{kind}/{rank}"
-            if self._store.check([key]):
-                found[rank] = Record(**json.loads(self._store.get(key)))
-        return found
+        keys = {f"est_ds/{kind}/{rank}": rank for rank in ranks}
+        found = present(self._store, list(keys))
+        return {keys[key]: Record(**json.loads(text)) for key, text in found.items()}

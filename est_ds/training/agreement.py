@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from est_ds.errors import Failure
 from est_ds.plans.plan import Plan, StepPlans
-from est_ds.ranks.gather import gathered, is_same_on_all, on_threads
+from est_ds.ranks.gather import gathered_on_rank_0, is_same_on_all, of_rank_0, on_threads
 from est_ds.run.prepare import Run
 
 
@@ -32,18 +32,29 @@ def check_agreement(run: Run, step: int) -> None:
     mine = [(_one_of(run.plans(s)).digest, run.train.digest(s)) for s in range(step, until)]
     if is_same_on_all(str(mine)):
         return
-    everyone = gathered(mine)
-    for i in range(until - step):
-        for part, what in enumerate(("plan", "data")):
-            digests = [theirs[i][part] for theirs in everyone]
+    text = of_rank_0(_difference(gathered_on_rank_0(mine), step))
+    assert text is not None, "digests differ and are equal"
+    raise Failure(text)
+
+
+def _difference(everyone: list[list[tuple[str, str]]], step: int) -> str | None:
+    """What the ranks disagree about first, and which.
+
+    Args:
+        everyone: of every rank the digests of plan and data, from `step` on.
+    """
+    for i, of_step in enumerate(zip(*everyone)):
+        for digests, what in zip(zip(*of_step), ("plan", "data")):
             odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
             if odd:
                 named = ", ".join(f"rank {rank}: {digests[rank]}" for rank in (0, *odd[:8]))
-                raise Failure(
-                    f"ranks {odd} disagree with rank 0 about the {what} of step {step + i} "
+                ranks = str(odd[:64])[:-1] + (", ...]" if len(odd) > 64 else "]")
+                return (
+                    f"ranks {ranks} disagree with rank 0 about the {what} of step {step + i} "
                     f"(digests: {named}): they run another version of est_ds, of the run file or "
                     f"of the corpus. Make them equal on every node and start again."
                 )
+    return None
 
 
 def _one_of(plans: StepPlans) -> Plan:

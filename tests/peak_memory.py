@@ -116,7 +116,7 @@ def _measure(tree: dict[str, Any], world: World, folder: str) -> list[tuple[int,
 
     design = make_design(checked(RunConfig, tree))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        engine = build_engine(design, world, Path(folder) / "tensorboard")
+        engine = build_engine(design, world)
         accumulation = design.config.batch.accumulation(engine.num_replicas)
         lasts = [phase.until_step - 1 for phase in design.method.phases]
         for i, step in enumerate([0] * SETTLED + lasts):

@@ -22,6 +22,7 @@ TINY = {
     "blocks.py": SMALL,
     "overhead.py": (*SMALL, "--draws", "2"),
     "step.py": (*SMALL, "--vocabulary", "128"),
+    "head.py": ("--tokens", "64", "--vocabulary", "128", "--hidden", "16", "--rounds", "1"),
     "gpu.py": ("--tiny", "--backend", "none", "--warmup", "0", "--steps", "1"),
     "memory.py": (
         "--gpu",
@@ -65,6 +66,7 @@ def test_every_script_runs(corpus):
         "phase narrow",
         "dense step",
         "late: of these",
+        "without, 0.2",
         "x the need of 8",
         "| narrow |",
     ):

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from est_ds.data.objectives.loss import IGNORED, Labels
+from est_ds.data.objectives.base import Settings
+from est_ds.data.objectives.loss import IGNORED, Labels, mean_loss, targets_of
+from est_ds.engine.head import LossHead, loss_head
 
 Loss = Callable[[Tensor, Labels], Tensor]
 
@@ -31,16 +33,33 @@ class RowLoss:
 
     Args:
         loss: the objective's.
+        head: that of the model whose losses these are; None: the model gives logits.
     """
 
-    def __init__(self, loss: Loss) -> None:
-        self._loss = loss
+    def __init__(self, loss: Loss, head: LossHead | None = None) -> None:
+        self._loss, self._head = loss, head
         self._rows: RowLosses | None = None
 
-    def __call__(self, logits_BTV: Tensor, labels: Labels) -> Tensor:
+    @classmethod
+    def of(cls, objective: Settings, model: nn.Module) -> RowLoss:
+        """Has the model's head compute the loss without the logits, unless the objective has a loss
+        of its own, which reads them."""
+        return cls(objective.loss, loss_head(model) if objective.loss is Settings.loss else None)
+
+    def expect(self, labels: Labels) -> None:
+        """Says the labels of the forward that comes next."""
+        if self._head is not None:
+            self._head.est_labels = targets_of(labels)
+
+    def __call__(self, output: Tensor, labels: Labels) -> Tensor:
+        """Returns the loss of a micro-batch.
+
+        Args:
+            output: of the model: logits [B, T, V], or what its head has made of `labels`.
+        """
         if self._rows is not None:
-            self._note(self._rows, logits_BTV, labels)
-        return self._loss(logits_BTV, labels)
+            self._note(self._rows, output, labels)
+        return self._loss(output, labels) if self._head is None else mean_loss(output, labels)
 
     @contextmanager
     def noted(self) -> Iterator[RowLosses]:
@@ -51,10 +70,14 @@ class RowLoss:
         finally:
             self._rows = None
 
-    def _note(self, rows: RowLosses, logits_BTV: Tensor, labels: Labels) -> None:
-        labels_BT = labels[0] if isinstance(labels, tuple) else labels
+    def _note(self, rows: RowLosses, output: Tensor, labels: Labels) -> None:
+        labels_BT = targets_of(labels)
         targets_B = (labels_BT != IGNORED).sum(1)
-        each = zip(logits_BTV.split(1), labels_BT.split(1), targets_B.clamp(min=1).float())
-        losses = [self._loss(logits, (labels, targets)) for logits, labels, targets in each]
-        rows.losses += torch.stack(losses).tolist()
+        divisors_B = targets_B.clamp(min=1).float()
+        if self._head is None:
+            each = zip(output.split(1), labels_BT.split(1), divisors_B)
+            losses_B = torch.stack([self._loss(row, (own, number)) for row, own, number in each])
+        else:
+            losses_B = self._head.est_losses.sum(1) / divisors_B
+        rows.losses += losses_B.tolist()
         rows.targets += targets_B.tolist()

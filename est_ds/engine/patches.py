@@ -62,6 +62,7 @@ INSIDES = (
     Inside(WRITER, "run", (), "patches: errors of the disk are said once"),
     Inside(WRITER, "exception", None, "patches: errors of the disk are said once"),
     Inside(PIPE_ENGINE, "_INSTRUCTION_MAP", None, "patches: passes timed, tied gradients summed"),
+    Inside(PIPE_ENGINE, "pipe_buffers", None, "pipeline: labels for the head"),
     Inside(PIPELINE, "_partition_layers", ("method",), "pipeline: cut at given places"),
     Inside(PIPELINE, "_set_bounds", ("start", "stop"), "pipeline: cut at given places"),
     Inside(PIPELINE, "parts", None, "pipeline: cut at given places"),

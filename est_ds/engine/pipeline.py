@@ -91,7 +91,7 @@ class PipelineEngine(base.Engine):
             LayerSpec(PieceModule, design, model, piece, config.activation_checkpointing)
             for piece in pieces
         ]
-        self.loss = RowLoss(design.objective.loss)
+        self.loss = RowLoss.of(design.objective, model)
         with start.quiet():
             self.pipeline = CutPipeline(
                 specs,
@@ -137,23 +137,27 @@ class PipelineEngine(base.Engine):
             fill_missing_gradients(self.pipeline)
         self._passes = dict.fromkeys(self._passes, 0)
         began = time.perf_counter()
-        loss = self.deepspeed.train_batch(batches).item()
+        with self.gathered_once():
+            loss = self.deepspeed.train_batch(batches).item()
         self._clock.step_done(time.perf_counter() - began)
         return loss
 
     def _take_turns(self) -> None:
         """Has each pass of a training step find the plan of its own micro-batch, of which a stage
-        has several under way. Passes of a kind follow the order of the micro-batches."""
+        has several under way, and each of the last stage its labels. Passes of a kind follow the
+        order of the micro-batches."""
         self._passes = {ForwardPass: 0, BackwardPass: 0}
 
         def in_turn(kind: type) -> Callable[..., None]:
             execute = self.deepspeed._INSTRUCTION_MAP[kind]
 
-            def run(engine: Any, *arguments: Any, **named: Any) -> None:
+            def run(engine: Any, buffer_id: int) -> None:
                 if engine.module.training:
                     self.subnetwork.turn_to(self.first_micro_batch + self._passes[kind])
                     self._passes[kind] += 1
-                execute(engine, *arguments, **named)
+                if kind is ForwardPass and engine.is_last_stage():
+                    self.loss.expect(engine.pipe_buffers["labels"][buffer_id])
+                execute(engine, buffer_id)
 
             return run
 

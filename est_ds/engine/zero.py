@@ -48,7 +48,7 @@ class ZeroEngine(base.Engine):
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.design = design
-        self.loss = RowLoss(design.objective.loss)
+        self.loss = RowLoss.of(design.objective, model)
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(
             family, design.method.shape, self.layers, masked=design.method.masked
@@ -75,12 +75,13 @@ class ZeroEngine(base.Engine):
         self._forget_trace()
         total = torch.zeros((), device=self.deepspeed.device)
         count = self.deepspeed.gradient_accumulation_steps()
-        for i in range(count):
-            self.subnetwork.turn_to(self.first_micro_batch + i)
-            loss = self._loss(*next(batches))
-            total += loss.detach() / count
-            self.deepspeed.backward(loss)
-            self.deepspeed.step()
+        with self.gathered_once():
+            for i in range(count):
+                self.subnetwork.turn_to(self.first_micro_batch + i)
+                loss = self._loss(*next(batches))
+                total += loss.detach() / count
+                self.deepspeed.backward(loss)
+                self.deepspeed.step()
         parallel = self.config.parallel
         forget_gradients(self.deepspeed.optimizer, parallel.zero, parallel.offload)
         return self._mean_over_replicas(total)
@@ -106,6 +107,7 @@ class ZeroEngine(base.Engine):
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
         named = self.design.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
+        self.loss.expect(labels)
         return self.loss(self.deepspeed(**named, use_cache=False).logits, labels)
 
     def _mean_over_replicas(self, value: Tensor) -> float:

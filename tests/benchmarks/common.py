@@ -60,15 +60,17 @@ def fixed_method(kept: tuple[float, float, float], shape: ModelShape, steps: int
     return build_method({"name": "est", "phases": [phase]}, seed=0, steps=steps, shape=shape)
 
 
-def run_config(section: dict, batch: int, sequence: int, zero: int, **fields: Any) -> RunConfig:
-    """A run of one process whose step is one micro-batch."""
+def run_config(
+    section: dict, batch: int, sequence: int, zero: int, *, micro: int = 0, **fields: Any
+) -> RunConfig:
+    """A run of one process whose step is one micro-batch, or several of `micro` sequences."""
     tree = {
         "run_dir": "unset",
         "steps": 1000,
         "model": section,
         "method": {"name": "full"},
         "data": {**dict.fromkeys(("train", "valid", "tokenizer"), "unset"), "sequence": sequence},
-        "batch": {"global": batch, "micro": batch},
+        "batch": {"global": batch, "micro": micro or batch},
         "parallel": {"zero": zero},
         "optimizer": {"lr": 1e-4},
         "checkpoint": {"every": 1000},

@@ -13,23 +13,31 @@ IGNORED = -100  # label that the loss leaves out
 Labels: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
+def targets_of(labels: Labels) -> Tensor:
+    """The labels alone, int64 [B, T]."""
+    return labels[0] if isinstance(labels, tuple) else labels
+
+
 def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
-    """Returns the cross-entropy summed over the tokens that count, over their number: nats per
-    token.
+    """Returns the cross-entropy summed over the tokens that count, as a mean: see `mean_loss`."""
+    from torch.nn.functional import cross_entropy
+
+    summed = cross_entropy(
+        logits_BTV.float().flatten(0, 1),
+        targets_of(labels).flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+    return mean_loss(summed, labels)
+
+
+def mean_loss(summed: Tensor, labels: Labels) -> Tensor:
+    """Returns a sum of tokens' losses over their number: nats per token.
 
     The number is B * T, or the divisor given with the labels. It does not depend on the labels
     themselves, so that micro-batches may be averaged in any grouping (a padded batch counts for
     what it holds). An infinite loss, whose gradient may be finite, gets one that is no number: the
     norm of the gradients alone then tells every rank that the step must not be applied.
     """
-    from torch.nn.functional import cross_entropy
-
-    labels_BT, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
-    losses = cross_entropy(
-        logits_BTV.float().flatten(0, 1),
-        labels_BT.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
-    loss = losses / divisor
+    loss = summed / (labels[1] if isinstance(labels, tuple) else labels.numel())
     return loss * (1.0 + 0.0 * loss.detach())

@@ -181,7 +181,6 @@ LARGE = {
 
 
 def test_plan_says_whether_a_gpu_holds_it_and_what_would_make_it_fit():
-    """Every remedy fits by its own word, and the largest micro-batch is the largest."""
     sequence = {"train": "absent", "valid": "absent", "tokenizer": "absent", "sequence": 2048}
     large = {
         "model": LARGE, "precision": "bf16", "data": sequence,
@@ -193,8 +192,7 @@ def test_plan_says_whether_a_gpu_holds_it_and_what_would_make_it_fit():
     assert [phase["name"] for phase in memory["phases"]] == ["small", "full"]
     assert memory["peak_bytes"] == max(phase["peak_bytes"] for phase in memory["phases"])
     assert len(memory["remedies"]) >= 2
-    changed = {("activation_checkpointing=true" in r["set"]) for r in memory["remedies"]}
-    assert True in changed
+    assert any("activation_checkpointing=true" in r["set"] for r in memory["remedies"])
     text = plan_report(make_config(**large), False, asked=asked)
     assert "no: " in text and "would fit  parallel.zero=3" in text
     block = text[text.index("memory of h100-80g") : text.index("8 x h100-80g")]

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import StepSize
-from est_ds.cost.state_space import kept_of_scan, kept_values
+from est_ds.cost.state_space import kept_bytes, kept_of_scan
 from est_ds.plans.methods.base import Load
 from est_ds.plans.shape import Attention, Mlp, ModelShape, Part, StateSpace
 
@@ -195,7 +195,7 @@ def activations(shape: ModelShape, loads: Sequence[Load], size: StepSize, settin
                 found += _attention(shape, part, (units, groups), (passing, keys, length), setting)
             elif isinstance(part, StateSpace):
                 share = units / part.columns
-                found += passing * share * kept_values(part, value)
+                found += passing * share * kept_bytes(part, value)
                 found += passing * share * kept_of_scan(part, stream[1], value)
             else:
                 found += passing * units * value * _columns(part, setting)

@@ -48,7 +48,7 @@ def scanned(part: StateSpace, columns: float, sequence: int) -> float:
     return 2.0 * (chunks * (within + of_states) + handed_on) / sequence
 
 
-def kept_values(part: StateSpace, value_bytes: int) -> float:
+def kept_bytes(part: StateSpace, value_bytes: int) -> float:
     """Returns the bytes of a token that a whole mixer keeps for its backward outside the scan.
 
     They are what the projection in gives, the convolution and its activation, step sizes, and of

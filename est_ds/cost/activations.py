@@ -39,7 +39,9 @@ FIELDS_OF_ACTIVATION = ("hidden_act", "activation_function", "feed_forward_proj"
 DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "bert": "gelu", "t5": "relu"}
 DEFAULT_WINDOW = {"mistral": 4096}
 LAYER_NORM = ("gpt2", "bert")
-FEWEST_ROWS = 256  # that a loss takes of the logits at once
+# Logits that the loss takes at a time; a GPU would have too little to do with those that fit into a
+# CPU's cache. Fewer rows than the fewest would spend their time on adding to the weight's gradient.
+AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,17 @@ def loss_bytes(
 
 
 def setting_of(
-    config: RunConfig, family: str, *, dropout: Mapping[str, float], on_gpu: bool
+    config: RunConfig,
+    family: str,
+    *,
+    dropout: Mapping[str, float],
+    on_gpu: bool,
+    whole_logits: bool = False,
 ) -> Setting:
     """How the layers of a run compute.
 
     Args:
+        whole_logits: the objective's loss reads them.
         dropout: the model's fields that drop something, with their chances.
     """
     model = config.model
@@ -162,6 +170,7 @@ def setting_of(
         on_gpu=on_gpu,
         has_mask=config.data.documents == "separate" or bool(window),
         compiled=config.compile,
+        logits_at_once=None if whole_logits else AT_ONCE_ON_GPU if on_gpu else AT_ONCE,
     )
 
 

@@ -213,8 +213,12 @@ def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
         yield moment("backward of the head", head, left + behind, kept.loss.backward)
     for i in reversed(range(first, end)):
         again = kept.whole[i] if config.activation_checkpointing and kept.layers[i] else 0.0
+        name = f"backward of layer {i}"
         added = within_backward(process, accumulated, done) + whole
-        yield moment(f"backward of layer {i}", added, left + again + kept.working[i])
+        yield moment(name, added, left + again + kept.working[i])
+        # A bucket is reduced where a gradient has come, and what gave it is gone.
+        added = within_backward(process, accumulated, done, reducing=True) + whole
+        yield moment(name, added, left + again)
         left -= layers[i - first]
         done += sum(map(part_weights, shape.layers[i])) * (kept.layers[i] > 0)
 

@@ -178,19 +178,22 @@ def before_backward(process: Process, accumulated: bool) -> States:
     return States(gradients=4 * process.trained, buckets=_buckets(process))
 
 
-def within_backward(process: Process, accumulated: bool, done: float) -> States:
+def within_backward(
+    process: Process, accumulated: bool, done: float, reducing: bool = False
+) -> States:
     """What a backward has added.
 
     Args:
         done: parameters whose gradients have come.
+        reducing: a bucket is full, and reduced.
     """
     if process.keeps_gradients:
         return States(gradients=process.width * done, buckets=_buckets(process))
     if process.zero >= 2:
         full = done >= process.bucket
-        reducing = _reducing(process) if full else 0.0
+        copies = _reducing(process) if full and reducing else 0.0
         first = 4 * process.share if full and process.zero == 2 and not accumulated else 0.0
-        return States(gradients=first, buckets=_buckets(process) + reducing)
+        return States(gradients=first, buckets=_buckets(process) + copies)
     if accumulated:
         return States(gradients=process.width * process.largest)
     return States(gradients=4 * done, buckets=_buckets(process) if done else 0.0)

@@ -20,12 +20,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from est_ds.cost.activations import AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS
 from est_ds.data.objectives.loss import IGNORED
 from est_ds.slicing.leaf import swap_class
-
-# Logits at a time; a GPU would have too little to do with those that fit into a CPU's cache. Fewer
-# rows than the fewest would spend their time on adding to the weight's gradient.
-AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
 
 
 class LossHead:

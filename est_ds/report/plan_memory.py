@@ -13,6 +13,7 @@ from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.cost.activations import setting_of
 from est_ds.cost.gpus import Gpu
 from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_run, memory_of_stage
+from est_ds.data.objectives.base import Settings
 from est_ds.design import Outline
 from est_ds.errors import UserError
 from est_ds.report.text import PLAIN, facts_table, rendered
@@ -34,7 +35,13 @@ def subject_of(outline: Outline, on_gpu: bool) -> Subject:
         outline.cuts,
         outline.stage_parameters,
         (config.data.sequence, outline.target_sequence),
-        setting_of(config, family, dropout=outline.dropout, on_gpu=on_gpu),
+        setting_of(
+            config,
+            family,
+            dropout=outline.dropout,
+            on_gpu=on_gpu,
+            whole_logits=outline.objective.loss is not Settings.loss,
+        ),
     )
 
 

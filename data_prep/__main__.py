@@ -38,15 +38,19 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out", type=float, metavar="FRACTION", help=f"{_SHARE}; default 0.02"
     )
 
-    tokenizer = verb("tokenizer", "Train a sentencepiece tokenizer into a folder.")
+    tokenizer = verb("tokenizer", "Train a tokenizer into a folder.")
     _add_sources(tokenizer)
     tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR", help="write here")
-    size = "number of ids, 256 bytes and 3 special tokens among them; default 4096"
+    size = "number of ids, 256 bytes and 3 or 4 special tokens among them; default 4096"
     tokenizer.add_argument("--vocab", type=int, default=4096, metavar="N", help=size)
     limit = "train on at most N chunks of about 1000 characters, chosen by hash; default 100000"
     tokenizer.add_argument("--sentences", type=int, default=100_000, metavar="N", help=limit)
-    kind = "kind of tokenizer; default bpe, as Llama's"
-    tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=kind)
+    kind = (
+        "kind of tokenizer: sentencepiece's bpe, as Llama 2's (default), or unigram, as T5's; or "
+        "bytes, a byte-level BPE, as Llama 3's, Qwen's and GPT-2's"
+    )
+    kinds = ("bpe", "unigram", "bytes")
+    tokenizer.add_argument("--model-type", choices=kinds, default="bpe", help=kind)
 
     _add_pack(
         verb("pack", "Tokenize documents into PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.")

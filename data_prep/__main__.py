@@ -89,6 +89,8 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
         pack.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help_)
     shard = "a shard ends with the document that reaches N tokens; default 2**31"
     pack.add_argument("--shard-tokens", type=int, metavar="N", help=shard)
+    help_ = "who else is to read the .idx: DeepSpeed (default), or Megatron-LM and GPT-NeoX"
+    pack.add_argument("--type-codes", choices=("deepspeed", "megatron"), help=help_)
     fresh = "begin anew instead of going on with what was interrupted"
     pack.add_argument("--fresh", action="store_true", help=fresh)
 
@@ -113,7 +115,7 @@ def _preparation(options: argparse.Namespace) -> Any:
     from data_prep.config import Preparation, read_data_file
     from est_ds.config.strict import checked
 
-    names = ("tokenizer", "bos", "eos", "held_out", "shard_tokens", "max_document_bytes", "invalid")
+    names = set(Preparation.model_fields) - {"sources"}
     given = vars(options)
     settings = {n: given[n] for n in names if given.get(n) is not None}
     of_source = {n: given[n] for n in ("text", "separator", "plain") if given[n] is not None}

@@ -150,9 +150,7 @@ def test_datatroves_documents_are_read_as_it_wrote_them(datatrove, capsys):
         verify = ["verify", "--out", str(folder / f"with_eos/0000{number}_tokens")]
         assert main([*verify, "--tokenizer", str(folder / "tokenizer")]) == 0
         said = capsys.readouterr().out
-        assert (
-            "0 % of the documents start with BOS (0); 100 % of the documents end with EOS" in said
-        )
+        assert "0 % of the documents start with BOS (0); 100 % of the documents end with" in said
 
 
 @needs_datatrove

@@ -169,7 +169,7 @@ def _refuse(corpus: Corpus, text: str, expected: list[int], given: list[int]) ->
 
 def _framing(tokenizer: Any, corpus: Corpus) -> list[str]:
     """Says it where texts of the tokenizer begin in another way than documents."""
-    bos, first = _begins_with(tokenizer, corpus), tokenizer("a")["input_ids"][0]
+    bos, first = _begins_with(tokenizer, corpus), next(iter(tokenizer("a")["input_ids"]), -1)
     if bos is not None and bos != first:
         return [
             f"tokenizer: AutoTokenizer puts no BOS before a text, and documents of the corpus "

@@ -27,7 +27,7 @@ TINY = {
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
     "packing.py": ("--rounds", "1"),
 }
-STARTING_PROCESSES = {"dense.py", "steady.py"}
+STARTING_PROCESSES = {"dense.py", "moved.py", "steady.py"}
 PARTS = {"common.py", "contenders.py", "gate.py"}
 IN_TURN = """
 import json, runpy, sys

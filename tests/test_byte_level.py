@@ -17,7 +17,9 @@ from conftest import ROOT
 from data_prep.__main__ import main
 from est_ds import cli
 from est_ds.data.auto_tokenizer import plain_ids
+from est_ds.data.encoders import load_encoder
 from est_ds.data.indexed import Corpus
+from est_ds.export.tokenizer import check_tokenizer
 from workers import train_all
 
 CODE = (ROOT / "est_ds" / "config" / "sections.py").read_text()
@@ -82,6 +84,21 @@ def test_a_corpus_has_its_bos_and_eos_and_says_so(folder):
     said = [json.loads(line)["text"] for line in (folder / "train.jsonl").read_text().splitlines()]
     documents = [[*loaded(text)["input_ids"], EOS] for text in said]
     assert corpus.window(0, corpus.num_tokens).tolist() == sum(documents, [])
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_an_export_says_where_prompts_begin_otherwise_than_documents(
+    has_manifest, folder, tmp_path
+):
+    tokenizer = folder / "tokenizer"
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    for flag, said in (("--no-bos", "puts <|begin_of_text|> (id 0) before a text"), ("--bos", "")):
+        texts = ("--input", folder / "valid.jsonl", "--tokenizer", tokenizer)
+        run("pack", *texts, "--out", tmp_path / "c", flag)
+        if not has_manifest:
+            (tmp_path / "c.manifest.json").unlink()
+        lines = check_tokenizer(loaded, load_encoder(tokenizer), [Corpus.open(tmp_path / "c")])
+        assert [said in line for line in lines[1:]] == [True] * bool(said)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def moved_figure(found: Moved, kills: list[int], bound: float) -> Figure:
     differ = found.apart > 0  # the others have no place on a logarithmic axis
     label = f"{differ.sum()} steps; the losses of {(~differ).sum()} are equal in every digit"
     below.plot(done[differ], found.apart[differ], ".", color=style.BLUE, ms=4, label=label)
-    below.set_ylim(1e-9, 10 * bound)
+    below.set_ylim(1e-9, 10 * max(bound, found.apart.max()))
     below.axhline(bound, color=style.BLACK, ls=(0, (5, 3)), lw=1, label=f"bound {bound:g}")
     below.set_yscale("log")
     for axes in (above, below):

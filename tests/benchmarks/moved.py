@@ -80,7 +80,7 @@ class Moved:
 
 
 def write_run(folder: Path, steps: int) -> Path:
-    """A run file on Python's own library, packed here: a Llama of 0.6 M parameters."""
+    """A run file on Python's own library, packed here: a Llama of 1.0 M parameters."""
     library = Path(os.__file__).parent
     texts = ("--input", *(f"{library}/{name}/**/*.py" for name in SOURCES))
     tokenizer = ("--tokenizer", str(folder / "tokenizer"))

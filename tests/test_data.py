@@ -95,13 +95,17 @@ def test_megatrons_type_code_for_uint16_is_understood(prefix, stream):
     assert corpus.window(0, 1009).tolist() == stream.tolist()
 
 
-def test_opening_prints_nothing_also_where_deepspeed_has_to_be_imported_first(prefix):
-    code = (
-        "import sys; from est_ds.data.indexed import Corpus; Corpus.open(sys.argv[1]).window(0, 9)"
-    )
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from est_ds.data.indexed import Corpus; Corpus.open(sys.argv[1]).window(0, 9)",
+        "import est_ds, deepspeed",  # as transformers does in `eval`
+    ],
+)
+def test_nothing_is_printed_where_deepspeed_has_to_be_imported_first(code, prefix):
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
-        [sys.executable, "-c", code, prefix],
+        [sys.executable, "-c", f"import sys; {code}", prefix],
         cwd=ROOT,
         env=environment,
         capture_output=True,

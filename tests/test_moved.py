@@ -96,7 +96,7 @@ def test_a_run_killed_twice_and_moved_twice_has_the_losses_of_one_that_was_not(t
     assert done.returncode == 0, done.stdout + done.stderr
     starts = [line for line in done.stdout.splitlines() if line.startswith("start ")]
     assert [line.split(":")[1].split(",")[0].strip() for line in starts] == [
-        "pipeline 2 x 2", "ZeRO 3", "one process",
+        "pipeline 2 x 2", "ZeRO 3 x 2", "one process",
     ]  # fmt: skip
     assert starts[0].endswith("killed at step 13") and starts[-1].endswith("went to its end")
     assert "0 steps with another plan or batch" in done.stdout

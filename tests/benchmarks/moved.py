@@ -38,7 +38,7 @@ from namespaces import kill_all
 
 LAYOUTS = {
     "pipeline 2 x 2": "{pipe: 2, zero: 1, processes: 4}",
-    "ZeRO 3, 2 processes": "{pipe: 1, zero: 3, processes: 2}",
+    "ZeRO 3 x 2": "{pipe: 1, zero: 3, processes: 2}",
     "one process": "{pipe: 1, zero: 0, processes: 1}",
 }
 METHOD = {
@@ -166,7 +166,7 @@ def run_both(folder: Path, steps: int, kills: list[int]) -> tuple[Path, Path]:
         layout = layout_of(start, len(kills) + 1)
         began = live(run, moved, layout, kill)
         end = "went to its end" if kill is None else f"killed at step {kill}"
-        print(f"start {start + 1:2}: {layout:19}, from step {began}, {end}", flush=True)
+        print(f"start {start + 1:2}: {layout:14}, from step {began}, {end}", flush=True)
     return still, moved
 
 
@@ -205,12 +205,12 @@ def moved_figure(found: Moved, kills: list[int], bound: float) -> Figure:
     below.set_ylim(1e-9, 10 * max(bound, found.apart.max()))
     below.axhline(bound, color=style.BLACK, ls=(0, (5, 3)), lw=1, label=f"bound {bound:g}")
     below.set_yscale("log")
-    for axes in (above, below):
+    for axes, place in ((above, "upper right"), (below, "lower left")):
         style.shade_phases(axes, found.layouts, len(done))
         for number, kill in enumerate(kills):
             label = None if number else "SIGKILL"
             axes.axvline(kill, color=style.RED, lw=0.9, label=label)
-        axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+        axes.legend(loc=place, frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 
 

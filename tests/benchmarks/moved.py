@@ -200,7 +200,7 @@ def moved_figure(found: Moved, kills: list[int], bound: float) -> Figure:
     above.plot(done, found.losses, color=style.SKY, lw=4, label="never touched: pipeline 2 x 2")
     above.plot(done, found.moved, color=style.BLUE, lw=1, label="killed and moved")
     differ = found.apart > 0  # the others have no place on a logarithmic axis
-    label = f"{differ.sum()} steps; the losses of {(~differ).sum()} are equal in every digit"
+    label = f"{differ.sum()} of {len(done)} steps; the rest: equal"
     below.plot(done[differ], found.apart[differ], ".", color=style.BLUE, ms=4, label=label)
     below.set_ylim(1e-9, 10 * max(bound, found.apart.max()))
     below.axhline(bound, color=style.BLACK, ls=(0, (5, 3)), lw=1, label=f"bound {bound:g}")

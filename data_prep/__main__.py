@@ -38,15 +38,19 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out", type=float, metavar="FRACTION", help=f"{_SHARE}; default 0.02"
     )
 
-    tokenizer = verb("tokenizer", "Train a sentencepiece tokenizer into a folder.")
+    tokenizer = verb("tokenizer", "Train a tokenizer into a folder.")
     _add_sources(tokenizer)
     tokenizer.add_argument("--out", required=True, type=Path, metavar="DIR", help="write here")
-    size = "number of ids, 256 bytes and 3 special tokens among them; default 4096"
+    size = "number of ids, 256 bytes and 3 or 4 special tokens among them; default 4096"
     tokenizer.add_argument("--vocab", type=int, default=4096, metavar="N", help=size)
     limit = "train on at most N chunks of about 1000 characters, chosen by hash; default 100000"
     tokenizer.add_argument("--sentences", type=int, default=100_000, metavar="N", help=limit)
-    kind = "kind of tokenizer; default bpe, as Llama's"
-    tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=kind)
+    kind = (
+        "kind of tokenizer: sentencepiece's bpe, as Llama 2's (default), or unigram, as T5's; or "
+        "bytes, a byte-level BPE, as Llama 3's, Qwen's and GPT-2's"
+    )
+    kinds = ("bpe", "unigram", "bytes")
+    tokenizer.add_argument("--model-type", choices=kinds, default="bpe", help=kind)
 
     _add_pack(
         verb("pack", "Tokenize documents into PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.")
@@ -85,6 +89,8 @@ def _add_pack(pack: argparse.ArgumentParser) -> None:
         pack.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help_)
     shard = "a shard ends with the document that reaches N tokens; default 2**31"
     pack.add_argument("--shard-tokens", type=int, metavar="N", help=shard)
+    help_ = "who else is to read the .idx: DeepSpeed (default), or Megatron-LM and GPT-NeoX"
+    pack.add_argument("--type-codes", choices=("deepspeed", "megatron"), help=help_)
     fresh = "begin anew instead of going on with what was interrupted"
     pack.add_argument("--fresh", action="store_true", help=fresh)
 
@@ -109,7 +115,7 @@ def _preparation(options: argparse.Namespace) -> Any:
     from data_prep.config import Preparation, read_data_file
     from est_ds.config.strict import checked
 
-    names = ("tokenizer", "bos", "eos", "held_out", "shard_tokens", "max_document_bytes", "invalid")
+    names = set(Preparation.model_fields) - {"sources"}
     given = vars(options)
     settings = {n: given[n] for n in names if given.get(n) is not None}
     of_source = {n: given[n] for n in ("text", "separator", "plain") if given[n] is not None}

@@ -79,6 +79,8 @@ class Preparation(Strict):
         held_out: share of the documents, chosen by hash of their text, that goes into a corpus of
             its own.
         shard_tokens: a shard ends with the document that reaches this number.
+        type_codes: whose reader finds the type of the tokens in the `.idx`: DeepSpeed numbers
+            uint16 in one way, Megatron-LM and GPT-NeoX in another. A run reads both.
         max_document_bytes: longer documents are left out, and counted.
         invalid: what to do with a document that cannot be read (no JSON, no UTF-8, no text).
     """
@@ -89,6 +91,7 @@ class Preparation(Strict):
     eos: bool | None = None
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     shard_tokens: Annotated[int, Field(ge=1)] = 1 << 31
+    type_codes: Literal["deepspeed", "megatron"] = "deepspeed"
     max_document_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 1 << 26
     invalid: Literal["error", "skip"] = "error"
 

@@ -31,7 +31,7 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
 
     With `held_out` these are `OUT.train.*` and `OUT.valid.*`. Each document becomes BOS + tokens +
     EOS (see `Preparation`), one sequence and one document of the index. Tokens are uint16 where
-    the vocabulary fits, else int32; the type codes are DeepSpeed's.
+    the vocabulary fits, else int32.
 
     What was begun with the same arguments and interrupted is continued. The files depend neither
     on that nor on `workers`.
@@ -51,6 +51,11 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
     encoder = load_encoder(preparation.tokenizer)
     bos_id, eos_id = surrounding_ids(encoder, preparation.bos, preparation.eos)
     dtype = np.dtype(np.uint16 if encoder.vocabulary <= 1 << 16 else np.int32)
+    if preparation.type_codes == "megatron" and dtype != np.uint16:
+        raise UserError(
+            f"--type-codes=megatron has no effect: the vocabulary {encoder.vocabulary} needs "
+            f"{dtype.name}, which all readers number alike; leave it out."
+        )
     rules = Rules(preparation.max_document_bytes, preparation.invalid)
     readers = open_sources(preparation.sources)
     job = Job(encoder, bos_id, eos_id, dtype, preparation.held_out, rules)
@@ -61,6 +66,8 @@ def pack(preparation: Preparation, out: str, workers: int | None, fresh: bool = 
         "eos": eos_id,
         "held_out": preparation.held_out,
         "shard_tokens": preparation.shard_tokens,
+        # A packing that was begun before there was a choice has none.
+        "type_codes": None if preparation.type_codes == "deepspeed" else preparation.type_codes,
         "max_document_bytes": preparation.max_document_bytes,
     }
     packing = Packing(out, job, settings, readers, fresh)

@@ -17,8 +17,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from data_prep.readers.base import Place, Reader, Skipped
-from data_prep.shards import ShardWriter
+from data_prep.shards import Format, ShardWriter
 from data_prep.tokenizing import Job, Result
+from est_ds.data.header import WRITTEN_CODES
 from est_ds.data.manifest import FORMAT_VERSION, Manifest, Shard, manifest_path
 from est_ds.disk import hold
 from est_ds.errors import UserError
@@ -89,15 +90,11 @@ class Packing:
             counts = np.zeros(self._job.encoder.vocabulary, np.int64)
             return {**ShardWriter.NOTHING, "counts": counts}
 
+        codes = WRITTEN_CODES[self._settings["type_codes"] or "deepspeed"]
+        dtype = self._job.dtype
+        form = Format(dtype, codes[dtype.name], self._settings["shard_tokens"])
         self.writers = {
-            part: ShardWriter(
-                self.folder,
-                part,
-                dtype=self._job.dtype,
-                shard_tokens=self._settings["shard_tokens"],
-                state=begun(part),
-            )
-            for part in self._job.parts
+            part: ShardWriter(self.folder, part, form, begun(part)) for part in self._job.parts
         }
         self.complete = bool(state and state["complete"])
         self.resumed_tokens = self.num_tokens

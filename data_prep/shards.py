@@ -18,6 +18,20 @@ from est_ds.data.tokenizer import file_sha256
 _BLOCK_BYTES = 1 << 22
 
 
+@dataclass(frozen=True)
+class Format:
+    """How tokens are written.
+
+    Attributes:
+        type_code: number of `dtype` in an index.
+        shard_tokens: a shard ends with the document that reaches this number.
+    """
+
+    dtype: np.dtype
+    type_code: int
+    shard_tokens: int
+
+
 @dataclass
 class _Unfinished:
     """The shard that is being written: its files, the hash and the sizes of what is in them."""
@@ -43,11 +57,8 @@ class ShardWriter:
 
     NOTHING = {"finished": [], "tokens": 0, "documents": 0, "text_bytes": 0}
 
-    def __init__(
-        self, folder: Path, name: str, *, dtype: np.dtype, shard_tokens: int, state: dict[str, Any]
-    ) -> None:
-        self._folder, self._name, self._dtype = folder, name, dtype
-        self._shard_tokens = shard_tokens
+    def __init__(self, folder: Path, name: str, form: Format, state: dict[str, Any]) -> None:
+        self._folder, self._name, self._form = folder, name, form
         self.counts = state["counts"]
         self.finished = [Shard(**shard) for shard in state["finished"]]
         self.text_bytes = state["text_bytes"]
@@ -74,7 +85,7 @@ class ShardWriter:
         first, begin = 0, 0
         while first < len(ends):
             shard = self._open = self._open or self._new()
-            room = self._shard_tokens - shard.num_tokens
+            room = self._form.shard_tokens - shard.num_tokens
             last = min(int(np.searchsorted(ends, begin + room)) + 1, len(ends))
             end = int(ends[last - 1])
             content = memoryview(packed.tokens[begin:end]).cast("B")
@@ -83,7 +94,7 @@ class ShardWriter:
             shard.sha256.update(content)
             shard.num_tokens += end - begin
             shard.num_documents += last - first
-            if shard.num_tokens >= self._shard_tokens:
+            if shard.num_tokens >= self._form.shard_tokens:
                 self.finish()
             first, begin = last, end
         self.counts += packed.counts
@@ -111,7 +122,7 @@ class ShardWriter:
             os.fsync(file)
         self.close()
         lengths = np.fromfile(self.path(number, "lengths"), np.int32)
-        write_index(idx, self._dtype, lengths)
+        write_index(idx, self._form.dtype, self._form.type_code, lengths)
         with idx.open("rb") as file:
             os.fsync(file)
         self.finished.append(
@@ -140,7 +151,7 @@ class ShardWriter:
     def _reopened(self, num_tokens: int, num_documents: int) -> _Unfinished:
         number = len(self.finished)
         files, sha256 = [], hashlib.sha256()
-        sizes = {"bin": num_tokens * self._dtype.itemsize, "lengths": num_documents * 4}
+        sizes = {"bin": num_tokens * self._form.dtype.itemsize, "lengths": num_documents * 4}
         for ending, size in sizes.items():
             path = self.path(number, ending)
             if not path.is_file() or path.stat().st_size < size:

@@ -1,4 +1,4 @@
-"""Verb `tokenizer`: a sentencepiece tokenizer that Hugging Face loads as it is."""
+"""Verb `tokenizer`: a tokenizer of the user's texts that Hugging Face loads as it is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from data_prep.byte_level import train_byte_level
 from data_prep.config import SourceConfig
 from data_prep.conversion import hugging_face_files
 from data_prep.files import staged
@@ -20,6 +21,8 @@ from est_ds.errors import UserError
 
 _CHUNK_CHARACTERS = 1000
 _NUM_CHECKS = 200
+# Special tokens of every kind; to them come 256 bytes and at least one piece.
+_NUM_SPECIAL = {"bpe": 3, "unigram": 3, "bytes": 4}
 # sentencepiece's mark of the unknown: it leaves out every text that holds one.
 _RESERVED = "\u2585"
 
@@ -49,10 +52,11 @@ class Wish:
     """The tokenizer to train.
 
     Attributes:
-        vocabulary: Number of ids, with 3 special tokens and 256 bytes.
+        vocabulary: Number of ids, with special tokens and 256 bytes.
         max_chunks: Chunks of about 1000 characters to train on; those with the smallest hash are
             taken.
-        model_type: `bpe` (Llama) or `unigram`.
+        model_type: `bpe` (Llama 2) or `unigram`, of sentencepiece; or `bytes`, a byte-level BPE
+            (Llama 3, Qwen, GPT-2).
     """
 
     vocabulary: int
@@ -63,9 +67,10 @@ class Wish:
 def train(sources: Iterable[SourceConfig], out: Path, wish: Wish, rules: Rules = Rules()) -> None:
     """Trains a tokenizer; the same documents give the same files.
 
-    Writes `tokenizer.model` (of a unigram: `spiece.model`), and `tokenizer.json` and
-    `tokenizer_config.json` with which `transformers.AutoTokenizer` loads it offline and encodes as
-    sentencepiece does. This is checked on a sample of the input before anything is written.
+    Writes `tokenizer.model` (of a unigram: `spiece.model`; of bytes: neither), and `tokenizer.json`
+    and `tokenizer_config.json` with which `transformers.AutoTokenizer` loads it offline and encodes
+    as the library that trained it does. This is checked on a sample of the input before anything is
+    written.
 
     Args:
         sources: Where the documents are.
@@ -79,24 +84,29 @@ def train(sources: Iterable[SourceConfig], out: Path, wish: Wish, rules: Rules =
     vocabulary, model_type = wish.vocabulary, wish.model_type
     if wish.max_chunks < 1:
         raise UserError(f"--sentences={wish.max_chunks} is not allowed; use at least 1.")
-    if vocabulary < 260:
+    special = _NUM_SPECIAL[model_type]
+    if vocabulary < 256 + special + 1:
         raise UserError(
-            f"--vocab={vocabulary} is not allowed; use at least 260: 256 bytes, 3 special tokens "
-            f"and a piece."
+            f"--vocab={vocabulary} is not allowed; use at least {256 + special + 1}: 256 bytes, "
+            f"{special} special tokens and a piece."
         )
     skipped = Skipped()
     documents = read_documents(open_sources(sources), rules, skipped)
     chunks = _sample(documents, wish.max_chunks)
     if not chunks:
         raise skipped.nothing_left()
-    parts = [part for chunk in chunks for part in chunk.split(_RESERVED) if part]
-    model = _train_model(parts, vocabulary, model_type)
-    contents = hugging_face_files(model, model_type, chunks[:: max(1, len(chunks) // _NUM_CHECKS)])
+    samples = chunks[:: max(1, len(chunks) // _NUM_CHECKS)]
+    if model_type == "bytes":
+        contents = train_byte_level(chunks, vocabulary, samples)
+    else:
+        parts = [part for chunk in chunks for part in chunk.split(_RESERVED) if part]
+        model = _train_model(parts, vocabulary, model_type)
+        contents = hugging_face_files(model, model_type, samples)
     _refuse_another_kind(out, contents)
     with staged(*(out / name for name in contents)) as temporary:
         for content, path in zip(contents.values(), temporary, strict=True):
             path.write_bytes(content)
-    size = sum(map(len, parts))
+    size = sum(map(len, chunks))
     print(f"{out}: {vocabulary:,} pieces, trained on {len(chunks):,} chunks, {size:,} characters")
     skipped.report()
 

@@ -38,7 +38,7 @@ TINY = {
     "estimates.py": (),
     "ranks.py": ("--ranks", "8", "24", "--steps", "1"),
 }
-STARTING_PROCESSES = {"dense.py", "steady.py"}
+STARTING_PROCESSES = {"dense.py", "moved.py", "steady.py"}
 PARTS = {"common.py", "contenders.py", "gate.py"}
 IN_TURN = """
 import json, runpy, sys

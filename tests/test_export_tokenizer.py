@@ -129,6 +129,7 @@ FORMS = {
     "metaspace": metaspace,
     "data_prep's bpe": functools.partial(own, kind="bpe"),
     "data_prep's unigram": functools.partial(own, kind="unigram"),
+    "data_prep's bytes": functools.partial(own, kind="bytes"),
     "t5's sentencepiece": t5s,
 }
 FAST = ("wordpiece", "byte level")

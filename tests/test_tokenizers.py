@@ -116,9 +116,16 @@ def bert_of_a_vocabulary(folder):
     write_config(folder, tokenizer_class="BertTokenizer", do_lower_case=True)
 
 
+def data_preps_bytes(folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "a.txt").write_text(CODE)
+    train(folder, "--vocab", "420", "--model-type", "bytes", out=folder)
+    (folder / "a.txt").unlink()
+
+
 FORMS = [
     alone, alone_with_normalisation, with_a_config, with_added_tokens, with_normalisers,
-    gpt2_of_old_files, bert_of_a_vocabulary,
+    gpt2_of_old_files, bert_of_a_vocabulary, data_preps_bytes,
 ]  # fmt: skip
 
 
@@ -263,8 +270,8 @@ def test_everything_that_changes_ids_changes_the_fingerprint(source, tmp_path):
 # training
 
 
-def train(folder, *more):
-    paths = ("--input", str(folder / "a.txt"), "--out", str(folder / "tok"))
+def train(folder, *more, out=None):
+    paths = ("--input", str(folder / "a.txt"), "--out", str(out or folder / "tok"))
     assert main(["tokenizer", *paths, *more]) == 0
 
 

@@ -34,8 +34,8 @@ _DTYPES = {
 }
 
 
-# Type codes as DeepSpeed reads them, of the types that `data_prep pack` writes.
-_WRITTEN_CODES = {"int32": 4, "uint16": 6}
+# Of the types that `data_prep pack` writes, by who is to read them.
+WRITTEN_CODES = {"deepspeed": {"int32": 4, "uint16": 6}, "megatron": {"int32": 4, "uint16": 8}}
 
 
 @dataclass(frozen=True)
@@ -104,17 +104,18 @@ class Header:
         return np.memmap(f"{self.prefix}.bin", self.dtype, mode="r")
 
 
-def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+def write_index(path: Path, dtype: np.dtype, type_code: int, lengths: np.ndarray) -> None:
     """Writes the `.idx` of documents that lie in `.bin` one after the other.
 
     Args:
         dtype: uint16 or int32.
+        type_code: its number, of `WRITTEN_CODES`.
         lengths: Tokens of every document, at most 2**31 - 1, int [documents].
     """
     count = len(lengths)
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     with path.open("wb") as file:
-        file.write(_HEADER.pack(_MAGIC, 1, _WRITTEN_CODES[dtype.name], count, count + 1))
+        file.write(_HEADER.pack(_MAGIC, 1, type_code, count, count + 1))
         file.write(lengths.astype("<i4").tobytes())
         file.write((ends - lengths.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
         file.write(np.arange(count + 1, dtype="<i8").tobytes())

@@ -136,7 +136,7 @@ def check_tokenizer(tokenizer: Any, encoder: Encoder, corpora: list[Corpus]) -> 
 def _documents(corpus: Corpus, encoder: Encoder) -> Iterator[tuple[list[int], bool]]:
     """Ids of documents spread evenly over a corpus, without what stands around them, and whether
     they are whole: special ids end them, since text that spells these is read as text."""
-    numbers = np.unique(np.linspace(0, corpus.num_documents - 1, _NUM_DOCUMENTS).astype(np.int64))
+    numbers = _spread(corpus)
     starts, ends = corpus.document_start(numbers), corpus.document_start(numbers + 1)
     special = {encoder.bos_id, encoder.eos_id, encoder.unknown_id}
     if corpus.manifest:
@@ -168,11 +168,33 @@ def _refuse(corpus: Corpus, text: str, expected: list[int], given: list[int]) ->
 
 
 def _framing(tokenizer: Any, corpus: Corpus) -> list[str]:
-    """Says it where documents begin with BOS and the tokenizer's texts do not."""
-    bos = corpus.manifest and corpus.manifest.bos_id
-    if bos is None or tokenizer("a")["input_ids"][:1] == [bos]:
-        return []
-    return [
-        f"tokenizer: AutoTokenizer puts no BOS before a text, and documents of the corpus begin "
-        f"with it (id {bos}): put it before a prompt"
-    ]
+    """Says it where texts of the tokenizer begin in another way than documents."""
+    bos, first = _begins_with(tokenizer, corpus), next(iter(tokenizer("a")["input_ids"]), -1)
+    if bos is not None and bos != first:
+        return [
+            f"tokenizer: AutoTokenizer puts no BOS before a text, and documents of the corpus "
+            f"begin with it (id {bos}): put it before a prompt"
+        ]
+    if bos is None and first in (tokenizer.bos_token_id, tokenizer.cls_token_id):
+        name = tokenizer.convert_ids_to_tokens(first)
+        return [
+            f"tokenizer: AutoTokenizer puts {name} (id {first}) before a text, and documents of "
+            f"the corpus do not begin with it: encode prompts with add_special_tokens=False"
+        ]
+    return []
+
+
+def _begins_with(tokenizer: Any, corpus: Corpus) -> int | None:
+    """The id that stands before every document; of a corpus made elsewhere: before those that are
+    looked at."""
+    if corpus.manifest:
+        return corpus.manifest.bos_id
+    starts = corpus.document_start(_spread(corpus)).tolist()
+    firsts = {int(corpus.window(s, 1)[0]) for s in starts if s < corpus.num_tokens}
+    known = {tokenizer.bos_token_id, tokenizer.cls_token_id}
+    return firsts.pop() if len(firsts) == 1 and firsts <= known else None
+
+
+def _spread(corpus: Corpus) -> np.ndarray:
+    """Numbers of documents spread evenly over a corpus, int64."""
+    return np.unique(np.linspace(0, corpus.num_documents - 1, _NUM_DOCUMENTS).astype(np.int64))

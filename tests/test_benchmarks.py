@@ -42,11 +42,12 @@ STARTING_PROCESSES = {"dense.py", "moved.py", "steady.py"}
 PARTS = {"common.py", "contenders.py", "gate.py"}
 IN_TURN = """
 import json, runpy, sys
-sys.path.insert(0, sys.argv[1])
+folder, scripts = sys.argv[1], json.loads(sys.argv[2])
+sys.path.insert(0, folder)
 if __name__ == "__main__":
-    for script, arguments in json.loads(sys.argv[2]).items():
+    for script, arguments in scripts.items():
         sys.argv = [script, *arguments]
-        runpy.run_path(f"{sys.path[0]}/{script}", run_name="__main__")
+        runpy.run_path(f"{folder}/{script}", run_name="__main__")
 """
 
 

@@ -5,8 +5,6 @@ The table of families and the reference are in `test_slicing_reference.py`.
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -29,7 +27,6 @@ from cases.families import (
 )
 from est_ds.plans.methods import build_method
 from est_ds.plans.shape import Attention
-from est_ds.slicing.leaf import Leaf
 
 # Counts that a table of plans tries: all odd ones, and the least and the most.
 PLANS = {
@@ -54,37 +51,6 @@ checkpointing = pytest.mark.parametrize("checkpointing", [False, True], ids=["",
 def sliced_step(case, model, subnetwork, plan):
     with subnetwork.active(plan):
         return run_step(model, case)
-
-
-@every_case
-def test_gathered_once_a_step_weights_get_the_gradient_of_all_micro_batches_in_the_last(case):
-    plan = draw_plan(shape_of(case), **PLANS["all"])
-    model = our_model(case)
-    subnetwork = installed(case, model)
-    inputs = [{k: x.roll(i, 1) for k, x in inputs_of(case).items()} for i in range(3)]
-    came = []
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
-
-    def gradients(once: bool) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        gathered = subnetwork.gathered_once(2) if once else nullcontext()
-        with subnetwork.active(plan), gathered:
-            for i in range(3):
-                subnetwork.turn_to(i)
-                model(**inputs[i]).logits.square().mean().backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-    each, often = gradients(once=False), Counter(came)
-    came.clear()
-    once, rarely = gradients(once=True), Counter(came)
-    assert list(once) == list(each)
-    for name, gradient in each.items():
-        assert (once[name] - gradient).norm() <= 1e-6 * gradient.norm().clamp(min=1e-3), name
-    with subnetwork.active(plan):
-        leaves = {n: m for n, m in model.named_modules() if isinstance(m, Leaf)}
-        sliced = [f"{name}.weight" for name, leaf in leaves.items() if leaf.est_slice is not None]
-    assert sliced and all(often[name] == 3 and rarely[name] == 1 for name in sliced)
 
 
 def traces(model):

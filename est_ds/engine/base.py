@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +103,6 @@ class Engine(ABC):
     def first_micro_batch(self) -> int:
         """Index of this replica's first micro-batch in every global batch."""
         return self.replica * self.deepspeed.gradient_accumulation_steps()
-
-    def gathered_once(self) -> AbstractContextManager[None]:
-        """Within a step the kept weights are gathered once, and not for every micro-batch.
-
-        In fp32 alone: DeepSpeed adds up gradients of bf16 in fp32. And not where it would hold
-        what a layout does not: parameters (ZeRO 3), gradients (ZeRO 2), or what checkpointing
-        computes again.
-        """
-        config, count = self.config, self.deepspeed.gradient_accumulation_steps()
-        parallel = config.parallel
-        holds_less = parallel.zero > 1 or parallel.offload or config.activation_checkpointing
-        if count == 1 or holds_less or config.compile or config.precision != "fp32":
-            return nullcontext()
-        return self.subnetwork.gathered_once(self.first_micro_batch + count - 1)
 
     @property
     def portion(self) -> Portion:

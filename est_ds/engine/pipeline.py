@@ -135,8 +135,7 @@ class PipelineEngine(base.Engine):
             fill_missing_gradients(self.pipeline)
         self._passes = dict.fromkeys(self._passes, 0)
         began = time.perf_counter()
-        with self.gathered_once():
-            loss = self.deepspeed.train_batch(batches).item()
+        loss = self.deepspeed.train_batch(batches).item()
         self._clock.step_done(time.perf_counter() - began)
         return loss
 

@@ -73,13 +73,12 @@ class ZeroEngine(base.Engine):
         self._forget_trace()
         total = torch.zeros((), device=self.deepspeed.device)
         count = self.deepspeed.gradient_accumulation_steps()
-        with self.gathered_once():
-            for i in range(count):
-                self.subnetwork.turn_to(self.first_micro_batch + i)
-                loss = self._loss(*next(batches))
-                total += loss.detach() / count
-                self.deepspeed.backward(loss)
-                self.deepspeed.step()
+        for i in range(count):
+            self.subnetwork.turn_to(self.first_micro_batch + i)
+            loss = self._loss(*next(batches))
+            total += loss.detach() / count
+            self.deepspeed.backward(loss)
+            self.deepspeed.step()
         parallel = self.config.parallel
         forget_gradients(self.deepspeed.optimizer, parallel.zero, parallel.offload)
         return self._mean_over_replicas(total)

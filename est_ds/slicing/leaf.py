@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.functional import linear
 
 
@@ -44,7 +43,6 @@ class Leaf:
     """
 
     est_slice: Slice | None = None
-    est_gathered: Gathered | None = None
 
     @property
     def est_out_dim(self) -> int:
@@ -62,43 +60,8 @@ class Leaf:
     def forward(self, x: Tensor) -> Tensor:
         if self.est_slice is None:
             return super().forward(x)
-        gathered = self.est_gathered
-        weight, bias = self.est_kept() if gathered is None else gathered.tensors
+        weight, bias = self.est_kept()
         return linear(x, weight if self.est_out_dim == 0 else weight.t(), bias)
-
-
-class Gathered:
-    """The kept weight and bias of a leaf, gathered once for all micro-batches of a step.
-
-    Gradients of the micro-batches before the last add up at the kept ones; with those of the last
-    they go into the whole parameters.
-
-    Attributes:
-        tensors: weight and bias that the leaf multiplies by.
-    """
-
-    def __init__(self, leaf: Leaf) -> None:
-        self._kept = leaf.est_kept()
-        self.tensors = tuple(t if t is None else t.detach().requires_grad_() for t in self._kept)
-
-    def join(self) -> None:
-        """Makes the next backward the last."""
-        pairs = zip(self._kept, self.tensors)
-        self.tensors = tuple(t if t is None else _WithEarlier.apply(t, e) for t, e in pairs)
-
-
-class _WithEarlier(Function):
-    """A tensor, whose gradient gets that which `earlier` has by then."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, earlier: Tensor) -> Tensor:
-        ctx.earlier = earlier
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        earlier = ctx.earlier.grad
-        return (grad if earlier is None else earlier.add_(grad)), None
 
 
 class SlicedRows(Leaf):
@@ -313,14 +276,7 @@ def restore_class(module: nn.Module) -> None:
 
 def forget(module: nn.Module) -> None:
     """Drops what a plan set."""
-    for name in (
-        "est_slice",
-        "est_gathered",
-        "est_mask",
-        "est_skipped",
-        "est_masked",
-        "est_positions",
-    ):
+    for name in ("est_slice", "est_mask", "est_skipped", "est_masked", "est_positions"):
         module.__dict__.pop(name, None)
 
 

@@ -12,9 +12,7 @@ from est_ds.plans.plan import Kept, LayerPlan, Plan, StepPlans
 from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.families.base import Family, Slot
 from est_ds.slicing.leaf import (
-    Gathered,
     Held,
-    Leaf,
     Mask,
     NormOfKept,
     Slice,
@@ -65,8 +63,6 @@ class Subnetwork:
         self.shape, self.masked = shape, masked
         self.turn: Turn | None = None
         self._plans: StepPlans | None = None
-        self._gathered: list[Gathered] = []
-        self._last: int | None = None
         self._family, self._layers = family, dict(layers)
         self._slots = {i: family.slots(layer) for i, layer in self._layers.items()}
         for module in self._layers.values():
@@ -112,33 +108,6 @@ class Subnetwork:
             self._clear()
             self._set(self._plans[micro_batch])
         self.turn = turn
-        if micro_batch == self._last:
-            self._last = None
-            for gathered in self._gathered:
-                gathered.join()
-
-    @contextmanager
-    def gathered_once(self, last: int) -> Iterator[None]:
-        """Within, micro-batches whose plan is one use the weights that it keeps as they are now.
-        Whole parameters get their gradient in the backward of the last.
-
-        Args:
-            last: index in the global batch of this process's last micro-batch.
-        """
-        if len(self._plans) > 1:
-            yield
-            return
-        leaves = [m for slot in self._all_slots() for m in slot.modules if isinstance(m, Leaf)]
-        leaves = [leaf for leaf in leaves if leaf.est_slice is not None]
-        for leaf in leaves:
-            leaf.est_gathered = Gathered(leaf)
-        self._gathered, self._last = [leaf.est_gathered for leaf in leaves], last
-        try:
-            yield
-        finally:
-            self._gathered, self._last = [], None
-            for leaf in leaves:
-                leaf.est_gathered = None
 
     def idle_parameters(self) -> list[nn.Parameter]:
         """Parameters of this process that no plan of the step uses, in any micro-batch.

@@ -182,7 +182,8 @@ def test_a_trial_says_whether_a_micro_batch_fits(tiny_run, tmp_path):
     largest tensor, which is refused at once, would be of 52 GB."""
     overrides = [f"run_dir={tmp_path}/run", "parallel={pipe: 1, zero: 1, processes: 2}"]
     where = this_machine(load_run(tiny_run, overrides), 2)
-    given = [str(tiny_run), *overrides, "batch.global=2048", "model.vocab_size=200000"]
+    wide = ["method={name: full}", "model.num_hidden_layers=1", "model.intermediate_size=200000"]
+    given = [str(tiny_run), *overrides, "batch.global=2048", *wide]
     assert first_that_fits([2], given, where) == 2
     assert not Path(tmp_path, "run").exists()
     _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)

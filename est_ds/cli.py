@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    _add_plan(verb("plan", _plan, "show phases, FLOPs, memory and time of a run; start nothing"))
+    _add_plan(verb("plan", _plan, "show phases, FLOPs, memory and time of a run before it begins"))
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
     _add_branch(verb("branch", _branch, "begin a new run with a checkpoint of another one"))
     _add_verify_resume(
@@ -297,6 +297,8 @@ def _plan(parsed: argparse.Namespace, arguments: list[str]) -> None:
         overrides.append(f"parallel.processes={asked.processes}")
     config, times = load_run(parsed.run, overrides), None
     if asked.measures:
+        if config.batch.is_auto:
+            raise UserError("batch.micro=auto: --measure needs a number; add batch.micro=N.")
         from est_ds.training.time_runs import TimedRun, measure_runs
 
         timed = TimedRun("run", parsed.run, tuple(overrides))
@@ -328,6 +330,7 @@ def _train(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if config.batch.is_auto:
         from est_ds.training.micro_batch import find_micro
 
+        check_run(config.with_micro(1), where.processes)  # before a trial takes its time
         overrides.append(f"batch.micro={find_micro(parsed.run, overrides, where)}")
         config = load_run(parsed.run, overrides)
     checkpoints = Store.of(check_run(config, where.processes))

@@ -229,7 +229,6 @@ def _facts(config: RunConfig, hf: Any) -> ModelFacts:
     from est_ds.slicing.families.fields import dropout_of
 
     dropout = dropout_of(hf)
-    _check_dropout(config, dropout)
     family = family_of(hf.model_type)
     start = getattr(hf, "decoder_start_token_id", None)
     if start is None and hf.is_encoder_decoder:

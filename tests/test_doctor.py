@@ -100,7 +100,9 @@ def record(done, **more):
 
 def test_verdict_names_the_process_that_does_not_answer():
     reports = {0: record(7), 1: record(7), 3: record(7)}
-    text = verdict("the connection broke.", ["a", "a", "b", "b"], reports, [2], {2: record(6)})
+    text = verdict(
+        "the connection broke.", ["a", "a", "b", "b"].__getitem__, reports, [2], {2: record(6)}
+    )
     assert "rank 2 on b (last step 6, training) does not answer" in text
     assert "3 others waited for it, at step 7" in text and "rank 3" not in text
 
@@ -108,15 +110,15 @@ def test_verdict_names_the_process_that_does_not_answer():
 def test_verdict_names_the_process_that_is_held_up_or_behind():
     reports = {0: record(7), 1: record(7, where="loader.py:3 (read)")}
     assert "rank 1 on b (last step 7, training) is held up at loader.py:3" in verdict(
-        "no progress.", ["a", "b"], reports, [], {}
+        "no progress.", ["a", "b"].__getitem__, reports, [], {}
     )
     reports = {0: record(8), 1: record(7)}
-    assert "rank 1 on b" in verdict("no progress.", ["a", "b"], reports, [], {})
+    assert "rank 1 on b" in verdict("no progress.", ["a", "b"].__getitem__, reports, [], {})
 
 
 def test_verdict_names_the_error_before_those_who_went_with_it():
     reports = {0: record(7), 1: record(7, error="OSError: disk full")}
-    text = verdict("rank 1 on b failed.", ["a", "b", "c"], reports, [2], {})
+    text = verdict("rank 1 on b failed.", ["a", "b", "c"].__getitem__, reports, [2], {})
     assert "rank 1 on b (last step 7, training) failed: OSError: disk full" in text
     assert "rank 2" not in text
 

@@ -49,7 +49,7 @@ def test_loss_and_gradients_are_those_of_the_logits(name, given, monkeypatch):
     labels = labels if given == "number of labels" else (labels, torch.tensor(7.0))
     fused, plain = our_model(case), our_model(case)
     before = list(fused.state_dict())
-    found = losses_of(fused, RowLoss.of(CausalSettings(), fused), case, labels)
+    found = losses_of(fused, RowLoss.of(CausalSettings(), fused, 1), case, labels)
     expected = losses_of(plain, RowLoss(token_loss), case, labels)
     assert list(fused.state_dict()) == before
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
@@ -68,7 +68,7 @@ def test_one_chunk_has_the_losses_of_cross_entropy_to_the_bit_and_no_gradient_wh
     case = CASES["llama"]
     model, labels = our_model(case), labels_of(case)
     logits = model(**inputs_of(case), use_cache=False).logits.detach()
-    loss = RowLoss.of(CausalSettings(), model)
+    loss = RowLoss.of(CausalSettings(), model, 1)
     loss.expect(labels)
     with torch.no_grad():
         model(**inputs_of(case), use_cache=False)
@@ -79,7 +79,7 @@ def test_one_chunk_has_the_losses_of_cross_entropy_to_the_bit_and_no_gradient_wh
 def test_an_infinite_loss_has_gradients_that_are_no_numbers():
     case = CASES["llama"]
     model, labels = our_model(case), labels_of(case)
-    loss = RowLoss.of(CausalSettings(), model)
+    loss = RowLoss.of(CausalSettings(), model, 1)
     with torch.no_grad():
         model.get_output_embeddings().weight[labels[0, 1]] = -torch.inf
     found, _, grads = losses_of(model, loss, case, labels)
@@ -96,7 +96,7 @@ def test_an_objective_with_a_loss_of_its_own_reads_the_logits():
     case = CASES["llama"]
     model, labels = our_model(case), labels_of(case)
     logits = model(**inputs_of(case), use_cache=False).logits
-    found, _, _ = losses_of(model, RowLoss.of(OwnLoss(), model), case, labels)
+    found, _, _ = losses_of(model, RowLoss.of(OwnLoss(), model, 1), case, labels)
     assert found == token_loss(logits, labels) + logits.square().mean()
 
 
@@ -121,7 +121,7 @@ def test_in_bf16_the_product_is_in_bf16_and_the_loss_in_fp32(name):
     fused, plain = our_model(case).bfloat16(), our_model(case).bfloat16()
     labels, products = labels_of(case), Products(case.section["vocab_size"])
     with products:
-        found = losses_of(fused, RowLoss.of(CausalSettings(), fused), case, labels)
+        found = losses_of(fused, RowLoss.of(CausalSettings(), fused, 1), case, labels)
     assert products.types == [torch.bfloat16]
     expected = losses_of(plain, RowLoss(token_loss), case, labels)
     assert found[0].dtype == torch.float32

@@ -21,8 +21,14 @@ from est_ds.design import make_outline
 from est_ds.plans.methods.base import full_loads
 from est_ds.plans.shape import Attention, Mlp, ModelShape
 from est_ds.report.asked import Asked
-from est_ds.report.plan_memory import largest_micro, remedies, subject_of, usable_bytes
-from est_ds.report.plan_text import plan_report
+from est_ds.report.plan_memory import (
+    largest_micro,
+    memory_of,
+    remedies,
+    subject_of,
+    usable_bytes,
+)
+from est_ds.report.plan_text import gibibytes, plan_report
 from peak_memory import CASES, compared
 
 WITHIN = 0.10
@@ -197,6 +203,15 @@ def test_plan_says_whether_a_gpu_holds_it_and_what_would_make_it_fit():
     assert "no: " in text and "would fit  parallel.zero=3" in text
     block = text[text.index("memory of h100-80g") : text.index("8 x h100-80g")]
     assert max(map(len, block.splitlines())) <= 80 and block.isascii()
+
+
+def test_a_plan_for_a_gpu_has_one_estimate_of_its_memory_in_fp32_too():
+    config = make_config(precision="fp32", batch={"global": 256, "micro": 256})
+    asked, outline = Asked(gpu=gpu_of("h100-80g")), make_outline(config)
+    peak = memory_of(outline, gpu=asked.gpu).total_bytes
+    assert gibibytes(peak) != gibibytes(memory_of(outline).total_bytes)  # kernels of a CPU
+    text = " ".join(plan_report(config, False, asked=asked).split())
+    assert f"memory {gibibytes(peak)} of tensors at most" in text
 
 
 def test_remedies_fit_and_no_larger_micro_batch_does():

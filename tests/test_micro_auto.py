@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import resource
+import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +18,18 @@ import yaml
 from cases.tiny import make_config
 from conftest import est_ds, refused
 from est_ds.config.run_file import load_run
+from est_ds.cost.gpus import gpu_of
+from est_ds.cost.micro_batches import micro_batches
 from est_ds.errors import UserError
 from est_ds.launch.placement import this_machine
+from est_ds.ranks.preempt import EXIT_CODE
+from est_ds.report.asked import Asked
+from est_ds.report.plan_text import plan_report
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import read_metrics
 from est_ds.training import micro_batch
-from est_ds.training.micro_batch import expected_bytes, find_micro, micro_batches
+from est_ds.training.micro_batch import expected_bytes, find_micro, first_that_fits
+from est_ds.verify_resume.short import shortened
 
 AUTO = "batch.micro=auto"
 ALONE = "parallel={pipe: 1, zero: 1, processes: 1}"
@@ -106,6 +117,65 @@ def test_a_lack_of_memory_is_told_from_other_errors():
     assert not micro_batch._is_lack_of_memory(ValueError("no such layer"))
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, EXIT_CODE), (signal.SIGINT, 128 + signal.SIGINT)]
+)
+def test_a_signal_ends_a_trial_and_no_training_begins(number, code, tiny_run, tmp_path, capfd):
+    overrides = [f"run_dir={tmp_path}/run", ALONE]
+    where = this_machine(load_run(tiny_run, overrides), 1)
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(SystemExit) as ended:
+        first_that_fits([2, 1], [str(tiny_run), *overrides], where)
+    assert ended.value.code == code
+    assert capfd.readouterr().out.count("batch.micro=auto: trying") == 1
+
+
+def test_what_is_wrong_is_said_before_a_trial(tiny_run, tmp_path, capsys):
+    given = ("train", tiny_run, f"run_dir={tmp_path}/run", AUTO, ALONE)
+    assert "corpus absent" in refused(capsys, *given, "data.train=absent")
+    (tmp_path / "run").write_text("")
+    assert "run_dir" in refused(capsys, *given)
+
+
+def test_measuring_and_verifying_need_a_number(tiny_run, tmp_path, capsys):
+    given = (tiny_run, f"run_dir={tmp_path}/run", AUTO)
+    needs = "batch.micro=auto: {} needs a number; add batch.micro=N."
+    assert needs.format("--measure") in refused(capsys, "plan", *given, "--measure")
+    with pytest.raises(UserError, match=re.escape(needs.format("verify-resume"))):
+        shortened(load_run(tiny_run, list(given[1:])), None)
+
+
+DROPPING = {
+    "model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64,
+    "vocab_size": 512,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "largest"),
+    [
+        ({"method": {"name": "full"}, "model": DROPPING}, 16),
+        ({"method": {"name": "layer_drop", "drop": 0.2, "draw": "micro_batch"}}, 8),
+        ({"parallel": {"pipe": 2, "zero": 1, "processes": 2}}, 2),
+    ],
+)
+def test_the_plan_for_a_gpu_is_of_the_micro_batch_that_auto_takes(changes, largest):
+    """On a GPU that holds all of them: the rules are the same."""
+    config = make_config(batch={"global": 16, "micro": "auto"}, precision="bf16", **changes)
+    processes = config.parallel.processes or 1
+    asked = Asked(gpu=gpu_of("h100-80g"), processes=processes, layouts=True)
+    plan = json.loads(plan_report(config, True, asked=asked))
+    assert plan["micro"] == "auto" and plan["figures_for_micro"] == largest
+    assert plan["memory"]["largest_micro"] == largest == micro_batches(config, processes)[0]
+    found = {layout["micro"] for layout in plan["layouts"] if layout["pipe"] == 1}
+    assert {1, largest} < found
+    given = json.loads(plan_report(config.with_micro(largest), True, asked=asked))
+    assert given["time"] == plan["time"] and "micro" not in given
+    text = " ".join(plan_report(config, False, asked=asked).split())
+    assert f"micro_batch {largest} x" in text and f"the figures are for {largest}" in text
+    assert "the figures are for 1 " in " ".join(plan_report(config, False).split())
+
+
 @pytest.mark.slow
 def test_a_trial_says_whether_a_micro_batch_fits(tiny_run, tmp_path):
     """As on GPUs, but that a limit of this process and its children stands for a GPU's memory. The
@@ -113,16 +183,16 @@ def test_a_trial_says_whether_a_micro_batch_fits(tiny_run, tmp_path):
     overrides = [f"run_dir={tmp_path}/run", "parallel={pipe: 1, zero: 1, processes: 2}"]
     where = this_machine(load_run(tiny_run, overrides), 2)
     given = [str(tiny_run), *overrides, "batch.global=2048", "model.vocab_size=200000"]
-    assert micro_batch._fits([*given, "batch.micro=2"], where)
+    assert first_that_fits([2], given, where) == 2
     assert not Path(tmp_path, "run").exists()
     _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (40 << 30, hard))
     try:
-        assert not micro_batch._fits([*given, "batch.micro=1024"], where)
+        assert first_that_fits([1024], given, where) is None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     with pytest.raises(UserError, match="data.train"):
-        micro_batch._fits([*given, "data.train=absent", "batch.micro=2"], where)
+        first_that_fits([2], [*given, "data.train=absent"], where)
 
 
 @pytest.mark.gpu

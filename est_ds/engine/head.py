@@ -30,10 +30,12 @@ class LossHead:
 
     Attributes:
         est_labels: of the next forward, int64 [B, T]; None: it returns logits.
+        est_scale: see `summed_loss`.
         est_losses: of the last forward with labels, nats, fp32 [B, T]; 0 where there is no target.
     """
 
     est_labels: Tensor | None = None
+    est_scale: float | Tensor = 1.0
     est_losses: Tensor | None = None
 
     def forward(self, x_BTH: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ class LossHead:
         if labels_BT is None:
             return super().forward(x_BTH)
         x_NH, labels_N = x_BTH.flatten(0, 1), labels_BT.flatten()
-        summed, losses_N = summed_loss(x_NH, self.weight, self.bias, labels_N)
+        summed, losses_N = summed_loss(x_NH, self.weight, self.bias, labels_N, self.est_scale)
         self.est_losses = losses_N.view_as(labels_BT)
         return summed
 
@@ -55,14 +57,23 @@ def loss_head(model: nn.Module) -> LossHead:
 
 
 def summed_loss(
-    x_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor
+    x_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    scale: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Returns the cross-entropy of x @ weight.T + bias summed over the labels that are not ignored,
-    and that of every token without gradients; in fp32, nats. It has one backward, no second."""
+    and that of every token without gradients; in fp32, nats. It has one backward, no second.
+
+    Args:
+        scale: the gradient of the sum in that backward, as far as it is known. At it the gradients
+            of the logits are rounded to bf16, as they would be where the logits are there.
+    """
     given = x_NH, weight_VH, bias_V
     if not torch.is_grad_enabled():
         given = tuple(t if t is None else t.detach() for t in given)
-    return _SummedLoss.apply(*given, labels_N)
+    return _SummedLoss.apply(*given, (labels_N, scale))
 
 
 class _SummedLoss(Function):
@@ -70,7 +81,8 @@ class _SummedLoss(Function):
     vocabulary wide."""
 
     @staticmethod
-    def forward(ctx, x_NH, weight_VH, bias_V, labels_N):
+    def forward(ctx, x_NH, weight_VH, bias_V, given):
+        labels_N, scale = given
         has_backward = any(ctx.needs_input_grad)
         counts_N1 = (labels_N != IGNORED)[:, None]
         at_N1 = labels_N.clamp(min=0)[:, None]
@@ -84,20 +96,21 @@ class _SummedLoss(Function):
             if not has_backward:
                 continue
             grad = log_p.exp_().scatter_add_(1, at, -torch.ones_like(at, dtype=torch.float32))
-            grad = grad.to(x.dtype)
+            grad = grad.mul_(scale).to(x.dtype)
             grad_x[some] = (grad @ weight_VH) * counts
             grad_weight = _plus_product(grad_weight, grad, x * counts)
             if bias_V is not None:
                 grad_bias = _plus_product(grad_bias, grad, counts.to(x.dtype))
         losses_N = losses_N1[:, 0]
         ctx.mark_non_differentiable(losses_N)
-        ctx.gradients = grad_x, grad_weight, grad_bias
+        ctx.gradients, ctx.scale = (grad_x, grad_weight, grad_bias), scale
         return losses_N.sum(), losses_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
         (grad_x, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
+        grad = grad / ctx.scale
         if grad_bias is not None:
             grad_bias = grad_bias[:, 0].mul_(grad).to(grad_x.dtype)
         return grad_x.mul_(grad), grad_weight.mul_(grad).to(grad_x.dtype), grad_bias, None

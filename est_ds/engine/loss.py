@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from est_ds.data.objectives.base import Settings
-from est_ds.data.objectives.loss import IGNORED, Labels, mean_loss, targets_of
+from est_ds.data.objectives.loss import IGNORED, Labels, divisor_of, mean_loss, targets_of
 from est_ds.engine.head import LossHead, loss_head
 
 Loss = Callable[[Tensor, Labels], Tensor]
@@ -34,22 +34,25 @@ class RowLoss:
     Args:
         loss: the objective's.
         head: that of the model whose losses these are; None: the model gives logits.
+        micro_batches: of a replica in a step, over whose losses the mean is trained.
     """
 
-    def __init__(self, loss: Loss, head: LossHead | None = None) -> None:
-        self._loss, self._head = loss, head
+    def __init__(self, loss: Loss, head: LossHead | None = None, micro_batches: int = 1) -> None:
+        self._loss, self._head, self._micro_batches = loss, head, micro_batches
         self._rows: RowLosses | None = None
 
     @classmethod
-    def of(cls, objective: Settings, model: nn.Module) -> RowLoss:
+    def of(cls, objective: Settings, model: nn.Module, micro_batches: int) -> RowLoss:
         """Has the model's head compute the loss without the logits, unless the objective has a loss
         of its own, which reads them."""
-        return cls(objective.loss, loss_head(model) if objective.loss is Settings.loss else None)
+        head = loss_head(model) if objective.loss is Settings.loss else None
+        return cls(objective.loss, head, micro_batches)
 
     def expect(self, labels: Labels) -> None:
         """Says the labels of the forward that comes next."""
         if self._head is not None:
             self._head.est_labels = targets_of(labels)
+            self._head.est_scale = 1.0 / (divisor_of(labels) * self._micro_batches)
 
     def __call__(self, output: Tensor, labels: Labels) -> Tensor:
         """Returns the loss of a micro-batch.

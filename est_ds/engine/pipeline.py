@@ -90,7 +90,8 @@ class PipelineEngine(base.Engine):
             LayerSpec(PieceModule, design, model, piece, config.activation_checkpointing)
             for piece in pieces
         ]
-        self.loss = RowLoss.of(design.objective, model)
+        accumulation = config.batch.accumulation(self.num_replicas)
+        self.loss = RowLoss.of(design.objective, model, accumulation)
         with start.quiet():
             self.pipeline = CutPipeline(
                 specs,

@@ -46,7 +46,7 @@ class ZeroEngine(base.Engine):
         if config.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         self.design = design
-        self.loss = RowLoss.of(design.objective, model)
+        self.loss = RowLoss.of(design.objective, model, config.batch.accumulation(world.size))
         self.layers = dict(enumerate(family.layers(model)))
         self.subnetwork = Subnetwork(
             family, design.method.shape, self.layers, masked=design.method.masked

@@ -15,7 +15,7 @@ from est_ds.cost.time import RunTime, estimated
 from est_ds.design import Outline
 from est_ds.errors import UserError
 from est_ds.report.hours import job_of
-from est_ds.report.plan_memory import FREE, memory_of, usable_bytes
+from est_ds.report.plan_memory import FREE, allowed_micros, memory_of, usable_bytes
 from est_ds.report.text import PLAIN, seconds
 
 
@@ -36,10 +36,13 @@ class Layout:
         return self.memory_bytes <= usable_bytes(gpu)
 
 
-def compared_layouts(outline: Outline, gpu: Gpu) -> list[Layout]:
+def compared_layouts(outline: Outline, gpu: Gpu, is_auto: bool = False) -> list[Layout]:
     """Every layout of the run's processes, the fastest first: of pipe stages, ZeRO stages and
     micro-batches. Where the micro-batch decides what is drawn (`draw: micro_batch`, dropout), it
-    stays.
+    stays, unless it is still to be found.
+
+    Args:
+        is_auto: whether it is.
 
     Raises:
         UserError: the run's time cannot be estimated, or its batch fits no layout.
@@ -49,35 +52,28 @@ def compared_layouts(outline: Outline, gpu: Gpu) -> list[Layout]:
         Layout(
             spread.config, estimated(job_of(spread, gpu)), memory_of(spread, gpu=gpu).total_bytes
         )
-        for spread in _spread(outline)
+        for spread in _spread(outline, is_auto)
     ]
     return sorted(found, key=lambda layout: layout.time.total_s)
 
 
-def _spread(outline: Outline) -> Iterator[Outline]:
+def _spread(outline: Outline, is_auto: bool) -> Iterator[Outline]:
     """Outlines of the same run in every layout that it allows."""
     config, method = outline.config, outline.method
     processes = config.parallel.processes or config.parallel.pipe
-    keeps_micro = method.by_micro_batch or bool(outline.dropout)
     for pipe in _divisors(processes):
         at_pipe = None
         for zero in (0, 1) if pipe > 1 else (0, 1, 2, 3):
             if zero == 3 and method.by_micro_batch and method.shape.encoder_layers:
                 continue
-            share, rest = divmod(config.batch.global_, processes // pipe)
-            micros = _divisors(share) if not rest else []
-            for micro in [config.batch.micro] if keeps_micro else micros:
-                if rest or share % micro:
-                    continue
-                layers = config.parallel.pipe_layers if pipe == config.parallel.pipe else None
-                parallel = {"pipe": pipe, "zero": zero, "pipe_layers": layers}
-                changed = config.model_copy(
-                    update={
-                        "parallel": config.parallel.model_copy(update=parallel),
-                        "batch": config.batch.model_copy(update={"micro": micro}),
-                    }
-                )
-                spread = replace(outline, config=changed)
+            layers = config.parallel.pipe_layers if pipe == config.parallel.pipe else None
+            parallel = {"pipe": pipe, "zero": zero, "pipe_layers": layers}
+            update = {"parallel": config.parallel.model_copy(update=parallel)}
+            laid = replace(outline, config=config.model_copy(update=update))
+            # Of any number a stage: its waiting is part of the time.
+            for micro in reversed(allowed_micros(laid, is_auto, least=0)):
+                changed = laid.config.with_micro(micro)
+                spread = replace(laid, config=changed)
                 try:
                     check_deepspeed_section(changed)
                     at_pipe = at_pipe or spread.cuts

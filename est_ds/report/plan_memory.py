@@ -13,6 +13,7 @@ from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.cost.activations import setting_of
 from est_ds.cost.gpus import Gpu
 from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_run, memory_of_stage
+from est_ds.cost.micro_batches import LEAST, micro_batches
 from est_ds.data.objectives.base import Settings
 from est_ds.design import Outline
 from est_ds.errors import UserError
@@ -60,14 +61,18 @@ def usable_bytes(gpu: Gpu) -> float:
     return (1 - FREE) * gpu.memory_bytes
 
 
-def memory_on(outline: Outline, gpu: Gpu) -> tuple[dict[str, Any], str]:
-    """`memory` of `est-ds plan --json`, and the same for the eye."""
+def memory_on(outline: Outline, gpu: Gpu, is_auto: bool = False) -> tuple[dict[str, Any], str]:
+    """`memory` of `est-ds plan --json`, and the same for the eye.
+
+    Args:
+        is_auto: whether the micro-batch is still to be found.
+    """
     subject, replicas = _on(outline, None, gpu)
     phases = [memory_of_phase(subject, i, replicas) for i in range(len(subject.method.phases))]
     most = max(phases, key=lambda memory: memory.total_bytes)
-    usable, largest = usable_bytes(gpu), largest_micro(outline, gpu)
+    usable, largest = usable_bytes(gpu), largest_micro(outline, gpu, is_auto=is_auto)
     fits = most.total_bytes <= usable
-    found = [] if fits else list(remedies(outline, gpu))[:SHOWN]
+    found = [] if fits else list(remedies(outline, gpu, is_auto))[:SHOWN]
     document = {
         "gpu_bytes": gpu.memory_bytes,
         "usable_bytes": usable,
@@ -121,24 +126,46 @@ class Remedy:
     peak_bytes: float
 
 
-def largest_micro(outline: Outline, gpu: Gpu, overrides: tuple[str, ...] = ()) -> Remedy | None:
-    """The largest micro-batch that fits, None if none does. Where the micro-batch decides what is
-    drawn (`draw: micro_batch`, dropout) no other is tried."""
+def allowed_micros(outline: Outline, is_auto: bool, least: int = LEAST) -> list[int]:
+    """Micro-batches that may be tried in a layout, largest first; none if its replicas do not
+    divide the batch.
+
+    They are those of `batch.micro: auto`, and the run's own. Where the micro-batch decides what is
+    drawn (`draw: micro_batch`, dropout), and the run says a number, it is its own alone.
+
+    Args:
+        is_auto: whether the micro-batch is still to be found.
+        least: see `micro_batches`.
+    """
     config = outline.config
     processes = config.parallel.processes or config.parallel.pipe
-    share, rest = divmod(config.batch.global_, config.data_parallel(processes))
-    sizes = [n for n in range(share, 0, -1) if share % n == 0] if not rest else []
+    try:
+        found = micro_batches(config, processes, least)
+    except UserError:
+        return []
+    if is_auto:
+        return found
+    share = config.batch.global_ // config.data_parallel(processes)
+    own = [] if share % config.batch.micro else [config.batch.micro]
     if outline.method.by_micro_batch or outline.dropout:
-        sizes = [n for n in sizes if n == config.batch.micro]
+        return own
+    return sorted({*found, *own}, reverse=True)
+
+
+def largest_micro(
+    outline: Outline, gpu: Gpu, overrides: tuple[str, ...] = (), is_auto: bool = False
+) -> Remedy | None:
+    """The largest micro-batch that fits, of `allowed_micros`; None if none does."""
+    config, sizes = outline.config, allowed_micros(outline, is_auto)
     for micro in sizes:
         peak = memory_of(_with(outline, batch={"micro": micro}), gpu=gpu).total_bytes
         if peak <= usable_bytes(gpu):
-            said = () if micro == config.batch.micro else (f"batch.micro={micro}",)
+            said = () if is_auto or micro == config.batch.micro else (f"batch.micro={micro}",)
             return Remedy((*overrides, *said), micro, peak)
     return None
 
 
-def remedies(outline: Outline, gpu: Gpu) -> Iterator[Remedy]:
+def remedies(outline: Outline, gpu: Gpu, is_auto: bool = False) -> Iterator[Remedy]:
     """What would make a run fit on as many GPUs: a smaller micro-batch, checkpointing, another ZeRO
     stage or more pipe stages; those that change least first."""
     config = outline.config
@@ -165,7 +192,7 @@ def remedies(outline: Outline, gpu: Gpu) -> Iterator[Remedy]:
             changed.cuts
         except UserError:
             continue
-        if remedy := largest_micro(changed, gpu, tuple(said)):
+        if remedy := largest_micro(changed, gpu, tuple(said), is_auto):
             yield remedy
 
 

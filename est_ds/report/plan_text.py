@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from est_ds.config.published import FROM, SHA256
-from est_ds.config.sections import RunConfig
+from est_ds.config.sections import AUTO, RunConfig
 from est_ds.config.start import Start
 from est_ds.cost.flops import gradient_share
+from est_ds.cost.gpus import Gpu
 from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
 from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
@@ -20,16 +22,19 @@ from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
 from est_ds.plans.methods.token_drop import TokenDrop
 from est_ds.report.asked import NOTHING, Asked
 from est_ds.report.estimate import Estimate, make_estimate
-from est_ds.report.plan_memory import memory_of, memory_on, memory_table, when
+from est_ds.report.plan_memory import largest_micro, memory_of, memory_on, memory_table, when
 from est_ds.report.plan_time import time_and_layouts
 from est_ds.report.text import PLAIN, facts_table, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
-AUTO_NOTE = "; batch.micro=auto: est-ds train takes the most that fit, the figures are for 1"
+AUTO_NOTE = "; batch.micro=auto: est-ds train takes the most that fit, the figures are for {}"
 
 
-def plan_tables(estimate: Estimate) -> str:
+def plan_tables(estimate: Estimate, gpu: Gpu | None = None) -> str:
     """A plan for the eye, at most 80 columns where names are short.
+
+    Args:
+        gpu: that memory is estimated for; None: see `memory_of`.
 
     Raises:
         UserError: the batch does not fit the processes.
@@ -37,7 +42,11 @@ def plan_tables(estimate: Estimate) -> str:
     config = estimate.design.config
     head = f"{config.run_dir}: method {config.method['name']}, {config.steps:,} steps"
     return rendered(
-        head, facts_table(_facts(estimate)), _phases(estimate), _layouts(estimate), _NOTE
+        head,
+        facts_table(_facts(estimate, gpu)),
+        _phases(estimate),
+        _layouts(estimate, gpu),
+        _NOTE,
     )
 
 
@@ -50,7 +59,7 @@ _NOTE = (
 )
 
 
-def _facts(estimate: Estimate) -> list[tuple[str, str]]:
+def _facts(estimate: Estimate, gpu: Gpu | None) -> list[tuple[str, str]]:
     config, shape = estimate.design.config, estimate.design.method.shape
     tokens = config.tokens_per_step
     fractions, unchecked = estimate.json["saved"], estimate.unchecked
@@ -58,7 +67,8 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
     cost = dense * (1.0 - fractions["model"])
     processes, accumulation = layouts(config)[0]
     pipe, replicas = config.parallel.pipe, config.data_parallel(processes)
-    memory = memory_of(estimate.design, processes)
+    memory = memory_of(estimate.design, processes, gpu)
+    auto = AUTO_NOTE.format(config.batch.micro) if estimate.is_auto else ""
     assumed = "" if config.parallel.processes else "; one replica is assumed"
     return [
         ("model", f"{shape.family}, {estimate.json['parameters']:,} parameters"),
@@ -73,7 +83,7 @@ def _facts(estimate: Estimate) -> list[tuple[str, str]]:
         ("FLOPs saved", ", ".join(_saving(name, f) for name, f in fractions.items())),
         *_stacking(estimate),
         *_positions(estimate),
-        ("batch", config.batch.equation(replicas) + AUTO_NOTE * estimate.is_auto),
+        ("batch", config.batch.equation(replicas) + auto),
         (
             "processes",
             f"{processes} = {pipe} pipe stage{'s' * (pipe > 1)} x {replicas} "
@@ -213,7 +223,7 @@ def _phases(estimate: Estimate) -> Table:
     return table
 
 
-def _layouts(estimate: Estimate) -> Table:
+def _layouts(estimate: Estimate, gpu: Gpu | None) -> Table:
     """Memory of a process with the processes of the run file, and with more replicas."""
     config = estimate.design.config
     offload = config.parallel.offload  # then there is one process a replica
@@ -222,7 +232,7 @@ def _layouts(estimate: Estimate) -> Table:
     for processes, accumulation in layouts(config):
         replicas = [] if offload else [f"{config.data_parallel(processes)}"]
         row = [f"{processes}", *replicas, f"{accumulation}"]
-        rows.append((row, memory_of(estimate.design, processes)))
+        rows.append((row, memory_of(estimate.design, processes, gpu)))
     return memory_table(head, rows)
 
 
@@ -270,7 +280,8 @@ def plan_report(
 
     Every phase has `kept_layers` (of the model), `kept_heads` and `kept_columns` (of one kept
     layer), all as means over the phase's steps, and its FLOPs as ratios of the dense ones.
-    `saved` is the fraction of the dense FLOPs of the whole run that is saved.
+    `saved` is the fraction of the dense FLOPs of the whole run that is saved. With
+    `batch.micro: auto` the figures are for the largest micro-batch that fits `asked.gpu`, or for 1.
 
     Args:
         plot: file to draw it into; its ending is one that matplotlib knows (.png, .svg, .pdf).
@@ -281,21 +292,35 @@ def plan_report(
             the file cannot be written.
     """
     layouts(config)  # the batch must fit the processes, whether a table shows it or not
-    estimate = make_estimate(config)
+    estimate, gpu = make_estimate(config), asked.gpu
+    if estimate.is_auto and gpu:
+        estimate = _with_largest_micro(estimate, gpu)
     if as_json and estimate.unchecked:
         print(
             f"est-ds: not checked, since not here: {', '.join(estimate.unchecked)}", file=sys.stderr
         )
-    more, blocks = time_and_layouts(estimate.design, estimate.json["parameters"], asked)
-    if asked.gpu:
-        more["memory"], block = memory_on(estimate.design, asked.gpu)
+    design, is_auto = estimate.design, estimate.is_auto
+    more, blocks = time_and_layouts(design, estimate.json["parameters"], asked, is_auto)
+    if gpu:
+        more["memory"], block = memory_on(design, gpu, is_auto)
         blocks = [block, *blocks]
+    if is_auto:
+        more |= {"micro": AUTO, "figures_for_micro": design.config.batch.micro}
     if as_json:
         text = json.dumps(estimate.json | more, indent=2)
     else:
-        text = "\n".join([plan_tables(estimate), *blocks])
+        text = "\n".join([plan_tables(estimate, gpu), *blocks])
     if plot:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
 
         write_plan_figure(estimate, Path(plot))
     return text
+
+
+def _with_largest_micro(estimate: Estimate, gpu: Gpu) -> Estimate:
+    """The figures for the largest micro-batch that fits; as they are if none does."""
+    design = estimate.design
+    largest = largest_micro(design, gpu, is_auto=True)
+    if largest is None:
+        return estimate
+    return replace(estimate, design=replace(design, config=design.config.with_micro(largest.micro)))

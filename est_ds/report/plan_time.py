@@ -22,13 +22,14 @@ from est_ds.report.text import facts_table, rendered
 
 
 def time_and_layouts(
-    outline: Outline, parameters: int, asked: Asked
+    outline: Outline, parameters: int, asked: Asked, is_auto: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the parts of the document, and the same as blocks of text; nothing where nothing was
     asked.
 
     Args:
         parameters: of the model.
+        is_auto: whether the micro-batch is still to be found.
 
     Raises:
         UserError: the time cannot be estimated.
@@ -48,7 +49,7 @@ def time_and_layouts(
     facts = facts_table(time_facts(time, parameters, asked))
     blocks = [rendered(head, facts, time_table(time, outline.config.tokens_per_step), note)]
     if asked.layouts and gpu:
-        layouts = compared_layouts(outline, gpu)
+        layouts = compared_layouts(outline, gpu, is_auto)
         document["layouts"] = layouts_document(layouts, gpu)
         blocks.append(rendered(f"layouts of {head}", *layouts_table(layouts, gpu)))
     return document, blocks

@@ -20,12 +20,14 @@ import torch
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_of_run
+from est_ds.cost.micro_batches import micro_batches
 from est_ds.design import make_outline
 from est_ds.engine.build import build_engine
 from est_ds.engine.start import leave_processes, start_processes
 from est_ds.errors import Failure, UserError, gigabytes
-from est_ds.launch.launcher import launch
+from est_ds.launch.launcher import Watched, start
 from est_ds.launch.placement import Launch
+from est_ds.launch.signals import Signals
 from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World, end_with_starter
 from est_ds.report.plan_memory import subject_of
@@ -35,9 +37,10 @@ from est_ds.training.turns import Measured
 MODULE = "est_ds.training.micro_batch"
 TOO_LARGE = "est-ds: the micro-batch does not fit"
 GAVE_UP_S = 1800.0  # without a turn
-LEAST = 4  # micro-batches for every pipe stage that are kept, since fewer leave it waiting
-SHARE = 0.8  # of a machine's free memory, and
-GPU_SHARE = 0.94  # of a GPU's, that a run may take
+SHARE = 0.8  # of a machine's free memory that a run may take
+# Of a GPU's, for torch's allocator. More than `est-ds plan` counts on: a trial has the allocator's
+# slack in it, and the estimate only says with which size to begin.
+GPU_SHARE = 0.94
 LIBRARIES_BYTES = 0.75e9  # of a process on a CPU, beside what is estimated
 CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
 
@@ -51,6 +54,7 @@ def find_micro(run: str, overrides: Sequence[str], where: Launch) -> int:
     Raises:
         UserError: nothing fits; or there are several nodes, on which it is not tried.
         Failure: a trial failed for another reason.
+        SystemExit: a signal came during the trials; its code is that of `est-ds train`.
     """
     if where.by_ssh or where.node_rank is not None:
         raise UserError(
@@ -61,9 +65,9 @@ def find_micro(run: str, overrides: Sequence[str], where: Launch) -> int:
     sizes, needs = micro_batches(config, where.processes), expected_bytes(config, where.processes)
     if torch.cuda.is_available():
         room = GPU_SHARE * min(map(_gpu_bytes, range(torch.cuda.device_count())))
-        for micro in sizes:
-            if needs(micro) <= room and _fits([run, *overrides, f"batch.micro={micro}"], where):
-                return micro
+        found = first_that_fits([m for m in sizes if needs(m) <= room], [run, *overrides], where)
+        if found:
+            return found
         least = f"a micro-batch of {sizes[-1]} does not fit into a GPU of {gigabytes(room)}"
     else:
         room = SHARE * memory_bytes() / where.processes
@@ -81,23 +85,6 @@ def find_micro(run: str, overrides: Sequence[str], where: Launch) -> int:
         f"batch.micro=auto: {least}; start more processes with a higher parallel.zero, set "
         f"activation_checkpointing=true, or train a smaller model."
     )
-
-
-def micro_batches(config: RunConfig, processes: int) -> list[int]:
-    """Returns the micro-batches that divide a replica's share of the batch, largest first.
-
-    A pipeline keeps four micro-batches a stage, or all that there are; `method.draw: micro_batch`
-    two in the whole batch.
-
-    Raises:
-        UserError: the replicas do not divide the batch, or the stages the processes.
-    """
-    replicas, pipe = config.data_parallel(processes), config.parallel.pipe
-    share = config.with_micro(1).batch.accumulation(replicas)
-    fewest = min(share, LEAST * pipe) if pipe > 1 else 1
-    if config.method.get("draw") == "micro_batch" and replicas == 1:
-        fewest = max(fewest, min(share, 2))
-    return [m for m in range(share, 0, -1) if share % m == 0 and share // m >= fewest]
 
 
 def expected_bytes(config: RunConfig, processes: int) -> Callable[[int], float]:
@@ -132,8 +119,32 @@ def _gpu_bytes(number: int) -> int:
     return torch.cuda.get_device_properties(number).total_memory
 
 
-def _fits(arguments: list[str], where: Launch) -> bool:
+def first_that_fits(sizes: Sequence[int], arguments: list[str], where: Launch) -> int | None:
+    """Returns the first of the micro-batches with which a trial succeeds, None without one.
+
+    A signal ends the trial at once: it has nothing to save.
+
+    Args:
+        arguments: the run file and its overrides.
+
+    Raises:
+        Failure, UserError: see `_fits`.
+        SystemExit: a signal came.
+    """
+    with Signals() as signals:
+        trials = (m for m in sizes if _fits([*arguments, f"batch.micro={m}"], where, signals))
+        found = next(trials, None)
+    if signals.code is not None:
+        print("est-ds: ended by a signal before training began", file=sys.stderr, flush=True)
+        raise SystemExit(signals.code)
+    return found
+
+
+def _fits(arguments: list[str], where: Launch, signals: Signals) -> bool:
     """Tries a micro-batch in processes of their own.
+
+    Returns:
+        Whether it fits; True as well if a signal came, after which there is nothing to try.
 
     Raises:
         Failure: they failed for another reason than a lack of memory.
@@ -144,14 +155,13 @@ def _fits(arguments: list[str], where: Launch) -> bool:
     with TemporaryDirectory(prefix="est-ds-micro-") as folder:
         log = Path(folder, "log")
         with log.open("w") as f:
-            code = launch(arguments, replace(where, module=MODULE).again(where.slots), 60.0, f)
+            trial = replace(where, module=MODULE).again(where.slots)
+            code = start(arguments, trial, 60.0, signals, Watched(f, lambda: signals.noticed))
         said = log.read_text(errors="replace")
-    if code == 0:
+    if code == 0 or signals.code is not None:
         return True
     if TOO_LARGE in said:
         return False
-    if code >= 128:  # a signal, and so a wish
-        raise KeyboardInterrupt
     lines = said.strip().splitlines() or ["they said nothing"]
     if code == 2:
         raise UserError(lines[-1].removeprefix("est-ds: "))

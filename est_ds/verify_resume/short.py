@@ -24,8 +24,11 @@ def shortened(config: RunConfig, steps: int | None) -> RunConfig:
         steps: None takes the first of a few small numbers in which every phase has a step.
 
     Raises:
-        UserError: the run's settings do not fit into so few steps.
+        UserError: the run's settings do not fit into so few steps, or its micro-batch is still to
+            be found.
     """
+    if config.batch.is_auto:
+        raise UserError("batch.micro=auto: verify-resume needs a number; add batch.micro=N.")
     tried = [steps] if steps else [n for n in DEFAULT_STEPS if n < config.steps] or [config.steps]
     for i, number in enumerate(tried, start=1):
         try:

@@ -18,6 +18,11 @@ def targets_of(labels: Labels) -> Tensor:
     return labels[0] if isinstance(labels, tuple) else labels
 
 
+def divisor_of(labels: Labels) -> int | Tensor:
+    """What a sum of their losses is divided by: B * T, or the divisor given with the labels."""
+    return labels[1] if isinstance(labels, tuple) else labels.numel()
+
+
 def token_loss(logits_BTV: Tensor, labels: Labels) -> Tensor:
     """Returns the cross-entropy summed over the tokens that count, as a mean: see `mean_loss`."""
     from torch.nn.functional import cross_entropy
@@ -39,5 +44,5 @@ def mean_loss(summed: Tensor, labels: Labels) -> Tensor:
     what it holds). An infinite loss, whose gradient may be finite, gets one that is no number: the
     norm of the gradients alone then tells every rank that the step must not be applied.
     """
-    loss = summed / (labels[1] if isinstance(labels, tuple) else labels.numel())
+    loss = summed / divisor_of(labels)
     return loss * (1.0 + 0.0 * loss.detach())

@@ -10,18 +10,21 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import torch.distributed as dist
 
 from buckets import BUCKET, SECRET, Way, credentials, gcs_server, s3_server
+from cases.tiny import make_config
 from conftest import ROOT, fork_ranks, refused, train
 from est_ds.checkpoints import copier as copier_file
 from est_ds.checkpoints.bucket import Bucket
-from est_ds.checkpoints.copier import Board, Copier
+from est_ds.checkpoints.copier import Copier, CopyBoard
 from est_ds.checkpoints.index import FILE, read_index
 from est_ds.checkpoints.reader import damage
+from est_ds.checkpoints.restore import _check_same_run, choose_or_restore
 from est_ds.checkpoints.store import Store, tag_of
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Checkpoint as Settings
@@ -29,9 +32,14 @@ from est_ds.data.indexed import Corpus
 from est_ds.data.manifest import _remote_manifest
 from est_ds.data.remote import Remote, RemoteError, without_keys
 from est_ds.data.staging import CACHE, _staged_corpus, _staged_folder
+from est_ds.design import make_design
 from est_ds.disk import describe, hold
+from est_ds.doctor import facts
 from est_ds.errors import UserError
+from est_ds.ranks import gather, meeting
+from est_ds.run.directory import check_run_dir
 from est_ds.run.metrics import read_metrics
+from est_ds.run.prepare import held_out_windows
 from est_ds.studies.runs import Runs
 from est_ds.studies.study_file import load_study
 from forks import fork, wait
@@ -84,7 +92,8 @@ def alone(tmp_path) -> Iterator[dist.Store]:
 
 
 def copier_of(store: Store, settings: Settings, board_store: dist.Store, notes: list) -> Copier:
-    return Copier(store, settings, Board(lambda: board_store, "test"), notes.append, lambda: None)
+    board = CopyBoard(lambda: board_store, "test")
+    return Copier(store, settings, board, notes.append, lambda: None)
 
 
 def copies_to(url: str, **more) -> Settings:
@@ -214,6 +223,48 @@ def test_branch_takes_no_copies_of_its_parents_for_its_own(copied, capsys, tmp_p
     assert not (tmp_path / "branch").exists()
 
 
+class Killed(BaseException):
+    """Ends a start in its midst."""
+
+
+def kill(*arguments, **more) -> None:
+    raise Killed
+
+
+@pytest.fixture
+def met(alone, monkeypatch) -> None:
+    """This process alone has met itself."""
+    monkeypatch.setattr(meeting, "_stores", [alone])
+    monkeypatch.setattr(gather, "_exchanges", [])
+
+
+@pytest.mark.parametrize(
+    "place", ["_make_room", "Bucket.fetch", "replace_bytes", "replace_text", "Store.point_to"]
+)
+def test_start_on_an_empty_disk_killed_while_it_fetches_is_started_again(
+    place, copied, met, tiny_run, tmp_path, monkeypatch
+):
+    overrides = [*SHORT, KEEP_2, f"checkpoint.copy_to=file://{copied[1]}"]
+    config = load_run(tiny_run, [f"run_dir={tmp_path / 'run'}", *overrides])
+    store = Store.of(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(f"est_ds.checkpoints.restore.{place}", kill)
+        choose_or_restore(store, config, lambda: None)
+    check_run_dir(config)  # as every start does
+    assert choose_or_restore(store, config, lambda: None).step == 4
+    assert store.steps() == [4] and damage(store.path(4)) is None
+
+
+def test_copies_of_another_micro_batch_say_which_where_it_is_a_part_of_the_run():
+    given = {"method": {"name": "full", "draw": "micro_batch"}}
+    size = {"global": 8}
+    there, here = (make_config(batch=size | {"micro": n}, **given) for n in (4, 2))
+    copy = SimpleNamespace(state=SimpleNamespace(config=there.model_dump(by_alias=True)))
+    _check_same_run(copy, there)
+    with pytest.raises(UserError, match="batch.micro is 4 there and 2 .* batch.micro=4 of the cop"):
+        _check_same_run(copy, here)
+
+
 def test_runs_of_a_study_have_copies_apart(write_study):
     study = write_study(set={"steps": 8, "checkpoint": {"every": 4, "copy_to": "file:///there"}})
     runs = Runs(load_study(study))
@@ -263,6 +314,21 @@ def test_newer_checkpoint_takes_the_place_of_one_that_waits(way, alone, copied, 
         copier.close()
         assert [note.split()[1] for note in notes] == ["4"]
     assert bucket.steps() == [4] and store.steps() == [4]
+
+
+def test_answers_of_many_ranks_are_asked_for_in_few_requests(alone, monkeypatch):
+    monkeypatch.setattr(copier_file, "AT_ONCE", 2)
+    boards = [CopyBoard(lambda: alone, "many") for _ in range(5)]
+    for rank, board in enumerate(boards):
+        board.rank, board.num_ranks = rank, 5
+    for number in (1, 2):
+        boards[0].order(number, 10 * number)
+        assert boards[4].ordered() == (number, 10 * number)
+        for rank in (4, 0, 1, 3, 2):
+            assert boards[0].answers(number) is None
+            boards[rank].answer(number, "" if rank else "full")
+        assert boards[0].answers(number) == ["full", "", "", "", ""]
+    assert alone.num_keys() == 1  # the order
 
 
 def test_file_of_many_requests_arrives_whole_or_not_at_all(way, tmp_path, monkeypatch):
@@ -463,6 +529,26 @@ def test_plan_needs_no_corpus_of_a_bucket(corpus, cache):
     described = Corpus.described(f"file://{corpus}/train")
     assert described.num_tokens == Corpus.open(corpus / "train").num_tokens
     assert not described.shards and not cache.exists()
+
+
+def test_held_out_corpora_alone_are_fetched_to_evaluate(corpus, cache, tiny_run):
+    url = f"file://{corpus}"
+    config = load_run(tiny_run, [f"data.train={url}/train", f"data.valid={url}/valid"])
+    [windows] = held_out_windows(make_design(config)).values()
+    assert len(windows.corpus.shards) == 1
+    assert [file.name for file in cache.glob("corpora/*/*.bin")] == ["valid.bin"]
+    # Where the training corpora are gone, the others' manifests serve.
+    gone = load_run(tiny_run, [f"data.train={url}/none", f"data.valid={url}/valid"])
+    assert list(held_out_windows(make_design(gone))) == list(config.data.held_out)
+
+
+def test_doctor_fetches_no_corpus(corpus, cache, tiny_run):
+    overrides = [f"data.{field}=file://{corpus}/{field}" for field in ("train", "valid")]
+    found = facts._run(str(tiny_run), overrides)
+    names = {name: Corpus.open(corpus / name).fingerprint for name in ("train", "valid")}
+    assert found["corpus"] == names and not cache.exists()
+    none = facts._run(str(tiny_run), [f"data.train=file://{corpus}/none"])
+    assert "none.manifest.json does not exist" in none["error"]
 
 
 # Settings

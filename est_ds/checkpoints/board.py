@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from est_ds.disk import File
-from est_ds.ranks.board import AT_ONCE, put, take
+from est_ds.ranks.board import AT_ONCE, put, remove, take
 from est_ds.ranks.meeting import latest_store
 
 Shapes = dict[str, tuple[int, ...]]
@@ -55,7 +55,7 @@ class Board:
 
     def clear(self) -> None:
         """Takes away what this rank has left, once the checkpoint is complete."""
-        self._store.delete_key(self._key(self._rank))
+        remove(self._store, self._key(self._rank))
 
     def _key(self, rank: int) -> str:
         return f"est_ds/written/{self._begun}/{rank}"

@@ -23,6 +23,7 @@ from est_ds.config.sections import Checkpoint as Settings
 from est_ds.data.remote import RemoteError
 from est_ds.disk import File
 from est_ds.errors import Failure, gigabytes
+from est_ds.ranks.board import AT_ONCE, look_every_s, read_all
 from est_ds.ranks.gather import of_rank_0
 
 EVERY_S = 0.5  # between two looks at the store
@@ -34,7 +35,7 @@ class _Ended(Exception):
     """The training is over, and so is the copy under way."""
 
 
-class Board:
+class CopyBoard:
     """What the ranks tell each other on the store on rank 0. Whatever it does may raise
     `dist.DistError`, when that has gone.
 
@@ -46,6 +47,7 @@ class Board:
     def __init__(self, connect: Callable[[], dist.Store], name: str) -> None:
         self._connect, self._store, self._name = connect, connect(), f"est_ds/copy/{name}"
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._missing: list[str] = []  # answers, on rank 0
 
     def connect(self) -> None:
         """Makes the connection anew: a lost one does not come back by itself."""
@@ -53,6 +55,7 @@ class Board:
 
     def order(self, number: int, step: int) -> None:
         """Asks every rank to send its files of a checkpoint."""
+        self._missing = self._keys(number)
         self._store.set(f"{self._name}/order", json.dumps([number, step]))
 
     def ordered(self) -> tuple[int, int]:
@@ -65,11 +68,14 @@ class Board:
         self._store.set(self._key(number, self.rank), text or " ")
 
     def answers(self, number: int) -> list[str] | None:
-        """What all ranks have answered; None while some have not."""
-        keys = [self._key(number, rank) for rank in range(self.num_ranks)]
-        if not self._store.check(keys):
+        """What all ranks have answered to the last order; None while some have not. Mostly one
+        request."""
+        while self._missing and self._store.check(self._missing[:AT_ONCE]):
+            del self._missing[:AT_ONCE]
+        if self._missing:
             return None
-        texts = [text.decode().strip() for text in self._store.multi_get(keys)]
+        keys = self._keys(number)
+        texts = [text.decode().strip() for text in read_all(self._store, keys)]
         for key in keys:
             self._store.delete_key(key)
         return texts
@@ -83,6 +89,9 @@ class Board:
 
     def _key(self, number: int, rank: int) -> str:
         return f"{self._name}/{number}/{rank}"
+
+    def _keys(self, number: int) -> list[str]:
+        return [self._key(number, rank) for rank in range(self.num_ranks)]
 
 
 @dataclass
@@ -119,7 +128,7 @@ class Copier:
         self,
         store: Store,
         settings: Settings,
-        board: Board,
+        board: CopyBoard,
         note: Callable[[str], None],
         goes_on: Callable[[], None],
     ) -> None:
@@ -208,7 +217,7 @@ class Copier:
                 elif self._board.has_ended():
                     break
                 self._goes_on()
-                time.sleep(EVERY_S / 5)
+                time.sleep(look_every_s(EVERY_S / 5, self._board.num_ranks))
             if self._is_first:
                 if left := self._left:
                     self._note(f"warning: {left}")
@@ -308,7 +317,8 @@ class Copier:
     def _follow(self) -> None:
         """Does what rank 0 asks for, on the others."""
         done = 0
-        while not self._over.wait(EVERY_S):
+        every_s = look_every_s(EVERY_S, 2 * self._board.num_ranks)  # a look may be two requests
+        while not self._over.wait(every_s):
             try:
                 number, step = self._board.ordered()
                 if number > done:

@@ -20,11 +20,11 @@ from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.data.remote import RemoteError, RemoteMissing, persistent
-from est_ds.disk import describe, replace_bytes, replace_text, sync_folder
+from est_ds.disk import File, describe, replace_bytes, replace_text, sync_folder
 from est_ds.errors import Failure, UserError, gigabytes
-from est_ds.ranks.gather import gathered, of_rank_0, on_threads
+from est_ds.ranks.gather import dealt, first_of_all, of_rank_0, on_threads
 from est_ds.ranks.world import say
-from est_ds.run.directory import check_not_lost, differences
+from est_ds.run.directory import check_not_lost, differences, write_config
 
 
 def choose_or_restore(store: Store, config: RunConfig, goes_on: Callable[[], None]) -> Index | None:
@@ -56,7 +56,7 @@ def choose_or_restore(store: Store, config: RunConfig, goes_on: Callable[[], Non
             damaged = e
         if copy is None or (found and copy.step <= found.step):
             break
-        if wrong := _restore(store, bucket, copy, goes_on):
+        if wrong := _restore(store, bucket, copy, config, goes_on):
             unread = f"checkpoint {copy.step} could not be fetched ({wrong})"
             say(f"warning: {unread}")
         copy, _ = _newest(bucket, copy.step, goes_on)
@@ -75,7 +75,11 @@ def choose_or_restore(store: Store, config: RunConfig, goes_on: Callable[[], Non
 def _newest(
     bucket: Bucket, before: int | None, goes_on: Callable[[], None]
 ) -> tuple[Index | None, str | None]:
-    """The newest whole copy of fewer steps than `before`, and what kept from looking."""
+    """The newest whole copy of fewer steps than `before`, and what kept from looking.
+
+    Returns:
+        On rank 0 alone with the files of the copy.
+    """
     found: list[tuple[Index | None, str | None]] = []
 
     def look() -> None:
@@ -85,37 +89,58 @@ def _newest(
             found.append((None, str(e)))
 
     on_threads(look if dist.get_rank() == 0 else None, goes_on)
-    return of_rank_0(found and found[0])
+    own, unread = found[0] if found else (None, None)
+    told, unread = of_rank_0((own and own.model_copy(update={"files": {}}), unread))
+    return own or told, unread
 
 
 def _check_same_run(copy: Index, config: RunConfig) -> None:
-    if differing := differences(checked(RunConfig, copy.state.config), config):
-        raise UserError(
-            f"{FIELD}={config.checkpoint.copy_to!r} holds checkpoints of a run of another config: "
-            f"{'; '.join(differing[:3])} (there: the copies). Give this run a folder of its own."
+    former = checked(RunConfig, copy.state.config)
+    differing = differences(former, config)
+    if not differing:
+        return
+    advice = "Give this run a folder of its own."
+    if len(differing) == 1 and differing[0].startswith("batch.micro "):
+        advice = (
+            f"To go on with that run, give batch.micro={former.batch.micro} of the copy: with "
+            f"dropout or draw: micro_batch it is a part of the run. Else give this run a folder of "
+            f"its own."
         )
+    raise UserError(
+        f"{FIELD}={config.checkpoint.copy_to!r} holds checkpoints of a run of another config: "
+        f"{'; '.join(differing[:3])} (there: the copies). {advice}"
+    )
 
 
-def _restore(store: Store, bucket: Bucket, copy: Index, goes_on: Callable[[], None]) -> str | None:
+def _restore(
+    store: Store, bucket: Bucket, copy: Index, config: RunConfig, goes_on: Callable[[], None]
+) -> str | None:
     """Fetches a copy, each rank its share of the files; returns what went wrong.
 
     What a killed process has fetched is not fetched again.
+
+    Args:
+        copy: as `_newest` gives it.
     """
-    rank, num_ranks, began = dist.get_rank(), dist.get_world_size(), time.monotonic()
+    is_first, began = dist.get_rank() == 0, time.monotonic()
     folder = store.folder / f".{tag_of(copy.step)}.fetched"
     own: list[str] = []
 
-    def fetch() -> None:
-        own.extend(_told(lambda: _fetch(bucket, copy, folder, (rank, num_ranks))))
+    def room() -> None:
+        write_config(config, store.folder.parent)  # without it what is here would be no run's
+        _make_room(store, folder, copy)
 
-    wrong = of_rank_0(_told(lambda: _make_room(store, folder, copy)) if rank == 0 else None)
+    wrong = of_rank_0(_told(room) if is_first else None)
     if not wrong:
-        on_threads(fetch, goes_on)
-        wrong = [text for theirs in gathered(own) for text in theirs]
-    if not wrong:
-        wrong = of_rank_0(
-            _told(lambda: _complete(store, bucket, copy, folder)) if rank == 0 else None
+        files, size = sorted(copy.files.items()), dist.get_world_size()
+        part = dealt([dict(files[rank::size]) for rank in range(size)] if is_first else None)
+        on_threads(
+            lambda: own.extend(_told(lambda: _fetch(bucket, copy.step, folder, part))), goes_on
         )
+        if fault := first_of_all(own[0] if own else None):
+            return fault[1]
+        complete = partial(_complete, store, bucket, copy, folder)
+        wrong = of_rank_0(_told(complete) if is_first else None)
     if wrong:
         return wrong[0]
     size = gigabytes(sum(file.bytes for file in copy.files.values()))
@@ -124,12 +149,12 @@ def _restore(store: Store, bucket: Bucket, copy: Index, goes_on: Callable[[], No
     return None
 
 
-def _fetch(bucket: Bucket, copy: Index, folder: Path, part: tuple[int, int]) -> None:
+def _fetch(bucket: Bucket, step: int, folder: Path, part: dict[str, File]) -> None:
     folder.mkdir(exist_ok=True)  # a shared file system may show it late
-    for name in sorted(copy.files)[part[0] :: part[1]]:
-        file, expected = folder / name, copy.files[name]
+    for name, expected in part.items():
+        file = folder / name
         if not file.exists() or describe(file) != expected:
-            there = f"{tag_of(copy.step)}/{name}"
+            there = f"{tag_of(step)}/{name}"
             persistent(partial(bucket.fetch, there, file, expected, lambda _: None))
 
 

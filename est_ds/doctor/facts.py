@@ -19,6 +19,7 @@ import psutil
 import torch
 
 import est_ds
+from est_ds.config.kinds import is_url
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.cost.parameters import total_parameters
@@ -118,10 +119,15 @@ def existing_parent(path: str) -> Path:
 def _fingerprint(config: RunConfig, name: str) -> str:
     data = config.data
     parts = [p.corpus for p in data.parts] if name == "train" else data.held_out.values()
-    corpora = [Corpus.open(prefix) for prefix in parts]
+    corpora = [_corpus(prefix) for prefix in parts]
     for corpus in corpora:
         corpus.check_tokenizer(data.tokenizer)
     return "+".join(corpus.fingerprint for corpus in corpora)
+
+
+def _corpus(prefix: str) -> Corpus:
+    """A corpus; of one in a bucket, of which nothing is fetched, what its manifest says."""
+    return (Corpus.described(prefix) if is_url(prefix) else None) or Corpus.open(prefix)
 
 
 def _interface(master: str | None) -> dict[str, str | None]:

@@ -75,6 +75,14 @@ def put(store: dist.Store, key: str, value: bytes) -> None:
     store.check([key])  # the store answers in turn; a set alone is not answered
 
 
+def remove(store: dist.Store, key: str) -> None:
+    """Takes away a value that was `put` under a key."""
+    store.delete_key(key)
+    number = 1
+    while store.delete_key(f"{key}/{number}"):
+        number += 1
+
+
 def take(store: dist.Store, keys: Sequence[str]) -> list[bytes]:
     """Values that were `put` under keys."""
     found = []

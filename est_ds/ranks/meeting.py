@@ -32,7 +32,8 @@ MISSING = "est_ds/missing"  # rank 0's words, every `TELL_EVERY_S` while it wait
 TELL_EVERY_S = 2.0
 RECORD = "est_ds/record"  # rank 0's, once it has seen all
 READ = "est_ds/record_read"
-SOCKETS = 4  # of one rank at rank 0: the meeting, pre-emption, the watchdog, the process group
+# Of one rank at rank 0: the meeting, pre-emption, the watchdog, the process group, the copier.
+SOCKETS = 5
 
 # Until the process ends: whatever group it joins later talks by them, and rank 0's is the server.
 _stores: list[dist.Store] = []

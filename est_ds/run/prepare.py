@@ -251,10 +251,12 @@ def held_out_windows(design: Design) -> dict[str, Windows]:
         _check_corpus(design, corpus)
         corpus.check_tokenizer(data.tokenizer)
     try:
-        known = [Corpus.open(part.corpus) for part in data.parts]
+        known = [Corpus.described(part.corpus) for part in data.parts]
     except UserError:
-        known = list(held_out.values())
-    sampling = _sampling(design, known)
+        known = [None]
+    described = [corpus for corpus in known if corpus]
+    whole = len(described) == len(data.parts)
+    sampling = _sampling(design, described if whole else list(held_out.values()))
     choice = design.config.evaluate.choice
     return {n: Windows(c, sampling, choice=choice) for n, c in held_out.items()}
 

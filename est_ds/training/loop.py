@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from est_ds.checkpoints.copier import Board, Copier
+from est_ds.checkpoints.copier import Copier, CopyBoard
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.restore import choose_or_restore
 from est_ds.checkpoints.resume import choose_checkpoint, load_checkpoint, load_weights
@@ -140,7 +140,7 @@ def _copying(
     settings = run.config.checkpoint
     if settings.copy_to is None:
         return nullcontext()
-    board = Board(meeting.connect, of_rank_0(secrets.token_hex(8)))
+    board = CopyBoard(meeting.connect, of_rank_0(secrets.token_hex(8)))
     goes_on = partial(watchdog.go_on, "waiting for copies of checkpoints")
     return Copier(store, settings, board, recorder.note, goes_on)
 

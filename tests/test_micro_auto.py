@@ -192,7 +192,7 @@ def test_a_trial_says_whether_a_micro_batch_fits(tiny_run, tmp_path):
         assert first_that_fits([1024], given, where) is None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    with pytest.raises(UserError, match="data.train"):
+    with pytest.raises(UserError, match="corpus absent: absent.idx does not exist"):
         first_that_fits([2], [*given, "data.train=absent"], where)
 
 

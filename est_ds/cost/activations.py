@@ -41,7 +41,7 @@ DEFAULT_WINDOW = {"mistral": 4096}
 LAYER_NORM = ("gpt2", "bert")
 # Logits that the loss takes at a time; a GPU would have too little to do with those that fit into a
 # CPU's cache. Fewer rows than the fewest would spend their time on adding to the weight's gradient.
-AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,11 @@ def setting_of(
         on_gpu=on_gpu,
         has_mask=config.data.documents == "separate" or bool(window),
         compiled=config.compile,
-        logits_at_once=None if whole_logits else AT_ONCE_ON_GPU if on_gpu else AT_ONCE,
+        logits_at_once=None
+        if whole_logits
+        else LOGITS_AT_ONCE_ON_GPU
+        if on_gpu
+        else LOGITS_AT_ONCE,
     )
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.cost.activations import setting_of
 from est_ds.cost.gpus import Gpu
-from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_run, memory_of_stage
+from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_pipe_stage, memory_of_run
 from est_ds.cost.micro_batches import LEAST, micro_batches
 from est_ds.data.objectives.base import Settings
 from est_ds.design import Outline
@@ -34,7 +34,7 @@ def subject_of(outline: Outline, on_gpu: bool) -> Subject:
         config,
         outline.method,
         outline.cuts,
-        outline.stage_parameters,
+        outline.pipe_stage_parameters,
         (config.data.sequence, outline.target_sequence),
         setting_of(
             config,
@@ -85,7 +85,7 @@ def memory_on(outline: Outline, gpu: Gpu, is_auto: bool = False) -> tuple[dict[s
                 "name": phase.name,
                 **_document(memory),
                 "pipe_stages": [
-                    _document(memory_of_stage(subject, i, replicas, stage))
+                    _document(memory_of_pipe_stage(subject, i, replicas, stage))
                     for stage in range(len(subject.cuts))
                 ],
             }
@@ -231,15 +231,18 @@ def _facts(
     usable = usable_bytes(gpu)
     fits = memory.total_bytes <= usable
     facts = [
-        ("fits", f"{'yes' if fits else 'no'}: {_gib(memory.total_bytes)} of {_gib(usable)}"),
+        (
+            "fits",
+            f"{'yes' if fits else 'no'}: {gibibytes(memory.total_bytes)} of {gibibytes(usable)}",
+        ),
         ("most", f"in phase {phase}: {when(memory)}"),
     ]
     if memory.host_bytes:
-        facts.append(("host", f"{_gib(memory.host_bytes)} a process"))
+        facts.append(("host", f"{gibibytes(memory.host_bytes)} a process"))
     if largest:
-        facts.append(("largest", f"batch.micro={largest.micro}: {_gib(largest.peak_bytes)}"))
+        facts.append(("largest", f"batch.micro={largest.micro}: {gibibytes(largest.peak_bytes)}"))
     if not fits:
-        said = [f"{' '.join(remedy.set)}: {_gib(remedy.peak_bytes)}" for remedy in found]
+        said = [f"{' '.join(remedy.set)}: {gibibytes(remedy.peak_bytes)}" for remedy in found]
         none = "nothing that was tried on as many GPUs; take more of them, or larger ones"
         facts += [("would fit", line) for line in said or [none]]
     return facts
@@ -251,7 +254,7 @@ def when(memory: Memory) -> str:
     return f"pipe stage {memory.pipe_stage}, {memory.moment}" if stages else memory.moment
 
 
-def _gib(size_bytes: float) -> str:
+def gibibytes(size_bytes: float) -> str:
     return f"{number(size_bytes / 2**30)} GiB"
 
 

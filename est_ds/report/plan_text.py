@@ -15,7 +15,7 @@ from est_ds.config.sections import AUTO, RunConfig
 from est_ds.config.start import Start
 from est_ds.cost.flops import gradient_share
 from est_ds.cost.gpus import Gpu
-from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
+from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_stage_costs
 from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
@@ -159,7 +159,7 @@ def _pipeline(estimate: Estimate, accumulation: int) -> str:
     stages = " | ".join(f"{a}-{b - 1}" for a, b in zip([0, *cuts], cuts))
     size = design.flops_size(1)
     loads = ", ".join(
-        f"{phase.name} {imbalance(stage_costs(method, i, cuts, **size)):.2f}"
+        f"{phase.name} {imbalance(pipe_stage_costs(method, i, cuts, **size)):.2f}"
         for i, phase in enumerate(method.phases)
     )
     waits = bubble(len(cuts), accumulation)

@@ -15,7 +15,7 @@ from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.published import FROM
 from est_ds.config.sections import RunConfig
 from est_ds.cost.known_models import ModelFacts, known_model
-from est_ds.cost.parameters import stage_parameters
+from est_ds.cost.parameters import pipe_stage_parameters
 from est_ds.cost.pipe_cuts import pipe_cuts
 from est_ds.data.mixture import PhaseWeights
 from est_ds.data.objectives import objective_settings
@@ -61,9 +61,9 @@ class Outline:
         return self.facts.dropout
 
     @property
-    def stage_parameters(self) -> tuple[int, ...]:
+    def pipe_stage_parameters(self) -> tuple[int, ...]:
         """Parameters of every pipe stage; a tied one counts on every stage that holds it."""
-        return stage_parameters(self.facts.pieces, self.cuts)
+        return pipe_stage_parameters(self.facts.pieces, self.cuts)
 
     @property
     def target_sequence(self) -> int | None:

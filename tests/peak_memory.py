@@ -21,7 +21,7 @@ from cases.families import OBJECTIVES
 from cases.memory import CASES, MemoryCase, run_of
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
-from est_ds.cost.memory import memory_of_stage
+from est_ds.cost.memory import memory_of_pipe_stage
 from est_ds.design import Design, make_design
 from est_ds.engine.patches import forget_former_pipeline
 from est_ds.ranks.world import World
@@ -86,7 +86,7 @@ def _lines(name: str, ranks: list[list[list[float]]]) -> Iterator[Measured]:
     for i, phase in enumerate(design.method.phases):
         for stage in range(stages):
             own = [rank[i] for rank in ranks[stage * replicas : (stage + 1) * replicas]]
-            memory = memory_of_stage(subject, i, replicas, stage)
+            memory = memory_of_pipe_stage(subject, i, replicas, stage)
             host = memory.host_bytes  # on a CPU it is the same memory
             yield Measured(
                 name,

@@ -43,7 +43,7 @@ def losses_of(model, loss: RowLoss, case, labels):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_logits(name, given, monkeypatch):
     monkeypatch.setattr(head, "FEWEST_ROWS", 5)  # several chunks, the last one shorter
-    monkeypatch.setattr(head, "AT_ONCE", 1)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 1)
     case = CASES[name]
     labels = labels_of(case)
     labels = labels if given == "number of labels" else (labels, torch.tensor(7.0))
@@ -138,7 +138,7 @@ def test_in_bf16_chunks_are_added_in_fp32(monkeypatch):
 
     def gradient(fewest: int) -> torch.Tensor:
         monkeypatch.setattr(head, "FEWEST_ROWS", fewest)
-        monkeypatch.setattr(head, "AT_ONCE", 1)
+        monkeypatch.setattr(head, "LOGITS_AT_ONCE", 1)
         summed, _ = head.summed_loss(x, weight, None, labels)
         return torch.autograd.grad(summed, weight)[0].double()
 

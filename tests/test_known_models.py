@@ -14,7 +14,7 @@ from cases.families import CASES
 from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.cost.known_models import FIELDS, known_model
-from est_ds.cost.parameters import stage_parameters, total_parameters
+from est_ds.cost.parameters import pipe_stage_parameters, total_parameters
 from est_ds.design import Design, make_design, make_outline
 from est_ds.slicing.build import count_parameters, empty_model, piece_sizes
 from est_ds.slicing.families import family_of, hf_config
@@ -46,7 +46,7 @@ def test_the_shape_alone_gives_the_counts_of_the_empty_model(name):
     assert [p.own for p in known.pieces] == [p.own for p in pieces]
     for first in ([], [1], [2, 3]):
         cuts = [*first, known.shape.num_layers]
-        assert stage_parameters(known.pieces, cuts) == stage_parameters(pieces, cuts)
+        assert pipe_stage_parameters(known.pieces, cuts) == pipe_stage_parameters(pieces, cuts)
 
 
 @pytest.mark.parametrize("model_type", FIELDS)
@@ -84,7 +84,7 @@ def test_an_outline_is_the_design_but_for_what_builds_it():
     config = make_config(parallel={"pipe": 2, "zero": 1})
     outline, design = make_outline(config), make_design(config)
     assert not isinstance(outline, Design)
-    for name in ("cuts", "dropout", "decoder_start", "stage_parameters", "target_sequence"):
+    for name in ("cuts", "dropout", "decoder_start", "pipe_stage_parameters", "target_sequence"):
         assert getattr(outline, name) == getattr(design, name)
     assert outline.method.shape == design.method.shape
     scaled = make_config(model={**config.model, "rope_theta": 5e5})

@@ -17,7 +17,7 @@ from cases.tiny import TINY_MODEL
 from conftest import refused
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops
-from est_ds.cost.pipe_cuts import stage_costs
+from est_ds.cost.pipe_cuts import pipe_stage_costs
 from est_ds.plans.methods import build_method
 from est_ds.report.plan_text import plan_report
 from est_ds.run.metrics import read_metrics
@@ -132,7 +132,7 @@ def test_stages_of_masked_compute_cost_what_dense_ones_cost():
     section = {"name": "raptr", "phases": [{"until": 0.5, "layers": 2}, {"until": 1.0}]}
     method = build_method(section | {"compute": "masked"}, seed=0, steps=10, shape=shape)
     size = {"tokens": 64, "sequence": 64}
-    assert sum(stage_costs(method, 0, [2, 4], **size)) == dense_flops(shape, **size).model
+    assert sum(pipe_stage_costs(method, 0, [2, 4], **size)) == dense_flops(shape, **size).model
 
 
 @pytest.mark.parametrize(

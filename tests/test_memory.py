@@ -15,7 +15,7 @@ from est_ds.config.sections import Optimizer
 from est_ds.cost.activations import Setting, activations, loss_bytes
 from est_ds.cost.flops import StepSize
 from est_ds.cost.gpus import gpu_of
-from est_ds.cost.memory import memory_of_phase, memory_of_stage, most_loads
+from est_ds.cost.memory import memory_of_phase, memory_of_pipe_stage, most_loads
 from est_ds.cost.states import Process, held
 from est_ds.design import make_outline
 from est_ds.plans.methods.base import full_loads
@@ -96,11 +96,11 @@ def test_early_stages_hold_more_micro_batches_and_the_last_one_logits():
     cut = {"parallel": {"pipe": 2, "zero": 1}, "method": {"name": "full"}}
     cut["batch"] = {"global": 64, "micro": 16}
     subject = subject_of(outline_of(**cut), on_gpu=True)
-    first, last = (memory_of_stage(subject, 0, 1, stage) for stage in (0, 1))
+    first, last = (memory_of_pipe_stage(subject, 0, 1, stage) for stage in (0, 1))
     assert first.pipe_stage == 0 and first.logits == 0 < last.logits
     batch = subject.config.batch.model_copy(update={"global_": 16})
     alone = subject.config.model_copy(update={"batch": batch})
-    one = memory_of_stage(replace(subject, config=alone), 0, 1, 0)
+    one = memory_of_pipe_stage(replace(subject, config=alone), 0, 1, 0)
     assert 1.6 < first.activations / one.activations < 2.2
     assert first.total_bytes == sum(first.parts.values()) > first.held_bytes
 

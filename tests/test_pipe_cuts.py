@@ -10,7 +10,7 @@ import pytest
 
 from cases.plans import TINYLLAMA, est, shape_of
 from est_ds.config.sections import Parallel
-from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_cuts, stage_costs
+from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_cuts, pipe_stage_costs
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 
@@ -25,9 +25,9 @@ def test_the_head_counts_where_a_pipeline_is_cut():
     # A layer of TinyLlama-1.1B is 42 M weights with its scores, the head 65.5 M.
     cuts = pipe_cuts(full(TINYLLAMA), Parallel(pipe=4), **SIZE)
     assert cuts == [6, 12, 18, 22]
-    costs = stage_costs(full(TINYLLAMA), 0, cuts, **SIZE)
+    costs = pipe_stage_costs(full(TINYLLAMA), 0, cuts, **SIZE)
     assert imbalance(costs) == pytest.approx(1.03, abs=0.02)
-    equal = stage_costs(full(TINYLLAMA), 0, [6, 11, 16, 22], **SIZE)
+    equal = pipe_stage_costs(full(TINYLLAMA), 0, [6, 11, 16, 22], **SIZE)
     assert imbalance(equal) > 1.2
 
 
@@ -52,7 +52,7 @@ def test_no_other_cut_costs_less_over_all_phases(name):
 
     def cost(cuts):
         return sum(
-            (phase.until_step - phase.from_step) * max(stage_costs(method, i, cuts, **SIZE))
+            (phase.until_step - phase.from_step) * max(pipe_stage_costs(method, i, cuts, **SIZE))
             for i, phase in enumerate(method.phases)
         )
 
@@ -70,9 +70,9 @@ def test_every_phase_waits_for_its_own_busiest_stage():
     size = {"tokens": 16, "sequence": 16}
     phases = [{"until": 6, "layers": 2}, {"until": 16, "layers": 8}]
     method = build_method({"name": "raptr", "phases": phases}, seed=0, steps=16, shape=shape)
-    layer = stage_costs(method, 1, [1, 8], **size)[0]
-    assert stage_costs(method, 0, [6, 8], **size) == [layer, 3 * layer]
-    assert stage_costs(method, 1, [6, 8], **size) == [6 * layer, 4 * layer]
+    layer = pipe_stage_costs(method, 1, [1, 8], **size)[0]
+    assert pipe_stage_costs(method, 0, [6, 8], **size) == [layer, 3 * layer]
+    assert pipe_stage_costs(method, 1, [6, 8], **size) == [6 * layer, 4 * layer]
     assert pipe_cuts(method, Parallel(pipe=2), **size) == [5, 8]
 
 

@@ -103,11 +103,11 @@ def test_a_plan_says_when_g_stack_would_stack():
 def test_stages_hold_all_parameters_together():
     whole = make_estimate(make_config())
     cut = make_estimate(make_config(parallel={"pipe": 2, "zero": 1}))
-    assert whole.design.stage_parameters == (whole.json["parameters"],)
-    assert len(cut.design.stage_parameters) == 2
-    assert sum(cut.design.stage_parameters) == cut.json["parameters"]
+    assert whole.design.pipe_stage_parameters == (whole.json["parameters"],)
+    assert len(cut.design.pipe_stage_parameters) == 2
+    assert sum(cut.design.pipe_stage_parameters) == cut.json["parameters"]
     # The last stage has the final norm beside what both ends have alike.
-    assert cut.design.stage_parameters[1] - cut.design.stage_parameters[0] == 64
+    assert cut.design.pipe_stage_parameters[1] - cut.design.pipe_stage_parameters[0] == 64
 
 
 def test_plan_of_7b_parameters_takes_seconds_and_no_memory():

@@ -41,7 +41,7 @@ DEFAULT_WINDOW = {"mistral": 4096}
 LAYER_NORM = ("gpt2", "bert")
 # Logits that the loss takes at a time; a GPU would have too little to do with those that fit into a
 # CPU's cache. Fewer rows than the fewest would spend their time on adding to the weight's gradient.
-AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_GPU, FEWEST_ROWS = 1 << 22, 1 << 27, 256
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def setting_of(
     window = model.get("sliding_window", DEFAULT_WINDOW.get(family))
     if not model.get("use_sliding_window", family == "mistral"):
         window = None
+    at_once = LOGITS_AT_ONCE_ON_GPU if on_gpu else LOGITS_AT_ONCE
     of_weights = {f for f in dropout if "attn" in f or "attention" in f or f == "dropout_rate"}
     return Setting(
         value_bytes=2 if config.precision == "bf16" else 4,
@@ -170,7 +171,7 @@ def setting_of(
         on_gpu=on_gpu,
         has_mask=config.data.documents == "separate" or bool(window),
         compiled=config.compile,
-        logits_at_once=None if whole_logits else AT_ONCE_ON_GPU if on_gpu else AT_ONCE,
+        logits_at_once=None if whole_logits else at_once,
     )
 
 

@@ -65,7 +65,7 @@ class Subject:
 
     Attributes:
         cuts: ends of the layer ranges of the pipe stages.
-        stage_parameters: parameters of every pipe stage.
+        pipe_stage_parameters: parameters of every pipe stage.
         sequence: tokens of a sample, and of its target (None: no encoder-decoder).
         setting: how the layers compute.
     """
@@ -73,7 +73,7 @@ class Subject:
     config: RunConfig
     method: Method
     cuts: Sequence[int]
-    stage_parameters: Sequence[int]
+    pipe_stage_parameters: Sequence[int]
     sequence: tuple[int, int | None]
     setting: Setting
 
@@ -92,7 +92,7 @@ class Subject:
 def memory_of_phase(subject: Subject, phase: int, data_parallel: int) -> Memory:
     """The most that any process holds in the steps of a phase."""
     stages = range(len(subject.cuts))
-    found = (memory_of_stage(subject, phase, data_parallel, stage) for stage in stages)
+    found = (memory_of_pipe_stage(subject, phase, data_parallel, stage) for stage in stages)
     return max(found, key=lambda memory: memory.total_bytes)
 
 
@@ -103,7 +103,7 @@ def memory_of_run(subject: Subject, data_parallel: int) -> Memory:
     return max(found, key=lambda memory: memory.total_bytes)
 
 
-def memory_of_stage(subject: Subject, phase: int, data_parallel: int, stage: int) -> Memory:
+def memory_of_pipe_stage(subject: Subject, phase: int, data_parallel: int, stage: int) -> Memory:
     """The most that a process of a pipe stage holds in the steps of a phase."""
     first, end = [0, *subject.cuts][stage], subject.cuts[stage]
     loads = most_loads(subject.method, phase, (first, end))
@@ -115,7 +115,7 @@ def memory_of_stage(subject: Subject, phase: int, data_parallel: int, stage: int
     if under_way > 1:
         settings.add((under_way - 1, True))
     is_last = end == subject.cuts[-1]
-    one = _Stage(subject, process, kept, (first, end), is_last, min(count, max(2, under_way)))
+    one = _PipeStage(subject, process, kept, (first, end), is_last, min(count, max(2, under_way)))
     moments = [
         Memory("reduction", 0, reduction(process, count > 1), 0.0, 0.0),
         Memory("optimizer step", 0, update(process), 0.0, 0.0),
@@ -158,7 +158,7 @@ def most_loads(method: Method, phase: int, layers: tuple[int, int]) -> tuple[Loa
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _PipeStage:
     """A pipe stage in a phase.
 
     Attributes:
@@ -186,7 +186,7 @@ class _Stage:
         return one * (1 + self.buffers * (first > 0)), outputs
 
 
-def _passes(stage: _Stage, at_once: int, accumulated: bool) -> Iterator[Memory]:
+def _passes(stage: _PipeStage, at_once: int, accumulated: bool) -> Iterator[Memory]:
     """The moments of a micro-batch's backward: before it, in the head, and in every layer.
 
     Args:
@@ -236,7 +236,7 @@ def _process(subject: Subject, loads: Sequence[Load], data_parallel: int, stage:
         for part in parts:
             tensors += _matrices(part)
     ends = (stage == 0) + (end == cuts[-1])
-    parameters = subject.stage_parameters[stage]
+    parameters = subject.pipe_stage_parameters[stage]
     table = shape.hidden * shape.vocabulary
     room = (parameters - sum(tensors)) // table
     tensors += [table] * min(ends, room)

@@ -32,7 +32,7 @@ def layer_parameters(pieces: Sequence[PieceSize]) -> int:
     return sum(piece.own for piece in pieces if piece.layer is not None)
 
 
-def stage_pieces(pieces: Sequence[PieceSize], cuts: Sequence[int]) -> list[list[PieceSize]]:
+def pipe_stage_pieces(pieces: Sequence[PieceSize], cuts: Sequence[int]) -> list[list[PieceSize]]:
     """The pieces of every pipe stage.
 
     Args:
@@ -47,6 +47,6 @@ def stage_pieces(pieces: Sequence[PieceSize], cuts: Sequence[int]) -> list[list[
     return stages
 
 
-def stage_parameters(pieces: Sequence[PieceSize], cuts: Sequence[int]) -> tuple[int, ...]:
+def pipe_stage_parameters(pieces: Sequence[PieceSize], cuts: Sequence[int]) -> tuple[int, ...]:
     """Parameters of every pipe stage; a tied one counts on every stage that holds it."""
-    return tuple(total_parameters(stage) for stage in stage_pieces(pieces, cuts))
+    return tuple(total_parameters(stage) for stage in pipe_stage_pieces(pieces, cuts))

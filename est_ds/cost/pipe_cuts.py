@@ -47,7 +47,7 @@ def pipe_cuts(method: Method, parallel: Parallel, **size: Any) -> list[int]:
     return _cheapest(_schedule_costs(method, **size), pipe)
 
 
-def stage_costs(method: Method, phase: int, cuts: list[int], **size: Any) -> list[float]:
+def pipe_stage_costs(method: Method, phase: int, cuts: list[int], **size: Any) -> list[float]:
     """Mean model FLOPs of every pipe stage in the steps of a phase."""
     loads = method.computed(method.mean_loads(phase))
     layers, head = flops_by_layer(method.shape, loads, StepSize(**size))

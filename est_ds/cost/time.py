@@ -21,7 +21,7 @@ from functools import lru_cache
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import StepSize, flops_by_layer, gradient_share, step_flops
 from est_ds.cost.gpus import LINK_SHARE, Gpu
-from est_ds.cost.parameters import PieceSize, layer_parameters, stage_pieces, total_parameters
+from est_ds.cost.parameters import PieceSize, layer_parameters, pipe_stage_pieces, total_parameters
 from est_ds.cost.peaks import mfu
 from est_ds.errors import UserError
 from est_ds.plans.methods.base import Load, Method, full_loads
@@ -117,7 +117,7 @@ class StepSeconds:
 def step_seconds(job: Job, phase: int | None) -> StepSeconds:
     """The mean step of a phase; of the full model where `phase` is None."""
     loads, sent = _loads(job, phase), _sent(job, phase)
-    stages = _stage_seconds(job, loads, sent)
+    stages = _pipe_stage_seconds(job, loads, sent)
     number, count = job.accumulation, len(stages)
     sending = _sending_s(job) if count > 1 else 0.0
     # One forward, one backward: the first micro-batch goes through all stages, the others come out
@@ -157,7 +157,7 @@ def _gradient_share(method: Method, phase: int, micro_batches: int) -> float:
     return gradient_share(method, phase, micro_batches)
 
 
-def _stage_seconds(job: Job, loads: Sequence[Load], sent: float) -> list[float]:
+def _pipe_stage_seconds(job: Job, loads: Sequence[Load], sent: float) -> list[float]:
     """Seconds of a micro-batch on every pipe stage, forward and backward."""
     shape, size = job.method.shape, job.size
     flops, head_flops = flops_by_layer(shape, loads, size)
@@ -185,7 +185,7 @@ def _products_s(job: Job, flops: float) -> float:
 def _stages(job: Job) -> list[tuple[int, int]]:
     """Parameters of the layers of every pipe stage, and the others that it holds."""
     found = []
-    for stage in stage_pieces(job.pieces, job.cuts):
+    for stage in pipe_stage_pieces(job.pieces, job.cuts):
         layers = layer_parameters(stage)
         found.append((layers, total_parameters(stage) - layers))
     return found

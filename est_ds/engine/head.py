@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from est_ds.cost.activations import AT_ONCE, AT_ONCE_ON_GPU, FEWEST_ROWS
+from est_ds.cost.activations import FEWEST_ROWS, LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_GPU
 from est_ds.data.objectives.loss import IGNORED
 from est_ds.slicing.leaf import swap_class
 
@@ -114,6 +114,6 @@ def _plus_product(total: Tensor | None, grad_NV: Tensor, x_NH: Tensor) -> Tensor
 
 def _slices(num_rows: int, weight_VH: Tensor) -> Iterator[slice]:
     """Rows that go through the head together."""
-    most = AT_ONCE if weight_VH.device.type == "cpu" else AT_ONCE_ON_GPU
+    most = LOGITS_AT_ONCE if weight_VH.device.type == "cpu" else LOGITS_AT_ONCE_ON_GPU
     length = max(FEWEST_ROWS, most // len(weight_VH))
     return (slice(begin, begin + length) for begin in range(0, num_rows, length))

@@ -12,11 +12,11 @@ from rich.table import Table
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.cost.activations import setting_of
 from est_ds.cost.gpus import Gpu
-from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_run, memory_of_stage
+from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_pipe_stage, memory_of_run
 from est_ds.data.objectives.base import Settings
 from est_ds.design import Outline
 from est_ds.errors import UserError
-from est_ds.report.text import PLAIN, facts_table, rendered
+from est_ds.report.text import PLAIN, facts_table, gibibytes, number, rendered
 
 # Of a GPU's memory, for the CUDA context, NCCL's buffers, and what the allocator cannot use of what
 # it has reserved. An assumption.
@@ -33,7 +33,7 @@ def subject_of(outline: Outline, on_gpu: bool) -> Subject:
         config,
         outline.method,
         outline.cuts,
-        outline.stage_parameters,
+        outline.pipe_stage_parameters,
         (config.data.sequence, outline.target_sequence),
         setting_of(
             config,
@@ -80,7 +80,7 @@ def memory_on(outline: Outline, gpu: Gpu) -> tuple[dict[str, Any], str]:
                 "name": phase.name,
                 **_document(memory),
                 "pipe_stages": [
-                    _document(memory_of_stage(subject, i, replicas, stage))
+                    _document(memory_of_pipe_stage(subject, i, replicas, stage))
                     for stage in range(len(subject.cuts))
                 ],
             }
@@ -203,16 +203,17 @@ def _facts(
     phase, memory = most
     usable = usable_bytes(gpu)
     fits = memory.total_bytes <= usable
+    verdict = "yes" if fits else "no"
     facts = [
-        ("fits", f"{'yes' if fits else 'no'}: {_gib(memory.total_bytes)} of {_gib(usable)}"),
+        ("fits", f"{verdict}: {gibibytes(memory.total_bytes)} of {gibibytes(usable)}"),
         ("most", f"in phase {phase}: {when(memory)}"),
     ]
     if memory.host_bytes:
-        facts.append(("host", f"{_gib(memory.host_bytes)} a process"))
+        facts.append(("host", f"{gibibytes(memory.host_bytes)} a process"))
     if largest:
-        facts.append(("largest", f"batch.micro={largest.micro}: {_gib(largest.peak_bytes)}"))
+        facts.append(("largest", f"batch.micro={largest.micro}: {gibibytes(largest.peak_bytes)}"))
     if not fits:
-        said = [f"{' '.join(remedy.set)}: {_gib(remedy.peak_bytes)}" for remedy in found]
+        said = [f"{' '.join(remedy.set)}: {gibibytes(remedy.peak_bytes)}" for remedy in found]
         none = "nothing that was tried on as many GPUs; take more of them, or larger ones"
         facts += [("would fit", line) for line in said or [none]]
     return facts
@@ -222,10 +223,6 @@ def when(memory: Memory) -> str:
     """The moment at which most is held, and of a pipeline where."""
     stages = memory.num_pipe_stages > 1
     return f"pipe stage {memory.pipe_stage}, {memory.moment}" if stages else memory.moment
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{number(size_bytes / 2**30)} GiB"
 
 
 def memory_table(head: list[str], rows: list[tuple[list[str], Memory]]) -> Table:
@@ -250,10 +247,3 @@ def memory_table(head: list[str], rows: list[tuple[list[str], Memory]]) -> Table
         values += [memory.host_bytes] if on_host else []
         table.add_row(*begin, *(number(value / unit) for value in values))
     return table
-
-
-def number(size: float) -> str:
-    """Three digits, or a whole number."""
-    if size >= 100 or not size:
-        return f"{size:,.0f}"
-    return f"{size:.1f}" if size >= 10 else f"{size:.2f}"

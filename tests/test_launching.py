@@ -116,6 +116,28 @@ def test_environment_that_travels_survives_a_shell_and_holds_no_secret(tmp_path)
     assert "secret" not in file.read_text() and "STARTER" not in file.read_text()
 
 
+def test_what_travels_goes_by_values_too(tmp_path):
+    (tmp_path / "keys.json").write_text("{}")
+    public = {
+        "FSSPEC_GS": '{"project": "mine"}',
+        "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "keys.json"),
+        "MLFLOW_EXPERIMENT_NAME": "mine",
+        "MLFLOW_TRACKING_URI": "https://host:5000",
+        "PATH": "/opt//python@3/bin:/bin",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRACKIO_SPACE_ID": "me/space",
+    }
+    assert hosts.travelling(public) == public
+    secret = {
+        "FSSPEC_S3": '{"key": "a", "secret": "b"}',
+        "GOOGLE_CREDENTIALS": '{"private_id": "a"}',
+        "MLFLOW_TRACKING_PASSWORD": "a",
+        "MLFLOW_TRACKING_URI": "https://me:a@host:5000",
+        "https_proxy": "http://me:a@host",
+    }
+    assert hosts.travelling(secret) == {}
+
+
 @pytest.mark.parametrize(
     "argument", ["batch={global: 8, micro: 2}", "a=$HOME;b", "a=[0,*]", "x='y z'"]
 )

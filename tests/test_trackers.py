@@ -14,6 +14,7 @@ from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from cases.tiny import make_config
 from conftest import ROOT, refused, tensorboard_points, train
 from est_ds.config.run_file import load_run
 from est_ds.design import make_design
+from est_ds.engine.events import count_steps
 from est_ds.run import tracker_kinds
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import read_lines, read_metrics
@@ -102,6 +104,25 @@ def test_a_tracker_that_fails_says_so_once_and_the_next_start_fills_in(tmp_path)
     (run_dir / "tensorboard").unlink()
     assert track(run_dir, 4, 4, LINES[4:]) == []
     assert tensorboard_points(run_dir)["train/loss"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_tracker_or_a_monitor_raises_is_said_without_its_password(
+    tmp_path, monkeypatch, capsys
+):
+    """MLflow's errors name the whole URI."""
+
+    def fail(*_given):
+        raise OSError("API request to https://me:s3cret@host/api\n failed")
+
+    monkeypatch.setattr(KINDS["tensorboard"], "start", fail)
+    [said] = track(tmp_path, 0, 0, LINES)
+    assert "OSError: API request to https://...@host/api failed" in said and "s3cret" not in said
+    monitor = SimpleNamespace(write_events=fail, enabled=True)
+    count_steps(monitor, 1)
+    monitor.write_events([("mine", 1.0, 1)])
+    shown = capsys.readouterr().out
+    assert "https://...@host/api failed" in shown and "s3cret" not in shown
+    assert not monitor.enabled
 
 
 def test_a_full_disk_of_a_tracker_ends_no_training(tiny_run, tmp_path):

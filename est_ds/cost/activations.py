@@ -161,6 +161,7 @@ def setting_of(
     window = model.get("sliding_window", DEFAULT_WINDOW.get(family))
     if not model.get("use_sliding_window", family == "mistral"):
         window = None
+    at_once = LOGITS_AT_ONCE_ON_GPU if on_gpu else LOGITS_AT_ONCE
     of_weights = {f for f in dropout if "attn" in f or "attention" in f or f == "dropout_rate"}
     return Setting(
         value_bytes=2 if config.precision == "bf16" else 4,
@@ -170,11 +171,7 @@ def setting_of(
         on_gpu=on_gpu,
         has_mask=config.data.documents == "separate" or bool(window),
         compiled=config.compile,
-        logits_at_once=None
-        if whole_logits
-        else LOGITS_AT_ONCE_ON_GPU
-        if on_gpu
-        else LOGITS_AT_ONCE,
+        logits_at_once=None if whole_logits else at_once,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,20 +21,13 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from est_ds.disk import File, sync_file
-from est_ds.errors import UserError
+from est_ds.errors import UserError, how_to_install, without_keys
 
 T = TypeVar("T")
 PACKAGES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs")}  # of a scheme, and the extra that has it
 BLOCK_BYTES = 16 << 20  # of one request; a process holds a few of them
 MOST_PARTS = 9000  # of one object; S3 allows 10,000
 AT_ONCE = 4  # requests of one download
-
-# What of a message may be a key: in URLs, and values of these variables.
-_SECRETS = (
-    (re.compile(r"//[^/@\s]+@"), "//...@"),
-    (re.compile(r"(?i)([\w-]*(?:signature|credential|token|accesskeyid)=)[^&\s\"']+"), r"\1..."),
-)
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
 class RemoteError(Exception):
@@ -62,17 +54,6 @@ def persistent(work: Callable[[], T], tries: int = 4) -> T:
     return work()
 
 
-def without_keys(text: str) -> str:
-    """A text on one line, without what may give access to a bucket."""
-    text = " ".join(text.split())
-    for pattern, kept in _SECRETS:
-        text = pattern.sub(kept, text)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name) and not os.path.exists(value):
-            text = text.replace(value, "...")
-    return text[:300]
-
-
 def check_installed(url: str, field: str) -> None:
     """Checks that the package of a URL's scheme is there, without loading it.
 
@@ -86,7 +67,7 @@ def check_installed(url: str, field: str) -> None:
     if package and find_spec(package) is None:
         raise UserError(
             f"{field}={url!r} needs the package {package}, which is not installed; install it "
-            f'(pip install "est_ds[{extra}]"), or give a local path.'
+            f"({how_to_install(extra)}), or give a local path."
         )
 
 

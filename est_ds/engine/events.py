@@ -6,6 +6,7 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from est_ds.errors import error_line
 from est_ds.ranks.world import say
 
 # How DeepSpeed begins the names of its own figures, and those that the training loop sends anyway.
@@ -30,7 +31,7 @@ def count_steps(monitor: Any, global_batch: int) -> None:
                 write_events(shown)
         except Exception as e:  # whatever a library, a disk or a network raises
             monitor.enabled = False
-            say(f"warning: DeepSpeed's monitor failed ({type(e).__name__}: {e}); it is off now")
+            say(f"warning: DeepSpeed's monitor failed ({error_line(e)}); it is off now")
 
     monitor.write_events = write
 

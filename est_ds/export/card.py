@@ -1,10 +1,12 @@
 """The model card of an export: what it is, what its training cost and came to, and how to load it.
 
-It says no path of this machine but the last two names of each: exports are published.
+It says no path of this machine or of a bucket but the last two names of each: exports are
+published.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ _SHOWN = (
     *("optimizer", "schedule", "start"),
 )
 _TASKS = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
+_URL = re.compile(r"[A-Za-z][\w+.-]*://[^/]*")  # up to its path: scheme and bucket or host
 _PROMPTS = {"text-generation": "def ", "fill-mask": "def {mask}"}
 _USE = """from transformers import pipeline
 
@@ -161,11 +164,11 @@ def _summed(run: RunFiles, figure: str, step: int) -> float | None:
 
 
 def _public(value: Any) -> Any:
-    """A tree in which an absolute path is its last two names."""
+    """A tree in which an absolute path, and the path of a URL, is its last two names."""
     if isinstance(value, dict):
         return {name: _public(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_public(one) for one in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return "/".join(Path(value).parts[1:][-2:])
+    if isinstance(value, str) and (_URL.match(value) or value.startswith("/")):
+        return "/".join(Path(_URL.sub("", value)).parts[1:][-2:])
     return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from est_ds.config.published import HUB_NAME
-from est_ds.errors import Failure, UserError
+from est_ds.errors import Failure, UserError, error_line
 
 # Of a former export: its weights may have lain in more files.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json"]
@@ -61,7 +61,7 @@ class Hub:
         except Exception as e:  # whatever the library raises for what the Hub or the network says
             raise Failure(
                 f"{folder} is exported, but {self.endpoint} does not take it as {self.name!r} "
-                f"({_said(e, self.token)}); put it there with `hf upload {self.name} {folder} "
+                f"({error_line(e, self.token)}); put it there with `hf upload {self.name} {folder} "
                 f"--private --exclude {without}`."
             ) from None
         return f"{self.endpoint}/{made.repo_id}"
@@ -93,13 +93,7 @@ def find_hub(name: str) -> Hub:
     except Exception as e:  # whatever the library raises without a network, or for such a token
         raise UserError(
             f"--push={name}: {endpoint} cannot be reached, or does not know the token "
-            f"({_said(e, token)}); log in with `hf auth login`, or export without --push and call "
-            f"`hf upload {name} DIR` where there is a network."
+            f"({error_line(e, token)}); log in with `hf auth login`, or export without --push and "
+            f"call `hf upload {name} DIR` where there is a network."
         ) from None
     return Hub(api, endpoint, name, token)
-
-
-def _said(error: Exception, token: str) -> str:
-    """An error of the library in a line, without the token, should a server repeat it."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text.replace(token, "<token>")[:200]

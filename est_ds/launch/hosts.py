@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from est_ds.errors import UserError
+from est_ds.errors import UserError, is_secret
 from est_ds.ranks.meeting import own_address
 from est_ds.ranks.world import PORT
 
@@ -44,6 +44,8 @@ TRAVELLING = (
     "GOOGLE_",
     "WANDB_",
     "COMET_",
+    "MLFLOW_",
+    "TRACKIO_",
     "http_proxy",
     "https_proxy",
     "no_proxy",
@@ -51,8 +53,6 @@ TRAVELLING = (
     "HTTPS_PROXY",
     "NO_PROXY",
 )
-# They would show in every host's list of processes.
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 STAYING = ("EST_DS_STARTER", "DEEPSPEED_ENV", "TORCHELASTIC")
 
 
@@ -117,13 +117,16 @@ def address_of(hosts: list[str]) -> str | None:
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of the environment the hosts need, by name."""
+    """What of the environment the hosts need, by name.
+
+    Secrets stay here: they would show in every host's list of processes.
+    """
     return {
         name: value
         for name, value in sorted(environment.items())
         if name.startswith(TRAVELLING)
         and not name.startswith(STAYING)
-        and not SECRET.search(name)
+        and not is_secret(name, value)
         and "\n" not in value
     }
 

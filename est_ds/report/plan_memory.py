@@ -17,7 +17,7 @@ from est_ds.cost.micro_batches import LEAST, micro_batches
 from est_ds.data.objectives.base import Settings
 from est_ds.design import Outline
 from est_ds.errors import UserError
-from est_ds.report.text import PLAIN, facts_table, rendered
+from est_ds.report.text import PLAIN, facts_table, gibibytes, number, rendered
 
 # Of a GPU's memory, for the CUDA context, NCCL's buffers, and what the allocator cannot use of what
 # it has reserved. An assumption.
@@ -230,11 +230,9 @@ def _facts(
     phase, memory = most
     usable = usable_bytes(gpu)
     fits = memory.total_bytes <= usable
+    verdict = "yes" if fits else "no"
     facts = [
-        (
-            "fits",
-            f"{'yes' if fits else 'no'}: {gibibytes(memory.total_bytes)} of {gibibytes(usable)}",
-        ),
+        ("fits", f"{verdict}: {gibibytes(memory.total_bytes)} of {gibibytes(usable)}"),
         ("most", f"in phase {phase}: {when(memory)}"),
     ]
     if memory.host_bytes:
@@ -252,10 +250,6 @@ def when(memory: Memory) -> str:
     """The moment at which most is held, and of a pipeline where."""
     stages = memory.num_pipe_stages > 1
     return f"pipe stage {memory.pipe_stage}, {memory.moment}" if stages else memory.moment
-
-
-def gibibytes(size_bytes: float) -> str:
-    return f"{number(size_bytes / 2**30)} GiB"
 
 
 def memory_table(head: list[str], rows: list[tuple[list[str], Memory]]) -> Table:
@@ -280,10 +274,3 @@ def memory_table(head: list[str], rows: list[tuple[list[str], Memory]]) -> Table
         values += [memory.host_bytes] if on_host else []
         table.add_row(*begin, *(number(value / unit) for value in values))
     return table
-
-
-def number(size: float) -> str:
-    """Three digits, or a whole number."""
-    if size >= 100 or not size:
-        return f"{size:,.0f}"
-    return f"{size:.1f}" if size >= 10 else f"{size:.2f}"

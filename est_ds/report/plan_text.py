@@ -24,7 +24,7 @@ from est_ds.report.asked import NOTHING, Asked
 from est_ds.report.estimate import Estimate, make_estimate
 from est_ds.report.plan_memory import largest_micro, memory_of, memory_on, memory_table, when
 from est_ds.report.plan_time import time_and_layouts
-from est_ds.report.text import PLAIN, facts_table, rendered
+from est_ds.report.text import PLAIN, facts_table, gibibytes, rendered
 
 REPLICA_FACTORS = (1, 2, 4, 8)
 AUTO_NOTE = "; batch.micro=auto: est-ds train takes the most that fit, the figures are for {}"
@@ -260,12 +260,6 @@ def layouts(config: RunConfig) -> list[tuple[int, int]]:
 def short(count: float) -> str:
     """A mean count: whole where it is whole, else with one or two decimals."""
     return f"{count:,.0f}" if count == round(count) else f"{count:,.2f}".rstrip("0")
-
-
-def gibibytes(size_bytes: float) -> str:
-    if size_bytes >= 2**30:
-        return f"{size_bytes / 2**30:.2f} GiB"
-    return f"{size_bytes / 2**20:.1f} MiB"
 
 
 def _saving(name: str, fraction: float) -> str:

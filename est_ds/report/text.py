@@ -159,6 +159,19 @@ def seconds(duration_s: float) -> str:
     return f"{minutes:.1f} min" if minutes < 120.0 else f"{minutes / 60.0:.1f} h"
 
 
+def gibibytes(size_bytes: float) -> str:
+    """A size of memory in GiB, or in MiB where it is less than one."""
+    name, unit = ("GiB", 2**30) if size_bytes >= 2**30 else ("MiB", 2**20)
+    return f"{number(size_bytes / unit)} {name}"
+
+
+def number(size: float) -> str:
+    """Three digits, or a whole number."""
+    if size >= 100 or not size:
+        return f"{size:,.0f}"
+    return f"{size:.1f}" if size >= 10 else f"{size:.2f}"
+
+
 def _how_steps_went(summary: Summary) -> list[tuple[str, str]]:
     """Clipping and updates of every phase, where its lines know them."""
     phases = [(phase.name, phase.steps) for phase in summary.phases]

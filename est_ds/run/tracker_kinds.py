@@ -16,7 +16,7 @@ from typing import Any
 import est_ds
 from est_ds.config.sections import RunConfig
 from est_ds.engine.events import hide_after
-from est_ds.errors import UserError
+from est_ds.errors import UserError, how_to_install
 from est_ds.plans.phases import Phase
 from est_ds.ranks.versions import versions
 from est_ds.run.directory import flat
@@ -244,7 +244,7 @@ def check_trackers(config: RunConfig) -> None:
             if find_spec(module) is None:
                 raise UserError(
                     f"log.to={name}: the package {module!r} is not installed here; install it "
-                    f"(pip install 'est_ds[{name}]'), or take {name} out of log.to."
+                    f"({how_to_install(name)}), or take {name} out of log.to."
                 )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import Stored
+from est_ds.errors import error_line
 from est_ds.plans.methods.base import Method
 from est_ds.run.tracker_kinds import Tracker, describe_run, make_trackers
 
@@ -186,7 +187,7 @@ class _Thread(threading.Thread):
             self._send_held()
             self._tracker.finish(self._ended_well)
         except BaseException as e:  # whatever a library, a disk or a network raises
-            self.error = f"{type(e).__name__}: {' '.join(str(e).split()):.300}"
+            self.error = error_line(e)
 
     def _begin(self, about: dict[str, Any], done: int) -> None:
         known = self._file.exists()

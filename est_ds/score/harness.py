@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from est_ds.errors import UserError, did_you_mean
+from est_ds.errors import UserError, did_you_mean, error_line, how_to_install
 from est_ds.run.scores import Figure, TaskScore
 from est_ds.score.words import TASKS as OWN
 
 _RESAMPLES = 1000  # for standard errors that have no formula
-INSTALL = "pip install 'est_ds[eval]', or in a checkout pip install -e '.[eval]'"
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ def load_tasks(asked: Asked) -> Tasks:
     except ImportError as e:
         raise UserError(
             f"--tasks={','.join(asked.names)} needs lm-eval ({e}); "
-            f"{did_you_mean(asked.names[0], OWN)}install it with {INSTALL}, or use est-ds' own "
-            f"tasks, {' and '.join(OWN)}."
+            f"{did_you_mean(asked.names[0], OWN)}install it with {how_to_install('eval')}, or use "
+            f"est-ds' own tasks, {' and '.join(OWN)}."
         ) from None
     if asked.include is not None and not asked.include.is_dir():
         raise UserError(f"--include={str(asked.include)!r} is no folder; give one with YAML files.")
@@ -111,8 +110,8 @@ def harness_scores(
             raise
         except Exception as e:  # whatever the library raises for a task that does not fit its data
             raise UserError(
-                f"--tasks={','.join(asked.names)}: lm-eval cannot ask it ({_short(e)}); the task's "
-                f"file does not fit its data: correct it, or leave the task out."
+                f"--tasks={','.join(asked.names)}: lm-eval cannot ask it ({error_line(e)}); the "
+                f"task's file does not fit its data: correct it, or leave the task out."
             ) from None
     assert found is not None, "one process computes, and has the results"
     names = found["results"]
@@ -138,9 +137,9 @@ def _loaded(manager: Any, name: str) -> list[Any]:
         found = manager.load([name])
     except Exception as e:  # whatever the libraries raise for a file or data that they cannot read
         raise UserError(
-            f"--tasks: {name!r} cannot be loaded ({_short(e)}); a task's file is YAML as lm-eval "
-            f"has it (task, output_type, doc_to_text, ...), and where there is no network its data "
-            f"are files (dataset_path: json, dataset_kwargs: data_files)."
+            f"--tasks: {name!r} cannot be loaded ({error_line(e)}); a task's file is YAML as "
+            f"lm-eval has it (task, output_type, doc_to_text, ...), and where there is no network "
+            f"its data are files (dataset_path: json, dataset_kwargs: data_files)."
         ) from None
     groups = found.get("groups", {})
     inner = {child for children in found.get("group_map", {}).values() for child in children}
@@ -168,10 +167,6 @@ def _number(value: Any) -> float | None:
     """A figure of lm-eval, which says "N/A" of what it does not know."""
     known = None if isinstance(value, str) or value is None else float(value)
     return known if known is not None and math.isfinite(known) else None
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pytest
 
 from conftest import ROOT, train
 from est_ds.checkpoints.store import LATEST, Store
+from est_ds.ranks.watchdog import EVERY_S
 from est_ds.run.metrics import read_metrics
 from namespaces import LIMIT_S, Cluster, signal_all, wait_until, why_not
 
@@ -87,6 +88,7 @@ def test_run_over_ssh_is_pre_empted_resumed_and_equals_the_run_on_one_machine(sl
 @pytest.mark.slow
 def test_killed_process_ends_all_and_is_named(job):
     started = job.begin(slots=1)
+    time.sleep(2 * EVERY_S)  # then the others know of a step of it
     signal_all(job.cluster.hosts[1].ranks(), signal.SIGKILL)
     said = ("rank 1 on node1 (last step ", "1 other waited for it")
     assert_failed(started, job, 30, "a process killed", *said)

@@ -87,7 +87,7 @@ def verdict(
     guilty = _guilty(reports, missing)
     for rank in guilty[:SHOWN]:
         record = reports.get(rank) or last.get(rank)
-        at = f"last step {record.done}, {record.doing}" if record else "before its first step"
+        at = f"last step {record.done}, {record.doing}" if record else "it has told no step yet"
         lines.append(f"  rank {rank} on {host_of(rank)} ({at}) {_fault(reports.get(rank))}")
     if len(guilty) > SHOWN:
         lines.append(f"  and {len(guilty) - SHOWN} more")

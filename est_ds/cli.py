@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, NoReturn
 
 import est_ds
 from est_ds.analysis.verb import SUMMARY, add_analyse
-from est_ds.config.arguments import above_zero, natural, positive
+from est_ds.config.arguments import natural, positive
 from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
 from est_ds.reference.verb import add_fields
+from est_ds.report.verb import add_plan
 from est_ds.score.verbs import add_eval, add_finetune, run_eval, run_finetune
 from est_ds.studies.verb import add_compare, add_dropout
+from est_ds.verify_resume.verb import add_verify_resume, run_verify_resume
 
 if TYPE_CHECKING:
     from est_ds.config.sections import RunConfig
@@ -93,11 +95,11 @@ def _parser() -> argparse.ArgumentParser:
             )
         return sub
 
-    _add_plan(verb("plan", _plan, "show phases, FLOPs, memory and time of a run before it begins"))
+    add_plan(verb("plan", _plan, "show phases, FLOPs, memory and time of a run before it begins"))
     _add_train(verb("train", _train, "train a run, or resume it from its latest checkpoint"))
     _add_branch(verb("branch", _branch, "begin a new run with a checkpoint of another one"))
-    _add_verify_resume(
-        verb("verify-resume", _verify_resume, "prove that a killed run resumes exactly")
+    add_verify_resume(
+        verb("verify-resume", run_verify_resume, "prove that a killed run resumes exactly")
     )
     _add_export(verb("export", _export, "write a checkpoint as a Hugging Face folder"))
     add_eval(verb("eval", run_eval, "score a checkpoint: held-out losses, bits per byte, tasks"))
@@ -111,35 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         verbs.add_parser("fields", help="print what every field of a run or study file means")
     )
     return parser
-
-
-def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument(
-        "--processes",
-        type=positive,
-        metavar="N",
-        help="assume this many processes (default: what RUN says)",
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    plan.add_argument("--plot", metavar="FILE", help="draw what is kept and the FLOPs over time")
-    group = plan.add_argument_group("time and money", "of the run and of its dense twin")
-    group.add_argument("--gpu", metavar="NAME", help="estimate for this GPU, such as h100-80g")
-    group.add_argument(
-        "--count", type=positive, metavar="N", help="GPUs in all (default: the processes)"
-    )
-    group.add_argument(
-        "--price", type=above_zero, metavar="P", help="money for an hour of one GPU, such as 2.5"
-    )
-    group.add_argument(
-        "--layouts",
-        action="store_true",
-        help="compare pipe x data x ZeRO x micro-batch: which is fastest, of those that fit",
-    )
-    group.add_argument(
-        "--measure",
-        action="store_true",
-        help="train some steps of every phase on this machine, and take their times",
-    )
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:
@@ -174,36 +147,6 @@ def _add_branch(branch: argparse.ArgumentParser) -> None:
         "--at", required=True, metavar="STEP", help="a step with a checkpoint, latest or best"
     )
     branch.add_argument("--run-dir", required=True, metavar="NEW", help="make this directory")
-
-
-def _add_verify_resume(check: argparse.ArgumentParser) -> None:
-    check.description = (
-        "Trains a short version of RUN on this machine, kills it, resumes it, and compares every "
-        "step, weight and moment with the same run uninterrupted. Reads only the config of RUN. "
-        "Exit code 0: PASS, 1: a difference."
-    )
-    check.add_argument(
-        "--steps", type=positive, metavar="K", help="train this many steps (default: 12 or more)"
-    )
-    check.add_argument(
-        "--at", type=positive, metavar="S", help="resume after step S (default: near the middle)"
-    )
-    check.add_argument(
-        "--processes", type=positive, metavar="N", help="start this many (default: as train)"
-    )
-    check.add_argument(
-        "--then",
-        default="",
-        metavar="OVERRIDES",
-        help="resume in another layout: 'parallel.pipe=1 parallel.zero=3' (default: the same)",
-    )
-    check.add_argument(
-        "--then-processes",
-        type=positive,
-        metavar="N",
-        help="resume with this many (default: --processes)",
-    )
-    check.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs in this folder")
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
@@ -380,21 +323,6 @@ def _doctor(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.doctor.visit import doctor
 
     sys.exit(doctor(parsed))
-
-
-def _verify_resume(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.verify_resume.verify import Wanted, verify_resume
-
-    wanted = Wanted(
-        steps=parsed.steps,
-        cut=parsed.at,
-        processes=parsed.processes,
-        then_processes=parsed.then_processes,
-        keep=parsed.keep,
-    )
-    found = verify_resume(parsed.run, parsed.overrides, parsed.then.split(), wanted)
-    print(found)
-    sys.exit(1 if found.first else 0)
 
 
 def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:

@@ -256,6 +256,18 @@ def job(cluster, tiny_run, tmp_path):
     signal_all(job.left(), signal.SIGKILL)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """Where corpora of buckets are staged; nothing is there yet."""
+    from est_ds.data.manifest import _remote_manifest
+    from est_ds.data.staging import CACHE, _staged_corpus, _staged_folder
+
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    for known in (_remote_manifest, _staged_corpus, _staged_folder):
+        known.cache_clear()
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def fast_exports(corpus, tmp_path_factory) -> dict[tuple, Path]:
     """Finished runs to export, by (model, objective, precision)."""

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from est_ds.errors import UserError
-from est_ds.plans.shape import Attention, Mlp, ModelShape, StateSpace
+from est_ds.plans.shape import Attention, Mlp, ModelShape, Part, StateSpace
 
 
 def llama_shape(config: Any) -> ModelShape:
@@ -26,13 +27,8 @@ def llama_shape(config: Any) -> ModelShape:
         )
     attention = Attention(heads, config.num_key_value_heads, head_dim, hidden)
     mlp = Mlp(config.intermediate_size, hidden, matrices=3)
-    return ModelShape(
-        family=config.model_type,
-        layers=((attention, mlp),) * config.num_hidden_layers,
-        hidden=hidden,
-        vocabulary=config.vocab_size,
-        sequence=config.max_position_embeddings,
-    )
+    parts, positions = (attention, mlp), config.max_position_embeddings
+    return _alike(config, parts, config.num_hidden_layers, positions)
 
 
 def gpt2_shape(config: Any) -> ModelShape:
@@ -47,13 +43,7 @@ def gpt2_shape(config: Any) -> ModelShape:
         raise UserError("model.add_cross_attention=True is not supported; set it to false.")
     attention = Attention(heads, heads, hidden // heads, hidden)
     mlp = Mlp(config.n_inner or 4 * hidden, hidden, matrices=2)
-    return ModelShape(
-        family=config.model_type,
-        layers=((attention, mlp),) * config.n_layer,
-        hidden=hidden,
-        vocabulary=config.vocab_size,
-        sequence=config.n_positions,
-    )
+    return _alike(config, (attention, mlp), config.n_layer, config.n_positions)
 
 
 def bert_shape(config: Any) -> ModelShape:
@@ -68,14 +58,9 @@ def bert_shape(config: Any) -> ModelShape:
         raise UserError("model.is_decoder=True is not supported for bert; set it to false.")
     attention = Attention(heads, heads, hidden // heads, hidden)
     mlp = Mlp(config.intermediate_size, hidden, matrices=2)
-    return ModelShape(
-        family=config.model_type,
-        layers=((attention, mlp),) * config.num_hidden_layers,
-        hidden=hidden,
-        vocabulary=config.vocab_size,
-        sequence=config.max_position_embeddings,
-        head_inner=hidden * hidden,
-    )
+    parts, positions = (attention, mlp), config.max_position_embeddings
+    shape = _alike(config, parts, config.num_hidden_layers, positions)
+    return replace(shape, head_inner=hidden * hidden)
 
 
 def t5_shape(config: Any) -> ModelShape:
@@ -110,12 +95,19 @@ def mamba_shape(config: Any) -> ModelShape:
             hidden,
             chunk=config.chunk_size,
         )
+    return _alike(config, (mixer,), config.num_hidden_layers, None)
+
+
+def _alike(
+    config: Any, parts: tuple[Part, ...], num_layers: int, sequence: int | None
+) -> ModelShape:
+    """Of a model whose layers all have these parts."""
     return ModelShape(
         family=config.model_type,
-        layers=((mixer,),) * config.num_hidden_layers,
-        hidden=hidden,
+        layers=(parts,) * num_layers,
+        hidden=parts[0].hidden,
         vocabulary=config.vocab_size,
-        sequence=None,
+        sequence=sequence,
     )
 
 

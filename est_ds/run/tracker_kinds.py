@@ -86,7 +86,7 @@ class Tracker(ABC):
         self.tracker.log(figures, step=done)
 
     def hide_after(self, done: int) -> None:
-        """Hides the points after `done` steps."""
+        """Hides the points after `done` steps; asked only of those that `hides`."""
         raise NotImplementedError
 
     def finish(self, ended_well: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from est_ds.checkpoints.store import Store
 from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Windows
 from est_ds.design import Design, make_design
+from est_ds.disk import hold
 from est_ds.errors import UserError
 from est_ds.export import Wish, export
 from est_ds.export.folder import export_of
 from est_ds.run.directory import check_run_dir
 from est_ds.run.prepare import held_out_windows
+
+_PREFIX, _HELD = ".export_", "held"  # of folders for the time being
 
 
 @dataclass(frozen=True)
@@ -91,17 +96,29 @@ def exported(config: RunConfig, checkpoint: str) -> Iterator[Source]:
         yield _source(config, folder, step, str(folder))
         return
     try:
-        beside = TemporaryDirectory(dir=config.run_dir, prefix=".export_")
+        for left in Path(config.run_dir).glob(f"{_PREFIX}*"):
+            _remove_if_left(left)
+        beside = TemporaryDirectory(dir=config.run_dir, prefix=_PREFIX)
     except OSError as e:
         raise UserError(
             f"run_dir={config.run_dir!r} cannot be written ({e.strerror}); mend that, or give a "
             f"copy of it."
         ) from None
-    with beside as made:
+    with beside as made, hold(Path(made, _HELD)):
         wish = Wish(out=Path(made, "export"), checkpoint=str(step), skip_loss=True)
         done = export(config, wish)
         where = f"an export for this alone; `est-ds export {config.run_dir}` keeps one"
         yield _source(config, done.folder, step, where)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Removes the folder of a process that was killed: nobody holds its file."""
+    try:
+        with (folder / _HELD).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+    except OSError:  # it is held, or has just been made or removed, or there are no locks
+        return
 
 
 def _source(config: RunConfig, folder: Path, step: int, where: str) -> Source:

@@ -156,10 +156,14 @@ def _found(wanted: Wanted) -> tuple[Design, int]:
 
 
 def _weights(design: Design, step: int) -> dict[str, Tensor]:
-    checkpoint = Store.of(design.config.run_dir).path(step)
-    if wrong := damage(checkpoint):
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {wrong}; choose another one.")
-    return whole_weights(design, checkpoint, torch.float32)
+    store = Store.of(design.config.run_dir)
+    checkpoint = store.path(step)
+    with store.reading(step):
+        if wrong := damage(checkpoint):
+            raise DamagedCheckpoint(
+                f"checkpoint {checkpoint} is damaged: {wrong}; choose another one."
+            )
+        return whole_weights(design, checkpoint, torch.float32)
 
 
 def _grown(design: Design, step: int) -> Plan | None:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from est_ds.checkpoints.index import Index
-from est_ds.checkpoints.reader import Checkpoint
+from est_ds.checkpoints.index import Damaged, Index, read_index
 from est_ds.checkpoints.store import Store
 from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Windows
@@ -89,11 +88,13 @@ def exported(config: RunConfig, checkpoint: str) -> Iterator[Source]:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    step = Store.of(config.run_dir).find(checkpoint)
+    store = Store.of(config.run_dir)
+    step = store.find(checkpoint)
     check_run_dir(config)
+    index = _index(store, step)
     folder = export_of(config, step)
     if folder is not None:
-        yield _source(config, folder, step, str(folder))
+        yield _source(config, folder, index, str(folder))
         return
     try:
         for left in Path(config.run_dir).glob(f"{_PREFIX}*"):
@@ -108,7 +109,7 @@ def exported(config: RunConfig, checkpoint: str) -> Iterator[Source]:
         wish = Wish(out=Path(made, "export"), checkpoint=str(step), skip_loss=True)
         done = export(config, wish)
         where = f"an export for this alone; `est-ds export {config.run_dir}` keeps one"
-        yield _source(config, done.folder, step, where)
+        yield _source(config, done.folder, index, where)
 
 
 def _remove_if_left(folder: Path) -> None:
@@ -121,8 +122,17 @@ def _remove_if_left(folder: Path) -> None:
         return
 
 
-def _source(config: RunConfig, folder: Path, step: int, where: str) -> Source:
+def _index(store: Store, step: int) -> Index:
+    """Reads it first: a training under way may remove the checkpoint once it is exported."""
+    with store.reading(step):
+        try:
+            return read_index(store.path(step))
+        except Damaged as e:
+            raise UserError(
+                f"checkpoint {store.path(step)} is damaged: {e}; choose another one."
+            ) from None
+
+
+def _source(config: RunConfig, folder: Path, index: Index, where: str) -> Source:
     design = make_design(config)
-    with Checkpoint(Store.of(config.run_dir).path(step)) as held:
-        index = held.index
     return Source(design, folder, where, index, held_out_windows(design))

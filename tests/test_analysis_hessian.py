@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from conftest import refused
+from conftest import ROOT, refused
 from est_ds import cli
 from est_ds.analysis.hessian import Effort, largest_eigenvalue, measure_hessian, one_sample
 from est_ds.analysis.product import Hessian, flat, groups_of
@@ -193,6 +199,30 @@ def test_the_result_does_not_depend_on_the_number_of_processes(trained):
     assert one["samples"] == two["samples"] < 30
     assert one["trace"] == pytest.approx(two["trace"], rel=1e-5)
     assert one["standard_error"] == pytest.approx(two["standard_error"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes_and_says_nothing(run):
+    """While they start, which is when most are stopped."""
+    command = [sys.executable, "-m", "est_ds.cli", "analyse", "hessian", str(run), "--json"]
+    asked = subprocess.Popen(
+        [*command, "--processes", "2", "--error", "0.001"],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    parent = psutil.Process(asked.pid)
+    deadline = time.monotonic() + 200
+    while (
+        len(children := parent.children()) < 3 and time.monotonic() < deadline
+    ):  # one is a tracker
+        time.sleep(0.1)
+    os.killpg(asked.pid, signal.SIGINT)
+    assert asked.communicate(timeout=100) == (b"", b"") and asked.returncode == 130
+    assert len(children) == 3 and not psutil.wait_procs(children, timeout=20)[1]
+    assert not (run / "analysis").exists()
 
 
 @pytest.mark.slow

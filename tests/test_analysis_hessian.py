@@ -215,9 +215,8 @@ def test_an_interrupt_ends_all_processes_and_says_nothing(run):
     )
     parent = psutil.Process(asked.pid)
     deadline = time.monotonic() + 200
-    while (
-        len(children := parent.children()) < 3 and time.monotonic() < deadline
-    ):  # one is a tracker
+    # Two, and the tracker of multiprocessing.
+    while len(children := parent.children()) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(asked.pid, signal.SIGINT)
     assert asked.communicate(timeout=100) == (b"", b"") and asked.returncode == 130

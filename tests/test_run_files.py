@@ -168,6 +168,8 @@ def test_no_field_is_lost_to_one_that_begins_another_section(tiny_run):
     assert in_effect(["model.from=a", "model.from=b"]) == ["model.from=a", "model.from=b"]
     first = ["model.from=b", "model.vocab_size=3", "seed=1"]
     assert in_effect([first[1], first[2], first[0]]) == first
+    whole = ["model.vocab_size=3", "model=m.yaml", "model.from=b", "model.hidden_act=silu"]
+    assert in_effect([*whole[:2], whole[3], whole[2]]) == whole
     with pytest.raises(UserError, match=r"unknown key 'method.drop'"):
         given = _parse(["train", str(tiny_run), "method.drop=0.3", "method.name=full"]).overrides
         make_design(load_run(tiny_run, given))

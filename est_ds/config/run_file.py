@@ -78,10 +78,13 @@ def in_effect(overrides: list[str]) -> list[str]:
     ordered: list[str] = []
     for override in overrides:
         field, place = override.partition("=")[0], len(ordered)
-        if field in REPLACING:
-            section = f"{field.partition('.')[0]}."
-            others = (i for i, one in enumerate(ordered) if one.startswith(section))
-            place = next((i for i in others if not ordered[i].startswith(f"{field}=")), place)
+        section = field.partition(".")[0]
+        for i in reversed(range(len(ordered) if field in REPLACING else 0)):
+            other = ordered[i].partition("=")[0]
+            if other in (section, field):
+                break
+            if other.startswith(f"{section}."):
+                place = i
         ordered.insert(place, override)
     return ordered
 

@@ -195,8 +195,8 @@ def _staged_folder(url: str, names: tuple[str, ...], folder: Path) -> Path:
         contents = {n: persistent(partial(remote.read, n)) for n in names if n in there}
     except RemoteError as e:
         raise UserError(
-            f"{asked}: {e}; see that the name is right and that this machine may "
-            f"read it, or give a local folder."
+            f"{asked}: {e}; see that the name is right and that this machine may read it, or give "
+            f"a local folder."
         ) from None
     if not contents:
         raise UserError(
@@ -211,8 +211,8 @@ def _staged_folder(url: str, names: tuple[str, ...], folder: Path) -> Path:
         _write_folder(place, contents)
     except OSError as e:
         raise UserError(
-            f"{asked} cannot be copied to {place} ({e.strerror or e}); mend that, "
-            f"or name another folder in {CACHE}."
+            f"{asked} cannot be copied to {place} ({e.strerror or e}); mend that, or name another "
+            f"folder in {CACHE}."
         ) from None
     return place / last if last in names else place
 

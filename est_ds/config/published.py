@@ -50,20 +50,25 @@ NOT_OF_TRAINING = (
 )
 ROPE = ("rope_parameters", "rope_theta", "rope_scaling")  # today's name, and the older ones
 # And what means nothing in the config.json of a model_type, though it may elsewhere: a T5's
-# positions are relative.
-IDLE_OF_TYPE = {("t5", "n_positions")}
+# positions are relative, and a Mamba's says some of it again in the words of its first code.
+IDLE_OF_TYPE = {
+    "t5": ("n_positions",),
+    "mamba": (
+        "d_inner",
+        "d_model",
+        "fused_add_norm",
+        "n_layer",
+        "pad_vocab_size_multiple",
+        "rms_norm",
+        "ssm_cfg",
+    ),
+}
 
 
 def of_training(config: dict[str, Any]) -> dict[str, Any]:
     """What a Hugging Face config.json says of the model that is trained."""
-    model_type = config.get("model_type")
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in NOT_OF_TRAINING
-        and not key.startswith("_")
-        and (model_type, key) not in IDLE_OF_TYPE
-    }
+    idle = (*NOT_OF_TRAINING, *IDLE_OF_TYPE.get(str(config.get("model_type")), ()))
+    return {k: value for k, value in config.items() if k not in idle and not k.startswith("_")}
 
 
 def published_config(folder: Path) -> dict[str, Any]:

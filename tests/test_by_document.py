@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cases.families import CASES
+from cases.families import CASES, draw_plan
 from est_ds.slicing.build import build_model
-from est_ds.slicing.documents import attend_by_document
+from est_ds.slicing.documents import TOGETHER, Documents, attend_by_document, numbers_of
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -87,3 +90,76 @@ def test_loss_and_gradients_are_the_masked_ones(model, in_pieces):
     ours, theirs = model.step(model.apart, in_pieces), model.step(model.masked, in_pieces)
     assert model.masked.config._attn_implementation == "sdpa"
     assert_equal_steps(ours, theirs)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_recomputed_layers_give_the_same(in_pieces):
+    model = Model("llama")
+    theirs = model.step(model.masked)
+    model.apart.train().activation_checkpointing_enable({"use_reentrant": False})
+    assert_equal_steps(model.step(model.apart, in_pieces), theirs)
+
+
+PLANS = {
+    "heads": dict(heads=1, columns=20),
+    "groups": dict(heads=2, rule="groups", skipped=(1,)),
+    "without attention": dict(without=((2, 0),), heads=2),
+    "positions": dict(positions=60),
+}
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3", "gpt2", "bert"])
+@pytest.mark.parametrize("kept", PLANS)
+def test_subnetworks_give_what_they_give_under_masks(case, kept):
+    model = Model(case)
+    plan = draw_plan(replace(model.shape, sequence=SEQUENCE), **PLANS[kept])
+    ours, theirs = (model.step(m, plan=plan) for m in (model.apart, model.masked))
+    assert_equal_steps(ours, theirs)
+    assert abs(ours[0] - model.step(model.masked)[0]) > 1e-4  # the plan is no whole model
+
+
+def test_in_bf16_losses_are_within_its_rounding():
+    model = Model("llama")
+    ours, theirs = (model.step(m, dtype=torch.bfloat16) for m in (model.apart, model.masked))
+    assert_equal_steps(ours, theirs, loss=1e-3, gradients=2e-2)
+
+
+class Scores(TorchDispatchMode):
+    """Counts the scores that calls of SDPA compute, of one head."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.count += args[0].shape[0] * args[0].shape[2] * args[1].shape[2]
+        return func(*args, **(kwargs or {}))
+
+
+def test_scores_between_documents_are_not_computed():
+    """But for those of short neighbours."""
+    model = Model("gpt2")
+    with Scores() as ours:
+        model.step(model.apart)
+    with Scores() as theirs:
+        model.step(model.masked)
+    own = sum(max(n * n, n * TOGETHER) for row in LENGTHS for n in row)
+    layers = model.shape.num_layers
+    assert theirs.count == layers * len(LENGTHS) * SEQUENCE**2
+    assert layers * SEQUENCE**2 < ours.count <= layers * own < 0.6 * theirs.count
+
+
+def test_bounds_and_stretches_cover_every_document_once():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        rows = []
+        for _ in range(rng.integers(1, 5)):
+            cuts = np.sort(rng.choice(np.arange(1, SEQUENCE), rng.integers(0, 40), replace=False))
+            rows.append(np.diff([0, *cuts, SEQUENCE]).tolist())
+        documents = Documents(numbers_of(positions_of(rows))[:, 0, :, 0])
+        lengths = [n for row in rows for n in row]
+        assert documents.bounds_E1.dtype == torch.int32 and documents.longest == SEQUENCE
+        assert documents.bounds_E1.tolist() == [0, *np.cumsum(lengths)]
+        assert [n for together in documents.stretches for n in together] == lengths
+        for one, next_ in zip(documents.stretches, documents.stretches[1:]):
+            assert len(one) == 1 or sum(one) <= TOGETHER
+            assert sum(one) + next_[0] > TOGETHER

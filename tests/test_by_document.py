@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,17 +13,42 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases.corpora import write_corpus
 from cases.families import CASES, draw_plan
+from cases.memory import GPT2, TOKENS
+from cases.tiny import TINY_MODEL, make_config
+from est_ds.config.run_file import load_run
+from est_ds.data.loader import Portion
+from est_ds.design import make_outline
+from est_ds.report.plan_memory import subject_of
+from est_ds.run.metrics import read_metrics
+from est_ds.run.prepare import prepare
+from est_ds.slicing import documents
 from est_ds.slicing.build import build_model
-from est_ds.slicing.documents import TOGETHER, Documents, attend_by_document, numbers_of
+from est_ds.slicing.documents import (
+    TOGETHER,
+    Documents,
+    attend_by_document,
+    attention,
+    numbers_of,
+)
 from est_ds.slicing.families import family_of, hf_config
 from est_ds.slicing.subnetwork import Subnetwork
+from layouts import LAYOUTS, MORE_LAYOUTS, train_in
+from reference import assert_close as assert_losses_close
+from reference import plain_adamw
 
-SEQUENCE = 150
+SCORES_OF_CALL, SEQUENCE = documents.SCORES_OF_CALL, 150
 # A document as long as the sequence, one of a single position, and more short ones than a call
 # takes, in a row that they do not fill.
 LENGTHS = [[70, 1, 1, 12, 3, 63], [150], [1, 2] * 30 + [60], [9] * 16 + [6]]
 MODELS = ("llama", "mistral", "mistral_window", "qwen2", "qwen3", "gpt2", "bert")
+
+
+@pytest.fixture(autouse=True)
+def never_masked(monkeypatch):
+    """As in larger models: these are so small that masks would be faster."""
+    monkeypatch.setattr(documents, "SCORES_OF_CALL", 0)
 
 
 def positions_of(lengths: list[list[int]]) -> torch.Tensor:
@@ -148,6 +174,23 @@ def test_scores_between_documents_are_not_computed():
     assert layers * SEQUENCE**2 < ours.count <= layers * own < 0.6 * theirs.count
 
 
+def test_small_sequences_are_masked_where_that_is_faster(monkeypatch):
+    """Eight documents, as eight calls and as masked scores, in one thread."""
+    monkeypatch.setattr(documents, "SCORES_OF_CALL", SCORES_OF_CALL)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for length, heads, masked in ((70, 4, True), (250, 4, False), (150, 1, True), (70, 64, False)):
+        rows = Documents(numbers_of(positions_of([[length]] * 8))[:, 0, :, 0])
+        assert len(rows.stretches) == 8
+        assert rows.masked_is_faster(heads) == masked == (8 * length**2 * heads < 8 * 30_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for case in ("llama", "mistral_window", "bert"):
+        model = Model(case)
+        with Scores() as ours:
+            step = model.step(model.apart)
+        assert ours.count == model.shape.num_layers * len(LENGTHS) * SEQUENCE**2
+        assert_equal_steps(step, model.step(model.masked), loss=0, gradients=0)
+
+
 def test_bounds_and_stretches_cover_every_document_once():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -163,3 +206,127 @@ def test_bounds_and_stretches_cover_every_document_once():
         for one, next_ in zip(documents.stretches, documents.stretches[1:]):
             assert len(one) == 1 or sum(one) <= TOGETHER
             assert sum(one) + next_[0] > TOGETHER
+
+
+MASKED: dict[str, dict] = {
+    "compile": {"compile": True},
+    "dropout": {"model": TINY_MODEL | {"attention_dropout": 0.1}},
+    "positions and a window": {
+        "model": TINY_MODEL | {"model_type": "mistral", "sliding_window": 63},
+        "method": TOKENS,
+    },
+    "fp32 on a GPU": {},
+    "heads of 12 on a GPU": {"model": TINY_MODEL | {"head_dim": 12}, "precision": "bf16"},
+}
+APART: dict[str, dict] = {
+    "plain": {},
+    "dropout of what layers return": {"model": GPT2 | {"attn_pdrop": 0.0}},
+    "positions": {"method": TOKENS},
+    "positions and a window as long": {
+        "model": TINY_MODEL | {"model_type": "mistral", "sliding_window": 64},
+        "method": TOKENS,
+    },
+    "a window": {"model": TINY_MODEL | {"model_type": "mistral", "sliding_window": 5}},
+    "bf16 on a GPU": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("why", [*MASKED, *APART])
+def test_runs_that_are_masked_are_those_that_are_named(why):
+    fields = {**MASKED, **APART}[why]
+    data = {**dict.fromkeys(("train", "valid", "tokenizer"), "absent"), "sequence": 64}
+    for separate in (True, False):
+        kept_apart = data | {"documents": "separate" if separate else "joined"}
+        outline = make_outline(make_config(data=kept_apart, **fields))
+        setting = subject_of(outline, "on a GPU" in why).setting
+        assert setting.by_document == (separate and why in APART)
+        window = bool(outline.config.model.get("sliding_window"))
+        assert setting.has_mask == (not setting.by_document and (separate or window))
+
+
+# real trainings
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory):
+    """Prefixes of a corpus and of a held-out one, of documents of 2 to 250 tokens."""
+    rng, folder = np.random.default_rng(1), tmp_path_factory.mktemp("short")
+    cuts = np.cumsum(rng.integers(2, 250, 80))
+    tokens = np.cumsum(rng.integers(1, 9, cuts[-1] + 100) ** 2) % 61
+    parts = np.split(tokens, cuts)
+    return write_corpus(folder / "train", parts[:60]), write_corpus(folder / "valid", parts[60:])
+
+
+def _trains_what_plain_adamw_trains(layout, run, corpora, folder):
+    overrides = [
+        *(f"data.{name}={prefix}" for name, prefix in zip(("train", "valid"), corpora)),
+        "data.documents=separate",
+        "data.sequence=192",
+        "model.num_hidden_layers=4",
+        "model.max_position_embeddings=192",
+        "method.phases=[{until: 2, layers: 0.5, heads: 0.5}, {until: 3}]",
+        "schedule.warmup=0",
+        "steps=3",
+        "checkpoint.every=3",
+        "evaluate={every: 3, sequences: 12}",
+    ]
+    [run_dir] = train_in(folder, run, [(layout, "apart", overrides)])
+    config = load_run(run, [f"run_dir={folder}/none", "parallel={}", *overrides])
+    portion = Portion(0, 1, config.batch.micro)
+    for (_, positions_BT), _ in prepare(config, 1).train.micro_batches(0, portion):
+        rows = Documents(numbers_of(positions_BT)[:, 0, :, 0])
+        assert len(rows.bounds_E1) > len(positions_BT) + 1
+        assert 2 * 192 * 192 * 4 > len(rows.stretches) * SCORES_OF_CALL  # of four kept heads
+    expected = plain_adamw(config)
+    steps, evaluations = read_metrics(run_dir)
+    assert_losses_close([e["loss"] for e in steps], expected.losses)
+    assert_losses_close([e["eval_loss"] for e in evaluations], list(expected.held_out.values()))
+
+
+@pytest.mark.parametrize("layout", ["pipe 2, checkpointing", "data 2, ZeRO 3"])
+def test_layouts_train_what_plain_adamw_trains_under_masks(
+    layout, synthetic_run, short_documents, tmp_path
+):
+    _trains_what_plain_adamw_trains(layout, synthetic_run, short_documents, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MORE_LAYOUTS])
+def test_every_layout_trains_what_plain_adamw_trains_under_masks(
+    layout, synthetic_run, short_documents, tmp_path
+):
+    _trains_what_plain_adamw_trains(layout, synthetic_run, short_documents, tmp_path)
+
+
+# on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [8, 2])
+def test_the_kernel_gives_what_masked_attention_gives(groups, causal, window):
+    """In bf16, within its rounding of masked attention in float32."""
+    if window and not causal:
+        pytest.skip("no model has it")
+    number = numbers_of(positions_of(LENGTHS).cuda())
+    rows = Documents(number[:, 0, :, 0])
+    mask = rows.mask(documents.Scores(causal, window, None))
+    module = SimpleNamespace(is_causal=causal, num_key_value_groups=8 // groups)
+    found = []
+    for given, dtype in ((number, torch.bfloat16), (mask, torch.float32)):
+        generator = torch.Generator("cuda").manual_seed(0)
+        states = [
+            torch.randn(4, SEQUENCE, n, 64, generator=generator, device="cuda")
+            .bfloat16()
+            .to(dtype)
+            .requires_grad_()
+            for n in (8, groups, groups)
+        ]
+        across = (x.transpose(1, 2) for x in states)
+        out, _ = attention(module, *across, given, scaling=0.2, sliding_window=window)
+        out.backward(torch.randn(out.shape, generator=generator, device="cuda").to(dtype))
+        found.append([out.detach().float(), *(x.grad.float() for x in states)])
+    for ours, theirs in zip(*found):
+        assert (ours - theirs).abs().max() <= 2e-2 * theirs.abs().max()

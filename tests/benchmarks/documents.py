@@ -66,8 +66,8 @@ def of_attention(options: argparse.Namespace) -> Callable[[str, int], float]:
     return run
 
 
-def of_step(options: argparse.Namespace) -> tuple[Callable[[str, int], float], float]:
-    """A step's time, and the scores' part of its FLOPs."""
+def of_step(options: argparse.Namespace) -> tuple[Callable[[str, int], float], float, float]:
+    """A step's time, the scores' part of its FLOPs, and how far the two ways' losses are apart."""
     size = options.hidden, options.layers, options.vocabulary, options.sequence
     data: dict[str, Any] = dict.fromkeys(("train", "valid", "tokenizer"), "unset")
     data |= {"sequence": options.sequence, "documents": "separate"}
@@ -82,14 +82,20 @@ def of_step(options: argparse.Namespace) -> tuple[Callable[[str, int], float], f
     sizes = ({"tokens": tokens, "sequence": length} for length in (0, options.sequence))
     without, whole = (dense_flops(shape, **size).model for size in sizes)
 
+    def batch(round_: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        ids, labels = random_batch(options.batch, options.sequence, options.vocabulary, round_)
+        return (ids, positions(options, round_)), labels
+
     def run(way: str, round_: int) -> float:
         model.set_attn_implementation(WAYS[way])
-        ids, labels = random_batch(options.batch, options.sequence, options.vocabulary, round_)
-        batch = iter([((ids, positions(options, round_)), labels)])
         with engine.subnetwork.active(plan):
-            return timed(lambda: engine.train_batch(batch))
+            return timed(lambda: engine.train_batch(iter([batch(round_)])))
 
-    return run, 1 - without / whole
+    losses = []
+    for implementation in WAYS.values():
+        model.set_attn_implementation(implementation)
+        losses.append(engine.mean_loss([batch(0)]))
+    return run, 1 - without / whole, abs(losses[1] / losses[0] - 1)
 
 
 def main() -> None:
@@ -109,10 +115,11 @@ def main() -> None:
 
     scores = [computed(positions(options, round_)) for round_ in range(1, options.rounds + 1)]
     left = float(np.median(scores))
-    step, share = of_step(options)
+    step, share, difference = of_step(options)
     print(
         f"{options.family}: {options.layers} layers, hidden {options.hidden}, {options.batch} x "
-        f"{options.sequence} tokens, {options.documents} documents in each"
+        f"{options.sequence} tokens, {options.documents} documents in each; losses differ by "
+        f"{difference:.1e}"
     )
     for what, run, predicted in (
         ("attention", of_attention(options), left),

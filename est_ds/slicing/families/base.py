@@ -200,7 +200,8 @@ class Family(ABC):
         model_types: the library's names for it.
         auto_class: the class of the library that builds the model with its training head.
         attention: the library's attention that the model is built with.
-        separable: whether documents of one sequence can be kept apart.
+        separable: whether documents of one sequence can be kept apart. The library must then call
+            attention by its registered name (`est_ds/slicing/documents.py`).
         extra_keys: keys of the model section that the library takes but does not list.
         skippable: what is put before a layer's class; says what a skipped layer returns.
         head_size_from: the fields of the config that a head's width derives from, where no field

@@ -73,6 +73,7 @@ def test_every_script_runs(corpus):
         "x the need of 8",
         "| narrow |",
         "24 ranks resume",
+        "  512 pipe 2, ZeRO 1",
     ):
         assert row in done.stdout, done.stdout
     assert len(re.findall(r"bytes a rank, 24 over 8: \S+  ok", done.stdout)) == 3, done.stdout

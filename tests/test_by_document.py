@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -106,8 +107,14 @@ def assert_equal_steps(ours, theirs, loss: float = 1e-6, gradients: float = 1e-5
             assert error <= gradients * max(1.0, expected.abs().max()), f"{name}: {error:.2e}"
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# A window in all layers but the first.
+SOME_WINDOWS = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+
+
+@pytest.fixture(scope="module", params=[*MODELS, "qwen2_windows"])
 def model(request):
+    if request.param == "qwen2_windows":
+        return Model("qwen2", **SOME_WINDOWS)
     return Model(request.param)
 
 
@@ -301,6 +308,18 @@ def test_every_layout_trains_what_plain_adamw_trains_under_masks(
 # on a GPU
 
 
+@pytest.mark.parametrize(("groups", "causal", "window"), [(8, False, None), (2, True, 20)])
+def test_the_kernel_is_called_as_torch_wants_it(groups, causal, window):
+    """By torch's own rules for shapes and arguments, which need no GPU."""
+    rows = Documents(numbers_of(positions_of(LENGTHS))[:, 0, :, 0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = [(len(LENGTHS) * SEQUENCE, n, 64) for n in (8, groups, groups)]
+        states = tuple(torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        out = documents._in_one_kernel(states, rows, documents.Reach(causal, window), 0.2)
+        out.sum().backward()
+    assert out.shape == shapes[0] and [x.grad.shape for x in states] == shapes
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("window", [None, 20])
@@ -312,7 +331,7 @@ def test_the_kernel_gives_what_masked_attention_gives(groups, causal, window):
         pytest.skip("no model has it")
     number = numbers_of(positions_of(LENGTHS).cuda())
     rows = Documents(number[:, 0, :, 0])
-    mask = rows.mask(documents.Scores(causal, window, None))
+    mask = rows.mask(documents.Reach(causal, window))
     module = SimpleNamespace(is_causal=causal, num_key_value_groups=8 // groups)
     found = []
     for given, dtype in ((number, torch.bfloat16), (mask, torch.float32)):

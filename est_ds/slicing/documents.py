@@ -58,18 +58,16 @@ def are_numbers(mask: Tensor | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How a position's scores with those of its document are made.
+class Reach:
+    """What of its document a position sees.
 
     Attributes:
-        causal: with itself and those before it only.
-        window: of these with the nearest so many only, itself among them; None: with all.
-        scale: factor on the scores; None: the root of 1 / D.
+        causal: itself and those before it only.
+        window: of these the nearest so many only, itself among them; None: all.
     """
 
     causal: bool
     window: int | None
-    scale: float | None
 
 
 class Documents:
@@ -90,8 +88,8 @@ class Documents:
         begins_E = begins_BT.flatten().nonzero().flatten()
         self.bounds_E1 = pad(begins_E, (0, 1), value=numbers_BT.numel()).int()
         self.longest = numbers_BT.shape[1]
-        self._masks: dict[Scores, list[Tensor | None]] = {}
-        self._whole: dict[Scores, Tensor] = {}
+        self._masks: dict[Reach, list[Tensor | None]] = {}
+        self._whole: dict[Reach, Tensor] = {}
 
     @classmethod
     def of(cls, numbers_B1T1: Tensor) -> Documents:
@@ -117,34 +115,34 @@ class Documents:
         calls = len(self.stretches) * torch.get_num_threads()
         return self._numbers_BT.numel() * self.longest * heads < calls * SCORES_OF_CALL
 
-    def mask(self, scores: Scores) -> Tensor:
+    def mask(self, reach: Reach) -> Tensor:
         """Which positions see which, bool [B, 1, T, T]."""
-        if scores not in self._whole:
+        if reach not in self._whole:
             same = self._numbers_BT[:, None, :, None] == self._numbers_BT[:, None, None, :]
-            self._whole[scores] = same & _in_reach(self.longest, scores).to(same.device)
-        return self._whole[scores]
+            self._whole[reach] = same & _in_reach(self.longest, reach).to(same.device)
+        return self._whole[reach]
 
-    def masks(self, scores: Scores) -> list[Tensor | None]:
+    def masks(self, reach: Reach) -> list[Tensor | None]:
         """The mask of every stretch, made once for all layers."""
-        if scores not in self._masks:
-            self._masks[scores] = [_mask(lengths, scores) for lengths in self.stretches]
-        return self._masks[scores]
+        if reach not in self._masks:
+            self._masks[reach] = [_mask(lengths, reach) for lengths in self.stretches]
+        return self._masks[reach]
 
 
-def _mask(lengths: list[int], scores: Scores) -> Tensor | None:
+def _mask(lengths: list[int], reach: Reach) -> Tensor | None:
     """Which positions of documents see which, bool [n, n]; None where SDPA's own flag says it."""
     total = sum(lengths)
-    if len(lengths) == 1 and (scores.window is None or total <= scores.window):
+    if len(lengths) == 1 and (reach.window is None or total <= reach.window):
         return None
     number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return (number[:, None] == number) & _in_reach(total, scores)
+    return (number[:, None] == number) & _in_reach(total, reach)
 
 
-def _in_reach(positions: int, scores: Scores) -> Tensor:
+def _in_reach(positions: int, reach: Reach) -> Tensor:
     """Which of neighbouring positions see which, were they of one document, bool [n, n]."""
     back = torch.arange(positions)[:, None] - torch.arange(positions)
-    reach = back >= 0 if scores.causal else torch.ones_like(back, dtype=torch.bool)
-    return reach if scores.window is None else reach & (back < scores.window)
+    seen = back >= 0 if reach.causal else torch.ones_like(back, dtype=torch.bool)
+    return seen if reach.window is None else seen & (back < reach.window)
 
 
 def attention(
@@ -164,47 +162,50 @@ def attention(
     documents, window = Documents.of(mask), named.get("sliding_window")
     if window is not None and window >= documents.longest:
         window = None
-    scores = Scores(module.is_causal, window, named.get("scaling"))
+    reach = Reach(module.is_causal, window)
     if not query.is_cuda and documents.masked_is_faster(query.shape[1]):
-        whole = documents.mask(scores)
+        whole = documents.mask(reach)
         return sdpa_attention_forward(module, query, key, value, whole, **named)
     states = tuple(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     compute = _in_one_kernel if query.is_cuda else _one_by_one
-    return compute(states, documents, scores).unflatten(0, (query.shape[0], -1)), None
+    result = compute(states, documents, reach, named.get("scaling"))
+    return result.unflatten(0, (query.shape[0], -1)), None
 
 
 States = tuple[Tensor, Tensor, Tensor]  # q [N, H, D], k and v [N, G, D]
 
 
-def _one_by_one(states: States, documents: Documents, scores: Scores) -> Tensor:
+def _one_by_one(states: States, documents: Documents, reach: Reach, scale: float | None) -> Tensor:
     """The result [N, H, D] on a CPU."""
-    masks, found = documents.masks(scores), []
+    masks, found = documents.masks(reach), []
     lengths = [sum(stretch) for stretch in documents.stretches]
     grouped = states[0].shape[1] != states[1].shape[1]
     for *stretch, mask in zip(*(x.split(lengths) for x in states), masks):
         result = scaled_dot_product_attention(
             *(x.transpose(0, 1)[None] for x in stretch),
             attn_mask=None if mask is None else mask[None, None],
-            is_causal=scores.causal and mask is None,
-            scale=scores.scale,
+            is_causal=reach.causal and mask is None,
+            scale=scale,
             enable_gqa=grouped,
         )
         found.append(result[0].transpose(0, 1))
     return torch.cat(found)
 
 
-def _in_one_kernel(states: States, documents: Documents, scores: Scores) -> Tensor:
+def _in_one_kernel(
+    states: States, documents: Documents, reach: Reach, scale: float | None
+) -> Tensor:
     """The result [N, H, D] on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
-    before = -1 if scores.window is None else scores.window - 1
+    before = -1 if reach.window is None else reach.window - 1
     return varlen_attn(
         *states,
         documents.bounds_E1,
         documents.bounds_E1,
         documents.longest,
         documents.longest,
-        scale=scores.scale,
-        window_size=(before, 0 if scores.causal else -1),
+        scale=scale,
+        window_size=(before, 0 if reach.causal else -1),
         enable_gqa=states[0].shape[1] != states[1].shape[1],
     )

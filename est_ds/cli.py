@@ -75,6 +75,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parsed.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if overrides:
         parsed.overrides = parsed.overrides + overrides
+    if getattr(parsed, "overrides", None):
+        from est_ds.config.run_file import in_effect
+
+        parsed.overrides = in_effect(parsed.overrides)
     return parsed
 
 

@@ -27,6 +27,7 @@ from est_ds.checkpoints.restore import _check_same_run, choose_or_restore
 from est_ds.checkpoints.store import Store, tag_of
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import Checkpoint as Settings
+from est_ds.data.manifest import read_manifest
 from est_ds.data.remote import Remote, RemoteError
 from est_ds.disk import describe
 from est_ds.errors import UserError, without_keys
@@ -467,9 +468,11 @@ def test_wrong_settings_are_refused(override, said, capsys, tiny_run, tmp_path):
 def test_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("est_ds.data.remote.PACKAGES", {"s3": ("no_such_package", "s3")})
     with pytest.raises(UserError) as error:
-        Remote("s3://bucket/run", "checkpoint.copy_to")
+        Bucket("s3://bucket/run")
     assert "checkpoint.copy_to='s3://bucket/run' needs the package no_such" in str(error.value)
     assert "pip install 'est_ds[s3]'" in str(error.value)
+    with pytest.raises(UserError, match="^corpus s3://bucket/train needs the package no_such"):
+        read_manifest("s3://bucket/train")
 
 
 def test_keys_stand_in_no_message(monkeypatch):

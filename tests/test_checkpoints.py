@@ -278,6 +278,14 @@ def test_checkpoints_are_completed_without_looking_at_files(synthetic_run, tmp_p
     assert all(damage(store.path(step)) is None for step in store.steps())
 
 
+def test_rank_0_stays_until_no_rank_needs_its_store(synthetic_run, tmp_path):
+    """After its last save a run ends, with the store."""
+    processes, arguments = LAYOUTS["data 2, ZeRO 1"]
+    short = ["steps=2", "method={name: full}", "evaluate.sequences=4", "log={step_times: false}"]
+    job = {"run": synthetic_run, "overrides": [f"run_dir={tmp_path}/run", *arguments, *short]}
+    train_all(tmp_path / "log", processes, [{**job, "slow_store_s": 2.0}])
+
+
 def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300 * 1024, 300 * 1024))
 

@@ -230,7 +230,7 @@ REFUSED = {
         {"seeds": {"model": [0, 0], "data": 0, "method": 0}},
         "seeds: seed 1 would train the run of seed 0 again",
     ),
-    "a number of seeds": ({"seeds": 3}, "seeds=3: input should be a valid list"),
+    "a number of seeds": ({"seeds": 3}, "seeds=3: write a list, [VALUE, ...]"),
     "an arm that is a folder": ({"arms": {"dense": DENSE, "..": DENSE}}, "arms"),
     "tuned steps": ({"tune": {"steps": [4, 8]}}, "arms.dense: tune has steps"),
     "tuned twice alike": ({"tune": {"optimizer.lr": [1e-3, 1e-3]}}, "optimizer.lr twice"),

@@ -160,6 +160,14 @@ def test_a_section_that_is_none_is_refused(capsys):
     assert "has no effect with --write" in refused(capsys, "fields", "data", "--write", "nowhere")
 
 
+def test_a_place_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        error = refused(capsys, "fields", "--write", folder)
+        assert f"--write={str(folder)!r} cannot be written: " in error
+    assert (tmp_path / "file").read_text() == ""
+
+
 @pytest.mark.parametrize(
     "file", [*RUN_FILES, *STUDY_FILES], ids=lambda f: f"{f.parent.name}/{f.stem}"
 )

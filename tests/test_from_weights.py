@@ -247,6 +247,36 @@ def test_stacking_begins_with_a_shallower_model_and_doubles_it(published, synthe
         assert_close(losses(one), losses(runs[0]))
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "given", "expected"),
+    [
+        ({"rope_parameters": {**LINEAR, "rope_theta": 1e4}}, ["rope_theta=5.0e+5"], LINEAR),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 1e4}}, ["rope_parameters.rope_theta=5.0e+5"],
+         LINEAR),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+         ["rope_parameters={rope_theta: 5.0e+5}"], LINEAR),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 5e5}}, ["rope_scaling=null"],
+         {"rope_type": "default"}),
+        ({"rope_theta": 5e5}, ["rope_scaling={type: linear, factor: 2.0}"], LINEAR),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 9.0, "rope_theta": 5e5}},
+         ["rope_parameters={rope_type: linear, factor: 2.0}"], LINEAR),
+    ],
+)  # fmt: skip
+def test_fields_of_rope_stand_above_the_folders_in_older_and_newer_names(
+    theirs, given, expected, published, synthetic_run, tmp_path
+):
+    folder = shutil.copytree(published["llama"], tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config | theirs))
+    begin = [f"model.from={folder}", *(f"model.{field}" for field in given)]
+    rope = hf_config(load_run(synthetic_run, begin).model).rope_parameters
+    assert rope == {"rope_theta": 5e5, **expected}
+
+
 WRONG = {
     "hidden": (["model.hidden_size=64"], ["another shape", "model.hidden_size=64 (there: 32)"]),
     "heads": (["model.num_attention_heads=4", "model.num_key_value_heads=4"],

@@ -76,6 +76,24 @@ def test_without_gpus_the_estimate_against_the_memory_decides(tiny_run, tmp_path
             find_micro(str(tiny_run), overrides, SimpleNamespace(processes=2, **several))
 
 
+def test_on_gpus_the_estimate_says_where_trials_begin(tiny_run, tmp_path, monkeypatch):
+    overrides = [f"run_dir={tmp_path}/run", AUTO, ALONE]
+    config = load_run(tiny_run, overrides)
+    where = SimpleNamespace(by_ssh=False, node_rank=None, processes=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    needs, tried = expected_bytes(config, 1), []
+    for room, expected in ((1e12, [8, 4, 2, 1]), (needs(4), [4, 2, 1]), (1e3, [1])):
+        # The smaller of two GPUs, of which a part is left.
+        sizes = {0: 1e13, 1: room / micro_batch.GPU_SHARE + 1}
+        monkeypatch.setattr(micro_batch, "_gpu_bytes", sizes.__getitem__)
+        monkeypatch.setattr(micro_batch, "first_that_fits", lambda m, *_: tried.append(m) or m[-1])
+        assert find_micro(str(tiny_run), overrides, where) == 1 and tried.pop() == expected
+    monkeypatch.setattr(micro_batch, "first_that_fits", lambda *_: None)
+    with pytest.raises(UserError, match="a micro-batch of 1 does not fit into a GPU of"):
+        find_micro(str(tiny_run), overrides, where)
+
+
 def test_a_run_that_has_begun_keeps_what_was_found(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     overrides = [f"run_dir={run_dir}", AUTO]
@@ -86,9 +104,8 @@ def test_a_run_that_has_begun_keeps_what_was_found(tiny_run, tmp_path):
     assert load_run(tiny_run, [*overrides, "batch.micro=1"]).batch.micro == 1
 
 
-def test_only_what_starts_the_processes_finds_it(tiny_run, tmp_path, capsys, monkeypatch):
+def test_only_what_starts_the_processes_finds_it(tiny_run, tmp_path, monkeypatch):
     given = (tiny_run, f"run_dir={tmp_path}/run", AUTO)
-    assert "batch.micro='many'" in refused(capsys, "plan", *given[:2], "batch.micro=many")
     shown = est_ds("plan", *given).stdout
     assert "micro_batch 1 x" in shown and "batch.micro=auto: est-ds train takes" in shown
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
@@ -114,6 +131,13 @@ def test_a_lack_of_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
     assert micro_batch._is_lack_of_memory(caught.value)
+    for said in ("CUDA out of memory. Tried to allocate 2 GiB", "no more is said"):
+        assert micro_batch._is_lack_of_memory(torch.cuda.OutOfMemoryError(said))
+    for said in (
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+    ):
+        assert micro_batch._is_lack_of_memory(RuntimeError(said))
     assert not micro_batch._is_lack_of_memory(ValueError("no such layer"))
 
 
@@ -202,7 +226,7 @@ def test_the_largest_micro_batch_that_a_gpu_takes_trains(tiny_run, tmp_path):
     size = "{model_type: llama, vocab_size: 512, hidden_size: 2048, num_hidden_layers: 8, "
     size += "num_attention_heads: 16, intermediate_size: 8192, max_position_embeddings: 64}"
     given = (tiny_run, f"run_dir={tmp_path}/run", AUTO, ALONE, f"model={size}", "method.name=full")
-    done = est_ds("train", *given, "batch.global=4096", "steps=2", timeout=900)
+    done = est_ds("train", *given, "batch.global=2048", "steps=2", timeout=900)
     assert done.returncode == 0, done.stderr
     micro = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["batch"]["micro"]
-    assert 1 < micro < 4096 and done.stdout.count("batch.micro=auto: trying") >= 1
+    assert 1 < micro < 2048 and done.stdout.count("batch.micro=auto: trying") >= 1

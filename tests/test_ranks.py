@@ -26,12 +26,15 @@ from est_ds.checkpoints.index import FILE, Damaged, Index, read_index
 from est_ds.checkpoints.reader import Checkpoint, contents
 from est_ds.checkpoints.state import State
 from est_ds.disk import File
+from est_ds.engine.start import leave_processes, start_processes
 from est_ds.errors import Failure, UserError
 from est_ds.launch.placement import free_port
 from est_ds.ranks import meeting
 from est_ds.ranks.board import PIECE_BYTES, absent, present, put, take
 from est_ds.ranks.gather import Exchange
 from est_ds.ranks.world import World
+from forks import fork, wait
+from workers import ROOT, launched
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -153,6 +156,31 @@ def test_values_of_any_size_go_to_rank_0_and_back(store):
         assert seen == [(rank > 0, value) for value in expected]
     put(store, "large", large)
     assert take(store, ["large"]) == [large]
+
+
+def joined_with_gpus() -> None:
+    """Joins, on a host that seems to have two GPUs; says what was done to them, and when."""
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 2
+    torch.cuda.set_device = lambda number: print(f"took {number}, joined {dist.is_initialized()}")
+    start_processes(World.from_environment())
+    print(f"joined {dist.is_initialized()}")
+    leave_processes()
+
+
+def test_a_process_takes_its_gpu_before_it_talks_to_others(tmp_path, monkeypatch):
+    """By NCCL's rules its tensors lie there, also those of what ranks exchange at the start."""
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    ranks = [
+        fork(joined_with_gpus, (), (log, log), ROOT, environment)
+        for log, environment in zip(logs, launched(2))
+    ]
+    assert wait(ranks, 120) == [0, 0], logs[0].read_text()
+    for rank, log in enumerate(logs):
+        assert f"took {rank}, joined False\njoined True\n" in log.read_text()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="LOCAL_RANK=2: this process sees 2 GPUs"):
+        start_processes(World(2, 3, 2))
 
 
 def test_what_ranks_have_written_is_left_once_and_taken_away(store, monkeypatch):

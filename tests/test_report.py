@@ -131,7 +131,7 @@ def write_manifest(prefix, *, entropy, num_tokens=3, text_bytes=1):
 def test_a_run_on_gpus_says_its_seconds_mfu_and_memory(tmp_path, capsys):
     print_summary(make_run(tmp_path, gpu=True))
     said = " ".join(capsys.readouterr().out.split())
-    assert "tokens trained 5,120, in steps of 33.7 s" in said
+    assert "tokens trained 5,120, in 33.7 s of steps" in said
     # Medians over the lines, by hand: steps of 9, 1, 1.2 and 1.1 s; of 2 and 2.4 s; of 4, 4, 5, 4.
     assert "GPUs, small MFU 17.4% (dense 43.6%), 9 GB on a GPU" in said
     assert "GPUs, na<rr>ow [b] MFU 13.8% (dense 22.9%), 5 GB on a GPU" in said

@@ -10,12 +10,15 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from est_ds.config.run_file import load_run
+from est_ds.cli import _parse
+from est_ds.config.run_file import in_effect, load_run
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import dump, parse, read_mapping
+from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.plans.methods.pld import PldSettings
 from est_ds.slicing.families import hf_config
+from est_ds.studies.study_file import _overrides
 
 # As TinyLlama-1.1B's is published.
 TINYLLAMA_JSON = """{
@@ -135,6 +138,10 @@ def test_an_override_changes_one_field_of_an_aliased_section(tiny_run, tmp_path)
         ("schedule.warmup=false", "schedule.warmup=False"),
         ("compile=1", "compile=1: input should be a valid boolean; write true or false"),
         ("compile=on", "compile='on'"),
+        ("log.to=wandb", "log.to='wandb': write a list, [VALUE, ...]"),
+        ("schedule=cosine", "schedule='cosine': write a section, {KEY: VALUE, ...}"),
+        ("schedule.warmup=soon", "schedule.warmup='soon': input should be a valid number"),
+        ("batch.micro=most", "batch.micro='most': write a whole number, or auto"),
         ("run_dir=1e3", "run_dir=1000.0: input should be a valid string; put it in quotes"),
         ("run_dir=''", "run_dir=''"),
         ("optimizer.betas=[1.0, 1.0]", "optimizer.betas.0=1.0: input should be less than 1"),
@@ -148,6 +155,24 @@ def test_values_of_another_type_are_refused_by_field(override, says, tiny_run):
     with pytest.raises(UserError) as error:
         load_run(tiny_run, [override])
     assert says in str(error.value)
+
+
+def test_no_field_is_lost_to_one_that_begins_another_section(tiny_run):
+    """On a command line, and in a mapping of a study, wherever they stand."""
+    given = ["method.drop=0.3", "steps=9", "method.name=layer_drop"]
+    parsed = _parse(["plan", str(tiny_run), *given])
+    study = _overrides({"method": {"drop": 0.3}, "method.name": "layer_drop"}, Path(), "set")
+    for overrides in (parsed.overrides, list(study)):
+        method = load_run(tiny_run, overrides).method
+        assert method["name"] == "layer_drop" and method["drop"] == 0.3
+    assert in_effect(["model.from=a", "model.from=b"]) == ["model.from=a", "model.from=b"]
+    first = ["model.from=b", "model.vocab_size=3", "seed=1"]
+    assert in_effect([first[1], first[2], first[0]]) == first
+    whole = ["model.vocab_size=3", "model=m.yaml", "model.from=b", "model.hidden_act=silu"]
+    assert in_effect([*whole[:2], whole[3], whole[2]]) == whole
+    with pytest.raises(UserError, match=r"unknown key 'method.drop'"):
+        given = _parse(["train", str(tiny_run), "method.drop=0.3", "method.name=full"]).overrides
+        make_design(load_run(tiny_run, given))
 
 
 def test_every_section_refuses_other_types_and_takes_whole_numbers_for_any(tiny_run):

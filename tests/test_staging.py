@@ -14,6 +14,7 @@ from est_ds.config.run_file import load_run
 from est_ds.data.indexed import Corpus
 from est_ds.data.remote import Remote
 from est_ds.data.staging import CACHE, _staged_corpus
+from est_ds.data.tokenizer import tokenizer_sha256
 from est_ds.design import make_design
 from est_ds.disk import hold
 from est_ds.doctor import facts
@@ -99,6 +100,13 @@ def test_held_out_corpora_alone_are_fetched_to_evaluate(corpus, cache, tiny_run)
     # Where the training corpora are gone, the others' manifests serve.
     gone = load_run(tiny_run, [f"data.train={url}/none", f"data.valid={url}/valid"])
     assert list(held_out_windows(make_design(gone))) == list(config.data.held_out)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused_by_its_name(cache, tmp_path):
+    for url in (f"file://{tmp_path}/none", f"file://{tmp_path}"):
+        with pytest.raises(UserError, match=f"data.tokenizer='{url}' holds no file of a tokenizer"):
+            tokenizer_sha256(url)
+    assert not cache.exists()
 
 
 def test_doctor_fetches_no_corpus(corpus, cache, tiny_run):

@@ -88,8 +88,9 @@ def test_an_override_takes_the_place_of_the_files_length(run_file):
     [
         (["tokens=0"], "tokens=0: "),
         (["tokens=-5"], "tokens=-5: "),
+        (["tokens=0.5"], "tokens=0.5: input should be greater than or equal to 1"),
         (["tokens=1.5"], "tokens=1.5: write a whole number, such as 50e9"),
-        (["tokens=many"], "tokens='many': "),
+        (["tokens=many"], "tokens='many': input should be a valid number"),
         (["tokens=true"], "tokens=True: "),
         (["tokens=.inf"], "tokens=inf: "),
         (["tokens=1e6", "batch.global=0"], "batch.global=0: "),

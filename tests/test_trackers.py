@@ -306,6 +306,21 @@ def test_mlflow_gets_what_a_kill_lost_on_its_way(name, tmp_path, monkeypatch):
 
 
 @slow
+@pytest.mark.parametrize("name", [needs("trackio")])
+def test_a_folder_that_trackio_cannot_write_is_said_and_nothing_counts_as_sent(
+    name, tmp_path, monkeypatch
+):
+    from trackio import utils
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(utils, "TRACKIO_DIR", tmp_path / "file" / "below")
+    [said] = track(tmp_path / "run", 0, 0, LINES, log={"to": [name]})
+    assert "log.to=trackio failed" in said and str(tmp_path / "file") in said
+    assert not (tmp_path / "run" / "trackers" / "trackio.json").exists()
+
+
+@slow
 @pytest.mark.parametrize("name", [needs(name) for name in EXTRAS])
 def test_a_killed_and_resumed_run_is_one_run_with_every_point_once(name, resumed):
     found = {"wandb": of_wandb, "mlflow": of_mlflow, "trackio": of_trackio}[name](resumed)

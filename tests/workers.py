@@ -42,10 +42,11 @@ def start(
         jobs: each with `run` (a run file or directory) and `overrides`; with `traffic` (a file)
             the bytes that rank 0 communicates in every step are written there, if the overrides
             turn DeepSpeed's communication logger on. With `slow_disk_s` every file of weights
-            takes that much longer. With `late_markers` rank 0 never sees what others wrote. With
-            `free_bytes` the disk has no more. With `odd_from` the last rank draws another plan
-            from that step on. `poison` has lists [step, what]: in that step the last rank's
-            activations become infinite (`loss`) or change places (`jump`), or the first
+            takes that much longer. With `slow_store_s` all ranks but the first take that long to
+            take away what they left at the store. With `late_markers` rank 0 never sees what
+            others wrote. With `free_bytes` the disk has no more. With `odd_from` the last rank
+            draws another plan from that step on. `poison` has lists [step, what]: in that step the
+            last rank's activations become infinite (`loss`) or change places (`jump`), or the first
             rank's gradients become infinite (`gradient`). With `sums_no_ties` DeepSpeed itself
             sums the gradients of tied parameters. With `measures` rounds of step times are
             measured however slow the machine is.
@@ -109,6 +110,8 @@ def run_jobs(jobs: list[dict]) -> None:
             instead("est_ds.checkpoints.writer.Saver.poll", lambda self: None)
         if "slow_disk_s" in job:
             _slow_disk(job)
+        if "slow_store_s" in job and not world.is_first:
+            _slow_store(job["slow_store_s"])
         if "measures" in job:
             instead("est_ds.training.turns.LEAST_S", 0.0)
             instead("est_ds.training.turns.LARGEST_SHARE", float("inf"))
@@ -126,6 +129,7 @@ def run_jobs(jobs: list[dict]) -> None:
 
 # The seams at which faults are put into a run, besides `join` and `build` of `training.loop.train`.
 SEAMS = (
+    "est_ds.checkpoints.board.remove",
     "est_ds.checkpoints.writer.Saver.poll",
     "est_ds.checkpoints.writer.save_file",
     "est_ds.engine.ties.Ties.take_over",
@@ -173,6 +177,16 @@ def _slow_disk(job: dict) -> None:
 
     save_file = instead("est_ds.checkpoints.writer.save_file", slow)
     train_step = instead("est_ds.training.loop.train_step", noting)
+
+
+def _slow_store(seconds: float) -> None:
+    """To take something away from the store takes longer."""
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        remove(*arguments)
+
+    remove = instead("est_ds.checkpoints.board.remove", slow)
 
 
 def _poisoned(build, poison: list, *arguments):

@@ -25,7 +25,7 @@ class Bucket(Remote):
     """The folder `checkpoint.copy_to`, of one run."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(url, FIELD)
+        super().__init__(url, f"{FIELD}={url!r}")
         self._losses: dict[int, float | None] = {}  # of whole copies, as far as they are known
 
     def steps(self) -> list[int]:

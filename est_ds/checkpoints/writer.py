@@ -39,7 +39,7 @@ from est_ds.checkpoints.store import Store, tag_of
 from est_ds.disk import File, describe, replace_text, sync_file, sync_folder
 from est_ds.engine.base import Engine
 from est_ds.errors import Failure, gigabytes
-from est_ds.ranks.gather import dealt, first_of_all, gathered_on_rank_0, of_rank_0
+from est_ds.ranks.gather import dealt, first_of_all, gathered_on_rank_0, largest, of_rank_0
 from est_ds.ranks.preempt import Preempted
 
 LAST_WAIT_S = 60.0  # for a write that is under way when training fails
@@ -165,6 +165,7 @@ class Saver:
         self._raise_everywhere()
         self._content = None
         self._board.clear()
+        largest(0)  # rank 0 may end now, and with it the store
 
     def settle(self) -> None:
         """Waits until nothing is being written or sent. Every rank calls it.

@@ -14,9 +14,16 @@ def run_file(path: Path) -> Path:
     """The path, or where it is a bare name that nothing here has, the shipped run file so named.
 
     Raises:
-        UserError: it is a bare name, and no run file is shipped under it.
+        UserError: nothing here has that name, and no run file is shipped under it.
     """
-    if path.exists() or path.suffix or len(path.parts) != 1 or path.name == "..":
+    if path.exists():
+        return path
+    if path.suffix or len(path.parts) != 1 or path.name == "..":
+        if path.suffix in (".yaml", ".yml") and path.stem in run_files():
+            raise UserError(
+                f"run file {str(path)!r} does not exist; check the path, or give the name of the "
+                f"one that is shipped: {path.stem}."
+            )
         return path
     shipped = run_files()
     if path.name not in shipped:

@@ -48,21 +48,27 @@ NOT_OF_TRAINING = (
     "pooler_size_per_head",
     "pooler_type",
 )
+ROPE = ("rope_parameters", "rope_theta", "rope_scaling")  # today's name, and the older ones
 # And what means nothing in the config.json of a model_type, though it may elsewhere: a T5's
-# positions are relative.
-IDLE_OF_TYPE = {("t5", "n_positions")}
+# positions are relative, and a Mamba's says some of it again in the words of its first code.
+IDLE_OF_TYPE = {
+    "t5": ("n_positions",),
+    "mamba": (
+        "d_inner",
+        "d_model",
+        "fused_add_norm",
+        "n_layer",
+        "pad_vocab_size_multiple",
+        "rms_norm",
+        "ssm_cfg",
+    ),
+}
 
 
 def of_training(config: dict[str, Any]) -> dict[str, Any]:
     """What a Hugging Face config.json says of the model that is trained."""
-    model_type = config.get("model_type")
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in NOT_OF_TRAINING
-        and not key.startswith("_")
-        and (model_type, key) not in IDLE_OF_TYPE
-    }
+    idle = (*NOT_OF_TRAINING, *IDLE_OF_TYPE.get(str(config.get("model_type")), ()))
+    return {k: value for k, value in config.items() if k not in idle and not k.startswith("_")}
 
 
 def published_config(folder: Path) -> dict[str, Any]:
@@ -116,7 +122,35 @@ def with_weights(section: dict[str, Any], run_dir: Any) -> dict[str, Any]:
             f"model.{SHA256}={pinned!r} is not the hash of the weights in {name!r}, which is "
             f"{sha256}; give that folder, or correct the hash."
         )
-    return {FROM: name, SHA256: sha256, **config, **own}
+    return {FROM: name, SHA256: sha256, **_above(config, own)}
+
+
+def _above(config: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A folder's config with the run file's own fields above it. Those of RoPE, which have older
+    and newer names, stand above one another one by one."""
+    theirs, given = ({k: side[k] for k in ROPE if k in side} for side in (config, own))
+    rope, changed = _rope(theirs), _rope(given)
+    if not theirs or not given or rope is None or changed is None:
+        return {**config, **own}
+    if "rope_type" in changed:  # another scaling, with its own numbers
+        rope = {key: rope[key] for key in rope if key == "rope_theta"}
+    others = {key: value for key, value in {**config, **own}.items() if key not in ROPE}
+    return {**others, ROPE[0]: rope | changed}
+
+
+def _rope(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Fields of RoPE in today's words; None if they are none, or contradict each other."""
+    found: dict[str, Any] = {}
+    if "rope_scaling" in fields and fields["rope_scaling"] is None:
+        found["rope_type"] = "default"
+    for part in (fields.get("rope_scaling"), fields.get(ROPE[0])):
+        if not isinstance(part, dict | None):
+            return None
+        found |= {"rope_type" if key == "type" else key: x for key, x in (part or {}).items()}
+    theta = fields.get("rope_theta")
+    if theta is not None and found.setdefault("rope_theta", theta) != theta:
+        return None
+    return found
 
 
 def _begun(run_dir: Any, name: str) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
 from est_ds.errors import UserError, without_keys
 
 SECTIONS = ("model", "method", "data")  # that may stand in files of their own
+REPLACING = ("method.name", f"model.{FROM}")  # fields with which another section begins
 # Fields that name files or folders.
 PATHS = (
     "run_dir",
@@ -43,8 +44,8 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
             the path of a file that holds the section; `model` also a folder with a `config.json`
             of Hugging Face. A new `method.name` replaces the whole method section, since the
             other method's settings cannot take effect; and `model.from` the whole model section,
-            since the weights come with their config. `steps` takes the place of the file's
-            `tokens`, and `tokens` that of its `steps`.
+            since the weights come with their config (see `in_effect`). `steps` takes the place of
+            the file's `tokens`, and `tokens` that of its `steps`.
 
     Raises:
         UserError: a file is missing or no YAML mapping, or a field is wrong.
@@ -81,6 +82,23 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     if isinstance(model, dict) and not (path.is_dir() and SHA256 in model):
         tree["model"] = with_weights(model, tree.get("run_dir"))
     return checked(RunConfig, tree)
+
+
+def in_effect(overrides: list[str]) -> list[str]:
+    """What is given at once, in an order in which none is lost: `method.name` and `model.from`,
+    which replace their section, before other fields of it."""
+    ordered: list[str] = []
+    for override in overrides:
+        field, place = override.partition("=")[0], len(ordered)
+        section = field.partition(".")[0]
+        for i in reversed(range(len(ordered) if field in REPLACING else 0)):
+            other = ordered[i].partition("=")[0]
+            if other in (section, field):
+                break
+            if other.startswith(f"{section}."):
+                place = i
+        ordered.insert(place, override)
+    return ordered
 
 
 def _let_length_replace(tree: dict[str, Any], overrides: list[str]) -> None:

@@ -42,6 +42,13 @@ class Batch(Strict):
     micro: Annotated[Positive, Field(json_schema_extra=_or_auto)]
     _is_auto: bool = PrivateAttr(False)
 
+    @field_validator("micro", mode="before")
+    @classmethod
+    def _take_no_other_word(cls, micro: Any) -> Any:
+        if isinstance(micro, str):
+            raise ValueError(f"write a whole number, or {AUTO}")
+        return micro
+
     @model_validator(mode="wrap")
     @classmethod
     def _take_auto(cls, tree: Any, handler: Any) -> Batch:

@@ -60,6 +60,13 @@ HINTS = {
     "bool_type": "; write true or false",
     "string_type": "; put it in quotes",
 }
+# In place of pydantic's own words, which are Python's.
+WORDS = {
+    **dict.fromkeys(("tuple_type", "list_type"), "write a list, [VALUE, ...]"),
+    **dict.fromkeys(
+        ("model_type", "dict_type", "model_attributes_type"), "write a section, {KEY: VALUE, ...}"
+    ),
+}
 M = TypeVar("M", bound=Strict)
 
 
@@ -72,7 +79,17 @@ def checked(kind: type[M], section: dict[str, Any], where: str = "") -> M:
     try:
         return kind.model_validate(section)
     except ValidationError as e:
-        raise UserError(_describe(kind, e.errors()[0], where)) from None
+        raise UserError(_describe(kind, _nearest(e.errors()), where)) from None
+
+
+def _nearest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The first error; where the field may be of more types, of the one that takes most."""
+    found, *others = errors
+    for error in others:
+        same = error["loc"][:-1] == found["loc"][:-1] and error["input"] == found["input"]
+        if found["type"] == "int_type" and same and str(error["loc"][-1]).startswith(UNION_TAGS):
+            found = error
+    return found
 
 
 def _describe(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
@@ -89,9 +106,7 @@ def _describe(kind: type[BaseModel], error: ErrorDetails, where: str) -> str:
         names = ", ".join(get_args(model.model_fields["name"].annotation)[0] for model in models)
         keys = ", ".join(map(repr, error["input"])) or "none"
         return f"{field}.name is missing (its keys: {keys}); give `name: X`, X one of {names}."
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("model_type", "dict_type"):
-        message = "write a section, {KEY: VALUE, ...}"
+    message = WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
     if isinstance(error["input"], (dict, list)):
         return f"{field}: {message}." if field else f"{message}."
     hint = HINTS.get(error["type"], "")

@@ -164,7 +164,7 @@ def known_manifest(prefix: str) -> Manifest | None:
 def _remote_manifest(prefix: str) -> bytes | None:
     folder, _, name = prefix.rpartition("/")
     try:
-        remote = Remote(folder, "data")
+        remote = Remote(folder, f"corpus {prefix}")
         return persistent(lambda: remote.read(f"{name}.manifest.json"))
     except RemoteMissing:
         return None

@@ -54,11 +54,11 @@ def persistent(work: Callable[[], T], tries: int = 4) -> T:
     return work()
 
 
-def check_installed(url: str, field: str) -> None:
+def check_installed(url: str, asked: str) -> None:
     """Checks that the package of a URL's scheme is there, without loading it.
 
     Args:
-        field: that gives the URL.
+        asked: what the user gave, as errors say it.
 
     Raises:
         UserError: it is not.
@@ -66,7 +66,7 @@ def check_installed(url: str, field: str) -> None:
     package, extra = PACKAGES.get(url.partition("://")[0], (None, None))
     if package and find_spec(package) is None:
         raise UserError(
-            f"{field}={url!r} needs the package {package}, which is not installed; install it "
+            f"{asked} needs the package {package}, which is not installed; install it "
             f"({how_to_install(extra)}), or give a local path."
         )
 
@@ -76,14 +76,14 @@ class Remote:
 
     Args:
         url: `s3://BUCKET/FOLDER`, `gs://...` or `file:///FOLDER`.
-        field: that gives the URL, for errors.
+        asked: what the user gave, as errors say it.
 
     Raises:
         UserError: the package of the scheme is not installed.
     """
 
-    def __init__(self, url: str, field: str) -> None:
-        check_installed(url, field)
+    def __init__(self, url: str, asked: str) -> None:
+        check_installed(url, asked)
         self.url, scheme = url, url.partition("://")[0]
         options = {}
         if scheme in PACKAGES:

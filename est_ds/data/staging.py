@@ -131,7 +131,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _fetch(url: str, manifest: Manifest, place: Path) -> None:
-    remote = Remote(url.rpartition("/")[0], "data")
+    remote = Remote(url.rpartition("/")[0], f"corpus {url}")
     files = _files(place.name, manifest)
     total = sum(file.bytes for file in files.values())
     left = total - sum(file.stat().st_size for file in place.parent.iterdir())
@@ -180,7 +180,7 @@ def staged_folder(url: str, names: Iterable[str]) -> Path:
         names: of the files; those that are not there are left out.
 
     Raises:
-        UserError: it cannot be fetched.
+        UserError: it cannot be fetched, or holds none of them.
     """
     return _staged_folder(url, tuple(names), cache_folder())
 
@@ -188,15 +188,21 @@ def staged_folder(url: str, names: Iterable[str]) -> Path:
 @cache
 def _staged_folder(url: str, names: tuple[str, ...], folder: Path) -> Path:
     above, _, last = url.rpartition("/")
-    remote = Remote(above if last in names else url, "data.tokenizer")
+    asked = f"data.tokenizer={url!r}"
+    remote = Remote(above if last in names else url, asked)
     try:
         there = persistent(remote.sizes)
         contents = {n: persistent(partial(remote.read, n)) for n in names if n in there}
     except RemoteError as e:
         raise UserError(
-            f"data.tokenizer={url!r}: {e}; see that the name is right and that this machine may "
-            f"read it, or give a local folder."
+            f"{asked}: {e}; see that the name is right and that this machine may read it, or give "
+            f"a local folder."
         ) from None
+    if not contents:
+        raise UserError(
+            f"{asked} holds no file of a tokenizer, or is not there; correct the name, or give a "
+            f"local folder."
+        )
     digest = hashlib.sha256()
     for name, content in contents.items():
         digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
@@ -205,8 +211,8 @@ def _staged_folder(url: str, names: tuple[str, ...], folder: Path) -> Path:
         _write_folder(place, contents)
     except OSError as e:
         raise UserError(
-            f"data.tokenizer={url!r} cannot be copied to {place} ({e.strerror or e}); mend that, "
-            f"or name another folder in {CACHE}."
+            f"{asked} cannot be copied to {place} ({e.strerror or e}); mend that, or name another "
+            f"folder in {CACHE}."
         ) from None
     return place / last if last in names else place
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from est_ds.engine.patches import compile_nothing_at_start, load_no_compiler
+from est_ds.errors import UserError
 from est_ds.ranks.meeting import Meeting, choose_interface, meet
 from est_ds.ranks.world import World, meeting_place
 
@@ -39,10 +40,9 @@ def start_processes(
 
     Raises:
         Failure: some do not come, or rank 0 cannot be reached.
-        UserError: they run different versions.
+        UserError: they run different versions, or there is no GPU for this one.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _take_device(world)
     address, port = meeting_place(world)
     numbers = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     os.environ.update({name: str(number) for name, number in numbers.items()})
@@ -67,6 +67,25 @@ def start_processes(
         deepspeed.init_distributed(timeout=timedelta(seconds=2 * limit_s + 60))
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     return meeting
+
+
+def _take_device(world: World) -> None:
+    """Makes this process's GPU the current one: what ranks exchange before there is an engine,
+    which does it too, would else all lie on the first GPU, where NCCL refuses it.
+
+    Raises:
+        UserError: there are fewer GPUs.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return
+    visible = torch.cuda.device_count()
+    if world.local_rank >= visible:
+        raise UserError(
+            f"LOCAL_RANK={world.local_rank}: this process sees {visible} GPUs; let every process "
+            f"see all GPUs of its node (CUDA_VISIBLE_DEVICES), and start one for each at most."
+        )
+    torch.cuda.set_device(world.local_rank)
 
 
 def leave_processes(code: int = 0) -> NoReturn:

@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import fill
 
 from est_ds.disk import replace_text
+from est_ds.errors import UserError
 from est_ds.reference.schema import Schemas
 from est_ds.reference.table import Row, Section, sections
 
@@ -76,11 +77,22 @@ def files(schemas: Schemas) -> dict[str, str]:
 
 
 def write_files(schemas: Schemas, folder: Path) -> list[Path]:
-    """Writes page and schemas into a folder; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files(schemas).items():
-        replace_text(folder / name, text)
-    return [folder / name for name in files(schemas)]
+    """Writes page and schemas into a folder; returns the files.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    texts = files(schemas)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            replace_text(folder / name, text)
+    except OSError as e:
+        raise UserError(
+            f"--write={str(folder)!r} cannot be written: {e.strerror or e}; give a folder that you "
+            f"may write to."
+        ) from None
+    return [folder / name for name in texts]
 
 
 def _plain(row: Row) -> str:

@@ -194,7 +194,7 @@ def _how_steps_went(summary: Summary) -> list[tuple[str, str]]:
 def _trained(summary: Summary) -> str:
     text = f"{summary.tokens:,}"
     return (
-        text if summary.trained_s is None else f"{text}, in steps of {seconds(summary.trained_s)}"
+        text if summary.trained_s is None else f"{text}, in {seconds(summary.trained_s)} of steps"
     )
 
 

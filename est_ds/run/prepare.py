@@ -87,8 +87,8 @@ def _checked_data(
 
         check_zero_section(config)
     _check_compiler(config)
-    if config.checkpoint.copy_to:
-        check_installed(config.checkpoint.copy_to, "checkpoint.copy_to")
+    if copy_to := config.checkpoint.copy_to:
+        check_installed(copy_to, f"checkpoint.copy_to={copy_to!r}")
     config.batch.accumulation(config.data_parallel(processes))
     train = [Corpus.open(part.corpus) for part in data.parts]
     valid = {name: Corpus.open(prefix) for name, prefix in data.held_out.items()}

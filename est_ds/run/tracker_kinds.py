@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import est_ds
@@ -218,13 +219,18 @@ def _sqlite(file: Path) -> str:
 
 
 class Trackio(Tracker):
-    """Its files are in TRACKIO_DIR; with TRACKIO_SPACE_ID they go to a Hugging Face Space."""
+    """Its files are in TRACKIO_DIR; with TRACKIO_SPACE_ID they go to a Hugging Face Space. Of files
+    that cannot be written it warns by itself, and goes on without them."""
 
     name = "trackio"
 
     def start(self, run: str | None, done: int) -> str:
         from accelerate.tracking import TrackioTracker
+        from trackio.utils import TRACKIO_DIR
 
+        if not any(map(os.environ.get, ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))):
+            TRACKIO_DIR.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=TRACKIO_DIR).close()
         run = run or self.new_name
         self._begin(TrackioTracker(self.project or PROJECT, name=run, resume="allow", embed=False))
         return run

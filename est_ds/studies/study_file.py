@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from est_ds.config.kinds import PathText
-from est_ds.config.run_file import SECTIONS, expanded
+from est_ds.config.run_file import SECTIONS, expanded, in_effect
 from est_ds.config.sections import Seed
 from est_ds.config.strict import Strict, checked
 from est_ds.config.yaml12 import read_mapping
@@ -291,7 +291,7 @@ def _overrides(section: dict[str, Any], folder: Path, where: str) -> tuple[str, 
             found += _overrides(inner, folder, where)
         else:
             found.append(f"{key}={_text(value)}")
-    return tuple(found)
+    return tuple(in_effect(found))
 
 
 def _text(value: Any) -> str:

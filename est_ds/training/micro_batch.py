@@ -65,8 +65,8 @@ def find_micro(run: str, overrides: Sequence[str], where: Launch) -> int:
     sizes, needs = micro_batches(config, where.processes), expected_bytes(config, where.processes)
     if torch.cuda.is_available():
         room = GPU_SHARE * min(map(_gpu_bytes, range(torch.cuda.device_count())))
-        found = first_that_fits([m for m in sizes if needs(m) <= room], [run, *overrides], where)
-        if found:
+        likely = [m for m in sizes if needs(m) <= room] or sizes[-1:]
+        if found := first_that_fits(likely, [run, *overrides], where):
             return found
         least = f"a micro-batch of {sizes[-1]} does not fit into a GPU of {gigabytes(room)}"
     else:

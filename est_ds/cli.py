@@ -95,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=function, parser=sub)
         if overrides:
             sub.add_argument(
-                "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
+                "overrides",
+                nargs="*",
+                default=[],
+                metavar="section.field=value",
+                help="change a field of RUN",
             )
         return sub
 
@@ -208,7 +212,11 @@ def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument("run", metavar="RUN", nargs="?", help="a run file or a run directory")
     doctor.set_defaults(verb=_doctor, parser=doctor)
     doctor.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help="change a field of RUN",
     )
     _many_nodes(doctor)
     doctor.add_argument(

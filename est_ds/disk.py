@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,6 +60,14 @@ def replace_bytes(file: Path, content: bytes) -> None:
         os.fsync(f.fileno())
     os.replace(beside, file)
     sync_folder(file.parent)
+
+
+def try_to_write(folder: Path) -> None:
+    """Raises OSError if files cannot be written into a folder, which may be yet to be made."""
+    while not folder.exists():
+        folder = folder.parent
+    with naming(folder), TemporaryFile(dir=folder):
+        pass
 
 
 def describe(file: Path) -> File:

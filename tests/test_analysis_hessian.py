@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from conftest import refused
+from conftest import ROOT, refused
 from est_ds import cli
 from est_ds.analysis.hessian import Effort, largest_eigenvalue, measure_hessian, one_sample
 from est_ds.analysis.product import Hessian, flat, groups_of
@@ -154,6 +160,35 @@ def test_along_a_run_every_checkpoint_is_measured_with_the_same_vectors(run, cap
     assert alone["trace"] == each[0]["trace"] != each[1]["trace"]
 
 
+def test_along_leaves_damaged_checkpoints_out_and_takes_two_others(run, capsys):
+    few = ("--samples", "2", "--windows", "1", "--skip-eigenvalue")
+    for step in (5, 14, 15):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    file = next((run / "checkpoints" / "step_00000010").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    cli.main(["analyse", "hessian", str(run), "--along", "--json", *few])
+    found = json.loads(capsys.readouterr().out)
+    assert [n["step"] for n in found["checkpoints"]] == [8, 20] and found["damaged"] == [10]
+    assert any("damaged: the checkpoints after 10 steps" in said for said in found["said"])
+    for step in (8, 10):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+    said = refused(capsys, "analyse", "hessian", run, "--along", *few)
+    assert "--along needs two checkpoints" in said and "has 1 (none damaged)" in said
+
+
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_said(run, capsys, monkeypatch):
+    """Not that it is damaged, which would be another thing."""
+    from est_ds.analysis import subject
+
+    def removed(checkpoint, *_):
+        shutil.rmtree(checkpoint)
+        return "checkpoint.json is missing"
+
+    monkeypatch.setattr(subject, "damage", removed)
+    said = refused(capsys, "analyse", "stability", run, "--step", "10")
+    assert "checkpoint 10 of" in said and "was removed while it was read" in said
+
+
 @pytest.mark.slow
 def test_the_result_does_not_depend_on_the_number_of_processes(trained):
     wanted = Wanted(str(trained), windows=2)
@@ -164,6 +199,29 @@ def test_the_result_does_not_depend_on_the_number_of_processes(trained):
     assert one["samples"] == two["samples"] < 30
     assert one["trace"] == pytest.approx(two["trace"], rel=1e-5)
     assert one["standard_error"] == pytest.approx(two["standard_error"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_all_processes_and_says_nothing(run):
+    """While they start, which is when most are stopped."""
+    command = [sys.executable, "-m", "est_ds.cli", "analyse", "hessian", str(run), "--json"]
+    asked = subprocess.Popen(
+        [*command, "--processes", "2", "--error", "0.001"],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    parent = psutil.Process(asked.pid)
+    deadline = time.monotonic() + 200
+    # Two, and the tracker of multiprocessing.
+    while len(children := parent.children()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(asked.pid, signal.SIGINT)
+    assert asked.communicate(timeout=100) == (b"", b"") and asked.returncode == 130
+    assert len(children) == 3 and not psutil.wait_procs(children, timeout=20)[1]
+    assert not (run / "analysis").exists()
 
 
 @pytest.mark.slow
@@ -197,7 +255,28 @@ def test_wrong_input_is_one_clear_error(run, tiny_run, tmp_path, capsys):
         assert named in refused(capsys, *at, *more)
     none = refused(capsys, "analyse", "hessian", tiny_run, f"run_dir={tmp_path / 'none'}")
     assert "holds no checkpoint; train the run first" in none
+    address = refused(capsys, "analyse", "hessian", "s3://me:secret@bucket/run")
+    assert "RUN='s3://...@bucket/run' is an address" in address
+    study = tmp_path / "study.yaml"
+    study.write_text("study_dir: a\narms: {}\n")
+    assert "is a study file" in refused(capsys, "analyse", "stability", study)
+    assert "is a run file" in refused(capsys, "analyse", "dropout", tiny_run)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["analyse", "hessian", str(run), "--seed", str(2**32)])
+    assert exit.value.code == 2 and "is more than 4294967295" in capsys.readouterr().err
     assert not (run / "analysis").exists() and not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    run, capsys, monkeypatch
+):
+    from est_ds.analysis import hessian, stability
+
+    for module in (hessian, stability):
+        monkeypatch.setattr(module, "open_subject", lambda *_: pytest.fail("it measures"))
+    (run / "analysis").write_text("")
+    for name in ("hessian", "stability"):
+        assert "analysis' cannot be written" in refused(capsys, "analyse", name, run)
 
 
 def test_a_model_that_still_grows_is_refused(run, capsys):

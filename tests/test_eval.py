@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +22,11 @@ from est_ds import cli
 from est_ds.config.run_file import load_run
 from est_ds.data.encoders import load_encoder
 from est_ds.data.indexed import Corpus
+from est_ds.disk import hold
 from est_ds.report.page import write_report
 from est_ds.run.scores import read_evaluations
 from est_ds.run.windows import WindowLosses
-from est_ds.score import words
+from est_ds.score import evaluate, words
 from est_ds.score.held_out import standard_error
 from est_ds.score.likelihood import Scorer
 from est_ds.score.source import exported
@@ -293,7 +297,7 @@ def test_an_export_is_used_if_it_is_of_that_checkpoint(run_of, capsys):
     assert "data.documents is 'joined' there" in error
 
 
-def test_what_cannot_be_evaluated_is_refused(run_of, tiny_run, tmp_path, items, capsys):
+def test_what_cannot_be_evaluated_is_refused(run_of, tiny_run, tmp_path, monkeypatch, capsys):
     run_dir = run_of(GPT2)
     absent = f"run_dir={tmp_path}/absent"
     assert "holds no checkpoint; train the run first" in refused(capsys, "eval", tiny_run, absent)
@@ -305,9 +309,36 @@ def test_what_cannot_be_evaluated_is_refused(run_of, tiny_run, tmp_path, items, 
         (["--tasks", "cloze", "data.valid=nowhere"], "nowhere"),
     ):
         assert expected in refused(capsys, "eval", run_dir, *words_)
+    assert "--tasks=',' names no task" in refused(capsys, "eval", run_dir, "--tasks", ",")
     (run_dir / "eval.json").write_text("{}[")
-    assert "eval.json cannot be read" in refused(capsys, "eval", run_dir)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "held_out_losses", lambda *_: pytest.fail("it evaluates"))
+        assert "eval.json cannot be read" in refused(capsys, "eval", run_dir)
     assert not list(run_dir.glob(".export*"))
+
+
+def test_nothing_is_left_in_the_run_directory_by_a_signal_or_a_killed_process(run_of, monkeypatch):
+    run_dir = run_of(GPT2)
+
+    def ended(*_):
+        [made] = run_dir.glob(".export_*")
+        with pytest.raises(BlockingIOError):
+            hold(made / "held")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(evaluate, "held_out_losses", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["eval", str(run_dir)])
+    assert exit.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == before
+    assert not list(run_dir.glob(".export_*")) and not (run_dir / "eval.json").exists()
+    for name in ("left", "at_work"):
+        (run_dir / f".export_{name}").mkdir()
+        (run_dir / f".export_{name}" / "held").write_text("")
+    with hold(run_dir / ".export_at_work" / "held"), exported(load_run(run_dir), "latest"):
+        names = {path.name for path in run_dir.glob(".export_*")}
+        assert ".export_at_work" in names and ".export_left" not in names and len(names) == 2
 
 
 def test_a_masked_model_is_asked_for_nothing_but_the_cloze(run_of, capsys):
@@ -326,7 +357,9 @@ def test_tasks_that_lm_eval_cannot_load_are_refused(run_of, tmp_path, items, cap
     missing = write_task(folder, items, dataset_kwargs={"data_files": {"test": "nowhere.jsonl"}})
     torn = words.Item("before", "after", (), 3)  # lm-eval looks at the first item when it loads
     unfit = write_task(tmp_path / "unfit", [*items, torn])
+    empty = write_task(tmp_path / "empty", [])
     for words_, expected in (
+        ([str(empty)], "its data have no example"),
         ([str(other)], "other.yaml' cannot be loaded"),
         ([str(missing)], "of_ours.yaml' cannot be loaded"),
         (["nowhere.yaml"], "'nowhere.yaml' does not exist"),

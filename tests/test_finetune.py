@@ -23,6 +23,7 @@ from est_ds.data.indexed import Corpus
 from est_ds.errors import UserError
 from est_ds.report.page import write_report
 from est_ds.run.scores import read_fine_tunings
+from est_ds.score import finetune
 from est_ds.score.agreement import class_metrics, value_metrics
 from est_ds.score.inputs import fill_up_with, inputs_of
 from est_ds.score.made_tasks import make_task
@@ -153,6 +154,28 @@ BAD_TASKS = {
     "pairs and single texts": (
         {"train.jsonl": GOOD, "dev.jsonl": ['{"sentence1": "c", "sentence2": "d", "label": 1}']},
         "has 1 texts an example and",
+    ),
+    "a label with two signs": (
+        {
+            "train.jsonl": [*GOOD, '{"sentence": "c", "label": "--1"}'],
+            "dev.jsonl": ['{"sentence": "c", "label": "-2"}'],
+        },
+        "has the label '-2', which",
+    ),
+    "a text that is a list": (
+        {"train.jsonl": [*GOOD, '{"sentence": ["c", "d"], "label": 1}'], "dev.jsonl": GOOD},
+        'has ["c", "d"] where a text or a label stands',
+    ),
+    "a text that is null": (
+        {"train.jsonl": [*GOOD, '{"sentence": null, "label": 1}'], "dev.jsonl": GOOD},
+        "lacks 'label' or 'sentence' in 1 of 3 examples",
+    ),
+    "a value that is no number": (
+        {
+            "train.tsv": ["sentence1\tsentence2\tscore", "a\tb\tnan"],
+            "dev.tsv": ["sentence1\tsentence2\tscore", "a\tb\t1.5"],
+        },
+        "score=nan is no number",
     ),
     "a value that is none": (
         {
@@ -292,7 +315,9 @@ def test_values_are_learnt_as_values(run_of, tmp_path, capsys):
     assert "values: 48 training examples, 48 development examples" in said
 
 
-def test_what_cannot_be_fine_tuned_is_refused(run_of, fast_exports, easy, tmp_path, capsys):
+def test_what_cannot_be_fine_tuned_is_refused(
+    run_of, fast_exports, easy, tmp_path, capsys, monkeypatch
+):
     run_dir = run_of("gpt2")
     encoder_decoder = fast_exports["t5", "ul2", "fp32"]
     for words, expected in (
@@ -305,6 +330,15 @@ def test_what_cannot_be_fine_tuned_is_refused(run_of, fast_exports, easy, tmp_pa
         assert expected in refused(capsys, "finetune", *words)
     assert not (run_dir / "finetune.json").exists()
     for words, expected in (
+        (["--tokens", "65"], "--tokens=65 is more than the 64 positions"),
+        (["--tokens", "2"], "--tokens=2 leaves nothing of two texts"),
+    ):
+        assert expected in refused(capsys, "finetune", run_dir, "--task", easy, *words)
+    (run_dir / "finetune.json").write_text("{}[")
+    monkeypatch.setattr(finetune, "_Tuner", lambda *_: pytest.fail("it trains"))
+    assert "finetune.json cannot be read" in refused(capsys, "finetune", run_dir, "--task", easy)
+    for words, expected in (
+        (["--seeds", str(2**32)], "is more than 4294967295"),
         (["--lr", "0"], "'0' is not a number above 0"),
         (["--lr", "fast"], "'fast' is not a number above 0"),
         (["--seeds", "-1"], "'-1' is not a whole number"),

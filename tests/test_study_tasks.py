@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from conftest import est_ds
 from est_ds.config.run_file import load_run
@@ -17,12 +19,15 @@ from est_ds.score.evaluate import Wish as Asked
 from est_ds.score.evaluate import check_tasks, evaluate_run
 from est_ds.studies.answers import answer
 from est_ds.studies.compare import Wish, open_study
+from est_ds.studies.downstream import downstream, downstream_text
 from est_ds.studies.page import render
 from est_ds.studies.results import read_results
 from est_ds.studies.runs import StudyRun, key_of
 from est_ds.studies.snapshot import Snapshot
+from est_ds.studies.statistics import rank_correlation
 from est_ds.studies.text import answers_json, answers_text
 from made_studies import DENSE, LAYERS, result_of
+from pages import Page
 
 TASKS = ("next_word", "cloze")
 
@@ -86,6 +91,70 @@ def test_answers_show_mean_and_spread_of_every_arm(write_study):
     assert told["scores"] == {"0": 0.2, "1": 0.3, "2": 0.4} and told["spread"] == dense.spread
     assert "<h2>Tasks</h2>" in (page := render(Snapshot(session.runs, answers, results)))
     assert "0.3000 +- 0.1000" in page
+
+
+# By arm the losses and scores of three seeds; the order of the means is 1 2 3 4 5, of the scores
+# from above 2 1 3 4 5: by hand the correlation is -(1 - 6 (1 + 1) / (5 (25 - 1))).
+STAND = {
+    "dense": ([2.9, 3.0, 3.1], [0.40, 0.41, 0.42]),
+    "a": ([3.1, 3.2, 3.3], [0.45, 0.45, 0.45]),
+    "b": ([3.3, 3.4, 3.5], [0.37, 0.38, 0.36]),
+    "c": ([3.5, 3.6, 3.7], [0.33, 0.33, 0.33]),
+    "d": ([3.8, 3.8, 3.8], [0.30, 0.31, 0.29]),
+}
+
+
+def test_losses_stand_against_scores_with_their_rank_correlation(write_study):
+    drops = {n: {"method": {"name": "layer_drop", "drop": p}} for n, p in zip("abcd", (1, 2, 3, 4))}
+    for arm in drops.values():
+        arm["method"]["drop"] /= 10
+    changes = {"budgets": ["tokens"], "evaluate": {"tasks": ["next_word"]}}
+    file = write_study(arms={"dense": DENSE, **drops}, dense_curve=[0.5, 1.0], **changes)
+    session = open_study(str(file), Wish())
+    session.results.begin(session.header)
+    for run in session.wanted().runs:
+        losses, scores = STAND[run.arm]
+        shorter = run.arm == "dense" and run.steps == 4
+        result = result_of(run, losses[run.seed] + shorter)
+        tasks = scored(scores[run.seed] - 0.1 * shorter)
+        session.results.add(result.model_copy(update={"tasks": tasks}))
+    results = read_results(session.results.file)
+    answers = answer(session.runs, session.wanted(), results)
+    [(task, found)] = downstream(answers).items()
+    assert (task, [p.arm for p in found.places]) == ("next_word", list(STAND))
+    assert found.places[0].spreads == pytest.approx((0.1, 0.01))
+    assert found.correlation.value == pytest.approx(-0.9)
+    half = 1.959964 * math.sqrt((1 + 0.9**2 / 2) / 2)
+    ends = [math.tanh(math.atanh(-0.9) + sign * half) for sign in (-1, 1)]
+    assert [found.correlation.low, found.correlation.high] == pytest.approx(ends)
+    # As far apart are the ranks of 5 of the 120 orders, and as many the other way round.
+    assert found.correlation.p == pytest.approx(10 / 120)
+    said = downstream_text(task, found)
+    assert "rank correlation of 5 arms is -0.90 [" in said and "p 0.083" in said
+    assert said in " ".join(answers_text(session.runs, answers).split())
+    document = json.loads(answers_json(session.runs, answers, results))["downstream"]["next_word"]
+    assert document["said"] == said and document["correlation"]["value"] == pytest.approx(-0.9)
+    page = Page(render(Snapshot(session.runs, answers, results)))
+    assert "Held-out loss against tasks" in page.headings and said in page.text
+    plot = page.plot("downstream")
+    seeds, mean = plot.of("b")
+    assert (seeds["x"], seeds["y"]) == STAND["b"] and mean["x"] == [pytest.approx(3.4)]
+    assert mean["error_x"]["array"] + mean["error_y"]["array"] == pytest.approx([0.1, 0.01])
+    [shorter] = plot.of("dense, other budgets")
+    assert sorted(shorter["x"]) == pytest.approx([3.9, 4.0, 4.1]) and len(shorter["y"]) == 3
+
+
+def test_ranks_that_agree_throughout_and_too_few_have_no_interval():
+    up = rank_correlation([1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.5, 0.9])
+    assert (up.value, up.low, up.high) == (pytest.approx(1.0), None, None)
+    assert up.p == pytest.approx(2 / 24)
+    assert rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) is None
+    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [0.5] * 4) is None
+    tied = rank_correlation([1, 2, 2, 3, 9, 5, 0, 7, 8], [2, 1, 4, 4, 5, 5, 6, 0, 9])
+    assert tied.value == pytest.approx(
+        stats.spearmanr([1, 2, 2, 3, 9, 5, 0, 7, 8], [2, 1, 4, 4, 5, 5, 6, 0, 9]).statistic
+    )
+    assert tied.low < tied.value < tied.high and 0 < tied.p < 1
 
 
 def test_results_without_tasks_are_read_and_shown_as_before(write_study):

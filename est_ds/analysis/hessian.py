@@ -11,12 +11,13 @@ import math
 import multiprocessing
 import os
 import resource
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -150,12 +151,21 @@ def _in_processes(wanted: Wanted, groups: list[list[int]], effort: Effort) -> It
     try:
         numbers = iter(range(effort.samples))
         waiting: list[Future] = []
+        # Each of the first samples starts one. An interrupt from the keyboard reaches them too,
+        # and the parent alone says what it means.
+        with _ignored(signal.SIGINT):
+            for sample in islice(numbers, effort.processes):
+                waiting.append(pool.submit(_sample_there, groups, effort.seed, sample))
         while True:
             for sample in islice(numbers, effort.processes + 1 - len(waiting)):
                 waiting.append(pool.submit(_sample_there, groups, effort.seed, sample))
             if not waiting:
                 return
             yield waiting.pop(0).result()
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
     except BrokenProcessPool:
         raise Failure(
             f"a process of --processes={effort.processes} ended before its sample was done, maybe "
@@ -165,11 +175,22 @@ def _in_processes(wanted: Wanted, groups: list[list[int]], effort: Effort) -> It
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _ignored(number: int) -> Iterator[None]:
+    """Ignores a signal; so do processes that are started meanwhile."""
+    former = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, former)
+
+
 _opened: Hessian  # of a process of the pool
 
 
 def _open_here(wanted: Wanted, threads: int) -> None:
     global _opened
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Also where the parent is killed: the pool's own queue does not tell.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

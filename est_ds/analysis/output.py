@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from est_ds.disk import replace_bytes, replace_text
+from est_ds.disk import replace_bytes, replace_text, try_to_write
 from est_ds.errors import Failure, UserError
 from est_ds.report.analyses import FOLDER
 from est_ds.report.style import styled
@@ -65,11 +65,27 @@ class Result:
             replace_bytes(files[0], picture.getvalue())
             replace_text(files[1], numbers + "\n")
         except OSError as e:
-            raise UserError(
-                f"{str(folder)!r} cannot be written ({e.strerror or e}); mend that, or give "
-                f"another folder."
-            ) from None
+            raise _unwritable(folder, e) from None
         return files
+
+
+def check_folder(folder: Path) -> None:
+    """Checks, before anything is measured, whether results can be written.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        try_to_write(folder)
+    except OSError as e:
+        raise _unwritable(folder, e) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{str(folder)!r} cannot be written ({error.strerror or error}); it must be a folder: mend "
+        f"that, or of a toy give another one (--out)."
+    )
 
 
 def of_run(directory: Path) -> Path:

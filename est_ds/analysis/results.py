@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -89,8 +90,26 @@ def _bars(groups: dict[str, dict[str, float]], title: str) -> Figure:
     return figure
 
 
-def along_result(each: list[dict[str, Any]], phases: tuple[Phase, ...], steps: int) -> Result:
+@dataclass(frozen=True)
+class Along:
+    """A run's checkpoints.
+
+    Attributes:
+        each: numbers of those that were measured, two or more, by step.
+        damaged: steps of those that are damaged.
+        phases: of the run.
+        steps: of the run.
+    """
+
+    each: tuple[dict[str, Any], ...]
+    damaged: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    steps: int
+
+
+def along_result(along: Along) -> Result:
     """Of all checkpoints of a run."""
+    each = along.each
     first, last = each[0], each[-1]
     change = last["trace"] - first["trace"]
     error = (first["standard_error"] ** 2 + last["standard_error"] ** 2) ** 0.5
@@ -105,18 +124,24 @@ def along_result(each: list[dict[str, Any]], phases: tuple[Phase, ...], steps: i
             f"After {', '.join(map(str, missed))} steps the wanted standard error was not "
             f"reached: raise --samples."
         )
+    if along.damaged:
+        said.append(
+            f"Left out, because they are damaged: the checkpoints after "
+            f"{', '.join(map(str, along.damaged))} steps."
+        )
     said.append(_effort_said({**last, "seconds": sum(n["seconds"] for n in each)}))
     return Result(
         name="hessian_along",
         title="Hessian of the held-out loss along the run",
-        numbers={"checkpoints": each},
+        numbers={"checkpoints": list(each), "damaged": list(along.damaged)},
         said=tuple(said),
-        figure=_along(each, phases, steps),
+        figure=_along(along),
     )
 
 
 @style.styled()
-def _along(each: list[dict[str, Any]], phases: tuple[Phase, ...], steps: int) -> Figure:
+def _along(along: Along) -> Figure:
+    each = along.each
     figure, axes = style.new_figure("Hessian of the held-out loss", "trace")
     figure.subplots_adjust(right=0.91)
     done = [n["step"] for n in each]
@@ -138,7 +163,7 @@ def _along(each: list[dict[str, Any]], phases: tuple[Phase, ...], steps: int) ->
         other.set_ylabel("largest eigenvalue", color=ORANGE)
         values = [n["largest_eigenvalue"] for n in known]
         other.plot([n["step"] for n in known], values, color=ORANGE, marker="s", ms=4, ls="--")
-    style.shade_phases(axes, phases, steps)
+    style.shade_phases(axes, along.phases, along.steps)
     axes.legend(loc="best")
     return figure
 

@@ -28,6 +28,10 @@ from est_ds.run.directory import check_run_dir
 from est_ds.run.prepare import held_out_windows
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not what was written."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What to measure on; a process that is given it can open it.
@@ -152,10 +156,14 @@ def _found(wanted: Wanted) -> tuple[Design, int]:
 
 
 def _weights(design: Design, step: int) -> dict[str, Tensor]:
-    checkpoint = Store.of(design.config.run_dir).path(step)
-    if wrong := damage(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} is damaged: {wrong}; choose another one.")
-    return whole_weights(design, checkpoint, torch.float32)
+    store = Store.of(design.config.run_dir)
+    checkpoint = store.path(step)
+    with store.reading(step):
+        if wrong := damage(checkpoint):
+            raise DamagedCheckpoint(
+                f"checkpoint {checkpoint} is damaged: {wrong}; choose another one."
+            )
+        return whole_weights(design, checkpoint, torch.float32)
 
 
 def _grown(design: Design, step: int) -> Plan | None:

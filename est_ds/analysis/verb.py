@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from est_ds.config.arguments import natural, positive, several
+from est_ds.config.arguments import natural, positive, seed, several
 
 Name = Callable[[str, Callable, str, str], argparse.ArgumentParser]
 
@@ -87,7 +87,11 @@ TOY = "Trains a two-layer perceptron with EST and dense, at equal steps and at e
 def _add_run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run", metavar="RUN", help="a run file (YAML) or a run directory")
     sub.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="change a field of RUN"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help="change a field of RUN",
     )
     sub.add_argument(
         "--windows",
@@ -133,7 +137,7 @@ def _add_hessian(hessian: argparse.ArgumentParser) -> None:
         help="take samples in N processes of this machine; the result is the same (default: 1)",
     )
     hessian.add_argument(
-        "--seed", type=natural, default=0, metavar="S", help="of the random vectors (default: 0)"
+        "--seed", type=seed, default=0, metavar="S", help="of the random vectors (default: 0)"
     )
     hessian.add_argument(
         "--skip-eigenvalue", action="store_true", help="leave the largest eigenvalue out"
@@ -148,15 +152,13 @@ def _add_toy(sub: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="write figure and numbers there (default: runs/analysis)",
     )
-    sub.add_argument("--seed", type=natural, default=0, metavar="S", help="(default: 0)")
+    sub.add_argument("--seed", type=seed, default=0, metavar="S", help="(default: 0)")
 
 
 def _hessian(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from dataclasses import replace
-
     from est_ds.analysis.hessian import Effort, measure_hessian
-    from est_ds.analysis.output import of_run
-    from est_ds.analysis.results import along_result, hessian_result
+    from est_ds.analysis.output import check_folder, of_run
+    from est_ds.analysis.results import hessian_result
     from est_ds.analysis.subject import checkpoints_of
 
     wanted = _wanted(parsed)
@@ -170,29 +172,65 @@ def _hessian(parsed: argparse.Namespace, arguments: list[str]) -> None:
     effort.check()
     design, steps = checkpoints_of(wanted)
     folder = of_run(Path(design.config.run_dir))
-    if not parsed.along:
+    check_folder(folder)
+    if parsed.along:
+        _along(design, steps, (wanted, effort), parsed)
+    else:
         give(hessian_result(measure_hessian(wanted, effort)), folder, parsed)
-        return
-    each = []
-    for step in steps:
-        result = hessian_result(measure_hessian(replace(wanted, checkpoint=str(step)), effort))
+
+
+def _along(design, steps: list[int], asked: tuple, parsed: argparse.Namespace) -> None:
+    """Measures the Hessian at every checkpoint of a run that is whole.
+
+    Args:
+        asked: what to measure on, and the effort.
+
+    Raises:
+        UserError: there are not two.
+    """
+    from dataclasses import replace
+
+    from est_ds.analysis.hessian import measure_hessian
+    from est_ds.analysis.output import of_run
+    from est_ds.analysis.results import Along, along_result, hessian_result
+    from est_ds.analysis.subject import DamagedCheckpoint
+    from est_ds.errors import UserError
+
+    (wanted, effort), each, damaged = asked, [], []
+    folder = of_run(Path(design.config.run_dir))
+    for step in steps if len(steps) > 1 else ():
+        try:
+            numbers = measure_hessian(replace(wanted, checkpoint=str(step)), effort)
+        except DamagedCheckpoint:
+            damaged.append(step)
+            continue
+        result = hessian_result(numbers)
         result.write(folder)
-        each.append(result.numbers)
+        each.append(numbers)
         if not parsed.json:
             print(result.said[0], flush=True)
-    give(along_result(each, design.method.phases, design.config.steps), folder, parsed)
+    if len(each) < 2:
+        of = f"{', '.join(map(str, damaged))} damaged" if damaged else "none damaged"
+        raise UserError(
+            f"--along needs two checkpoints of the full model; {design.config.run_dir!r} has "
+            f"{len(steps)} ({of}). checkpoint.keep_last=0 keeps all that a run writes; --step S "
+            f"measures one."
+        )
+    along = Along(tuple(each), tuple(damaged), design.method.phases, design.config.steps)
+    give(along_result(along), folder, parsed)
 
 
 def _stability(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.analysis.output import of_run
+    from est_ds.analysis.output import check_folder, of_run
     from est_ds.analysis.results import stability_result
     from est_ds.analysis.stability import measure_stability
     from est_ds.analysis.subject import checkpoints_of
 
     wanted = _wanted(parsed)
     design, _ = checkpoints_of(wanted)
-    result = stability_result(measure_stability(wanted))
-    give(result, of_run(Path(design.config.run_dir)), parsed)
+    folder = of_run(Path(design.config.run_dir))
+    check_folder(folder)
+    give(stability_result(measure_stability(wanted)), folder, parsed)
 
 
 def _wanted(parsed: argparse.Namespace):
@@ -206,29 +244,37 @@ def _wanted(parsed: argparse.Namespace):
 
 def _linear(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.analysis.linear import Settings, measure_linear
+    from est_ds.analysis.output import check_folder
     from est_ds.analysis.toy_results import linear_result
 
     given = {"depths": parsed.depths, "taus": parsed.taus, "seed": parsed.seed}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings.check()
+    check_folder(parsed.out)
     give(linear_result(measure_linear(settings)), parsed.out, parsed)
 
 
 def _toy(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.analysis.output import check_folder
     from est_ds.analysis.toy_results import measure_toy, toy_result
 
+    check_folder(parsed.out)
     seeds = range(parsed.seed, parsed.seed + parsed.seeds)
     give(toy_result(measure_toy(seeds)), parsed.out, parsed)
 
 
 def _polynomial(parsed: argparse.Namespace, arguments: list[str]) -> None:
+    from est_ds.analysis.output import check_folder
     from est_ds.analysis.polynomial import Settings, measure_polynomial
     from est_ds.analysis.toy_results import polynomial_result
 
     given = {"steps": parsed.steps, "width": parsed.width}
     sizes = {name: value for name, value in given.items() if value is not None}
     seeds = tuple(range(parsed.seed, parsed.seed + (parsed.seeds or 1)))
-    result = polynomial_result(measure_polynomial(Settings(**sizes, seeds=seeds)))
-    give(result, parsed.out, parsed)
+    settings = Settings(**sizes, seeds=seeds)
+    settings.check()
+    check_folder(parsed.out)
+    give(polynomial_result(measure_polynomial(settings)), parsed.out, parsed)
 
 
 def give(result, folder: Path, parsed: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from est_ds.checkpoints.index import FILE, TAG, Damaged, read_index
@@ -115,6 +116,24 @@ class Store:
             f"checkpoint {wanted!r:.40} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or "
             f"one of the steps {', '.join(map(str, steps))}."
         )
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Reads a checkpoint, which a training under way may remove meanwhile.
+
+        Raises:
+            UserError: it was removed.
+        """
+        try:
+            yield
+        except Exception:
+            if self.path(step).is_dir():
+                raise
+            raise UserError(
+                f"checkpoint {step} of {str(self.folder)!r} was removed while it was read: a "
+                f"training under way keeps its latest ones (checkpoint.keep_last). Try again, or "
+                f"take one that stays."
+            ) from None
 
     def keep(self, newest: int, settings: Settings, held: Collection[int] = ()) -> None:
         """Moves `latest` and `best`, and removes what the settings do not keep.

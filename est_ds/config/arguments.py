@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+SEEDS = 2**32  # that NumPy takes, and so transformers
 
 
 def natural(text: str) -> int:
@@ -21,6 +22,13 @@ def positive(text: str) -> int:
     """A whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed: a whole number from 0 on that all generators take."""
+    if natural(text) >= SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {SEEDS - 1}")
     return int(text)
 
 

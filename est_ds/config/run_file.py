@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from est_ds.config import presets
+from est_ds.config.kinds import is_url
 from est_ds.config.published import CONFIG, FROM, SHA256, anchored, of_training, with_weights
 from est_ds.config.sections import AUTO, RunConfig
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
-from est_ds.errors import UserError
+from est_ds.errors import UserError, without_keys
 
 SECTIONS = ("model", "method", "data")  # that may stand in files of their own
 REPLACING = ("method.name", f"model.{FROM}")  # fields with which another section begins
@@ -51,11 +52,22 @@ def load_run(path: str | os.PathLike, overrides: list[str] | None = None) -> Run
     """
     if not os.fspath(path):
         raise UserError("RUN is empty; give a run file (YAML) or a run directory.")
+    if is_url(os.fspath(path)):
+        raise UserError(
+            f"RUN={without_keys(os.fspath(path))!r} is an address; give a run file (YAML) or a run "
+            f"directory on this machine. With checkpoint.copy_to=ADDRESS est-ds train fetches the "
+            f"checkpoints of a run."
+        )
     path = presets.run_file(Path(path))
     if path.is_dir():
         tree = _run_directory(path)
     else:
         tree = expanded(read_mapping(path, "run file"), PATHS)
+        if {"study_dir", "arms"} <= tree.keys():
+            raise UserError(
+                f"run file {str(path)!r} is a study file (it has study_dir and arms), which "
+                f"est-ds compare takes; give a run file (YAML) or a run directory."
+            )
     # A section may stand in a file of its own: its path is relative to the file naming it, or,
     # in an override, to the working directory.
     read_sections(tree, path if path.is_dir() else path.parent)

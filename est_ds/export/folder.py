@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -113,6 +113,13 @@ def export(config: RunConfig, wish: Wish) -> Exported:
             tokenizer that did not pack the corpus, or `out` holds something else.
         Failure: the folder computes something else than the run did. Nothing is exported then.
     """
+    store = Store.of(config.run_dir)
+    step = store.find(wish.checkpoint)
+    with store.reading(step):
+        return _export(config, replace(wish, checkpoint=str(step)))
+
+
+def _export(config: RunConfig, wish: Wish) -> Exported:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -120,6 +127,7 @@ def export(config: RunConfig, wish: Wish) -> Exported:
     default = "export" if wish.keep == Keep() else "export_subnetwork"
     folder = wish.out or Path(config.run_dir) / default
     source = _open(config, wish)
+    identity = _identity(source.checkpoint)
     if folder.exists() and not (folder / MARK).is_file():
         raise UserError(
             f"--out={str(folder)!r} exists and is no export of est-ds; choose another folder."
@@ -131,7 +139,7 @@ def export(config: RunConfig, wish: Wish) -> Exported:
         done = _write(source, wish, partial)
         mark = {"run_dir": config.run_dir, "step": done.step}
         mark |= {"largest_difference": done.largest_difference}
-        mark |= {"checkpoint": _identity(source.checkpoint)}
+        mark |= {"checkpoint": identity}
         mark |= {name: value for name, value in vars(wish.keep).items() if value is not None}
         (partial / MARK).write_text(json.dumps(mark, indent=1))
         # safetensors hides its files from others.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again. It is no signal's 128 + n.
@@ -37,6 +39,19 @@ def end_on_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda *_: end("pre-empted before anything was started"))
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """Ends by SystemExit at SIGTERM and SIGHUP, so that what is open is closed and temporary files
+    go; the exit code is a shell's of a process that died of the signal."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    former = [signal.signal(n, lambda received, _: sys.exit(128 + received)) for n in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, former):
+            signal.signal(number, handler)
 
 
 def received() -> bool:

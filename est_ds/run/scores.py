@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from est_ds.disk import replace_text
+from est_ds.disk import replace_text, try_to_write
 from est_ds.errors import UserError
 
 EVALUATIONS, FINE_TUNINGS = "eval.json", "finetune.json"
@@ -173,6 +173,26 @@ def read_fine_tunings(run_dir: Path) -> tuple[FineTuning, ...]:
     return _read(run_dir / FINE_TUNINGS, FineTunings).fine_tunings
 
 
+def check_evaluations(run_dir: Path) -> None:
+    """Checks, before anything is computed, whether an evaluation can be added.
+
+    Raises:
+        UserError: it cannot.
+    """
+    read_evaluations(run_dir)
+    _check_writable(run_dir / EVALUATIONS)
+
+
+def check_fine_tunings(run_dir: Path) -> None:
+    """Checks, before anything is trained, whether a fine-tuning can be added.
+
+    Raises:
+        UserError: it cannot.
+    """
+    read_fine_tunings(run_dir)
+    _check_writable(run_dir / FINE_TUNINGS)
+
+
 def add_evaluation(run_dir: Path, new: Evaluation) -> Evaluation:
     """Writes an evaluation beside those of other steps; of its own step other tasks are kept.
 
@@ -210,8 +230,19 @@ def _read(file: Path, kind: Callable[..., Contents]) -> Contents:
         ) from None
 
 
+def _check_writable(file: Path) -> None:
+    try:
+        try_to_write(file.parent)
+    except OSError as e:
+        raise _unwritable(file, e) from None
+
+
 def _write(file: Path, contents: Part) -> None:
     try:
         replace_text(file, contents.model_dump_json(indent=1) + "\n")
     except OSError as e:
-        raise UserError(f"{file} cannot be written ({e.strerror}); mend that.") from None
+        raise _unwritable(file, e) from None
+
+
+def _unwritable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be written ({error.strerror}); mend that.")

@@ -14,7 +14,7 @@ from est_ds.design import make_design
 from est_ds.errors import UserError
 from est_ds.export.loss import where_there_is_room
 from est_ds.ranks.versions import versions
-from est_ds.run.scores import Evaluation, Figure, TaskScore, add_evaluation
+from est_ds.run.scores import Evaluation, Figure, TaskScore, add_evaluation, check_evaluations
 from est_ds.score import words
 from est_ds.score.harness import Asked, Tasks, harness_scores, load_tasks
 from est_ds.score.held_out import held_out_losses, mean_of
@@ -65,6 +65,7 @@ def evaluate_run(config: RunConfig, wish: Wish) -> tuple[Evaluation, str]:
     if wish.others:
         tasks = load_tasks(Asked(wish.others, wish.include, wish.limit, wish.shots))
     with exported(config, wish.checkpoint) as source:
+        check_evaluations(source.run_dir)
         model = source.model()
         losses = held_out_losses(source, model)
 

@@ -21,12 +21,14 @@ from est_ds.data.encoders import load_encoder
 from est_ds.design import Design, make_design
 from est_ds.errors import Failure, UserError
 from est_ds.ranks.versions import versions
-from est_ds.run.scores import FineTuning, TunedModel, add_fine_tuning
+from est_ds.run.scores import FineTuning, TunedModel, add_fine_tuning, check_fine_tunings
 from est_ds.score.agreement import class_metrics, value_metrics
 from est_ds.score.inputs import fill_up_with, inputs_of
 from est_ds.score.made_tasks import MADE, make_task
 from est_ds.score.source import Source, exported
 from est_ds.score.tasks import Examples, Task, read_task
+
+TOKENS = 128  # of an example, at most
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Wish:
         seeds: of the head's weights and the order of the examples.
         epochs: over the training set.
         batch: examples a step.
-        tokens: of an example, at most.
+        tokens: of an example, at most; None: `TOKENS`, or all that a smaller model takes.
         limit: examples of each set; None: all.
     """
 
@@ -50,12 +52,12 @@ class Wish:
     seeds: tuple[int, ...]
     epochs: float
     batch: int
-    tokens: int
+    tokens: int | None
     limit: int | None
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("epochs", "batch", "tokens", "limit")}
+        return {name: getattr(self, name) for name in ("epochs", "batch", "limit")}
 
 
 def finetune_run(config: RunConfig, wish: Wish) -> tuple[FineTuning, str]:
@@ -71,6 +73,7 @@ def finetune_run(config: RunConfig, wish: Wish) -> tuple[FineTuning, str]:
     _check_head(make_design(config))
     task = None if wish.task in MADE else read_task(Path(wish.task))
     with exported(config, wish.checkpoint) as source:
+        check_fine_tunings(source.run_dir)
         if task is None:
             corpora = {name: held.corpus for name, held in source.windows.items()}
             encoder = load_encoder(source.config.data.tokenizer)
@@ -91,7 +94,11 @@ def finetune_run(config: RunConfig, wish: Wish) -> tuple[FineTuning, str]:
             models=tuple(models),
             guess=task.guess,
             examples=(len(task.train), len(task.dev)),
-            settings=wish.settings | {"skipped": task.train.skipped + task.dev.skipped},
+            settings={
+                **wish.settings,
+                "tokens": tuner.tokens,
+                "skipped": task.train.skipped + task.dev.skipped,
+            },
             versions=versions(),
         )
         add_fine_tuning(source.run_dir, found)
@@ -115,6 +122,21 @@ def _check_head(design: Design) -> None:
         )
 
 
+def _longest(wanted: int | None, positions: int | None) -> int:
+    """Tokens of an example, at most.
+
+    Raises:
+        UserError: the model takes fewer.
+    """
+    if wanted is None:
+        return min(TOKENS, positions or TOKENS)
+    if positions is not None and wanted > positions:
+        raise UserError(
+            f"--tokens={wanted} is more than the {positions} positions of the model; use fewer."
+        )
+    return wanted
+
+
 class _Tuner:
     """One task and one export, to fine-tune several times."""
 
@@ -122,6 +144,8 @@ class _Tuner:
         self._source, self._task, self._wish = source, task, wish
         self._tokenizer = source.tokenizer()
         fill_up_with(self._tokenizer)
+        positions = source.design.family.shape(source.design.hf_config).sequence
+        self.tokens = _longest(wish.tokens, positions)
         self._train, self._dev = self._rows(task.train), self._rows(task.dev)
 
     def tuned(self, lr: float, seed: int) -> dict[str, float]:
@@ -192,10 +216,7 @@ class _Tuner:
         )
 
     def _rows(self, examples: Examples) -> list[dict[str, Any]]:
-        design = self._source.design
-        positions = design.family.shape(design.hf_config).sequence
-        longest = min(self._wish.tokens, positions or self._wish.tokens)
-        has_types = design.family.auto_class == "AutoModelForMaskedLM"
-        rows = inputs_of(examples, self._tokenizer, longest, has_types)
+        has_types = self._source.design.family.auto_class == "AutoModelForMaskedLM"
+        rows = inputs_of(examples, self._tokenizer, self.tokens, has_types)
         kind = int if self._task.classes else float
         return [row | {"labels": kind(label)} for row, label in zip(rows, examples.labels)]

@@ -136,8 +136,11 @@ def _loaded(manager: Any, name: str) -> list[Any]:
     try:
         found = manager.load([name])
     except Exception as e:  # whatever the libraries raise for a file or data that they cannot read
+        # What lm-eval comes to when it looks at the first example.
+        is_empty = isinstance(e, StopIteration)
+        why = "its data have no example" if is_empty else error_line(e)
         raise UserError(
-            f"--tasks: {name!r} cannot be loaded ({error_line(e)}); a task's file is YAML as "
+            f"--tasks: {name!r} cannot be loaded ({why}); a task's file is YAML as "
             f"lm-eval has it (task, output_type, doc_to_text, ...), and where there is no network "
             f"its data are files (dataset_path: json, dataset_kwargs: data_files)."
         ) from None
@@ -171,16 +174,20 @@ def _number(value: Any) -> float | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' bars, and with their errors alone."""
+    """Without the bars of datasets, and with the libraries' errors alone."""
     import datasets
+    from lm_eval import evaluator
 
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bar()
+    # Git says on standard error that the working directory is no repository.
+    commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:
         yield
     finally:
+        evaluator.get_git_commit_hash = commit
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bar()

@@ -37,8 +37,18 @@ def inputs_of(
 
     Args:
         types: whether the model tells two texts apart by `token_type_ids`.
+
+    Raises:
+        UserError: `longest` leaves nothing of a text.
     """
     between = [] if examples.second is None else _between(tokenizer)
+    pair = examples.second is not None
+    least = tokenizer.num_special_tokens_to_add(pair=pair) + len(between) + 1 + pair
+    if longest < least:
+        raise UserError(
+            f"--tokens={longest} leaves nothing of {'two texts' if pair else 'a text'} beside what "
+            f"the tokenizer adds; use {least} or more."
+        )
     encoded = tokenizer(
         list(examples.first),
         None if examples.second is None else list(examples.second),

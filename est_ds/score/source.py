@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,17 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from est_ds.checkpoints.index import Index
-from est_ds.checkpoints.reader import Checkpoint
+from est_ds.checkpoints.index import Damaged, Index, read_index
 from est_ds.checkpoints.store import Store
 from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Windows
 from est_ds.design import Design, make_design
+from est_ds.disk import hold
 from est_ds.errors import UserError
 from est_ds.export import Wish, export
 from est_ds.export.folder import export_of
 from est_ds.run.directory import check_run_dir
 from est_ds.run.prepare import held_out_windows
+
+_PREFIX, _HELD = ".export_", "held"  # of folders for the time being
 
 
 @dataclass(frozen=True)
@@ -84,28 +88,51 @@ def exported(config: RunConfig, checkpoint: str) -> Iterator[Source]:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    step = Store.of(config.run_dir).find(checkpoint)
+    store = Store.of(config.run_dir)
+    step = store.find(checkpoint)
     check_run_dir(config)
+    index = _index(store, step)
     folder = export_of(config, step)
     if folder is not None:
-        yield _source(config, folder, step, str(folder))
+        yield _source(config, folder, index, str(folder))
         return
     try:
-        beside = TemporaryDirectory(dir=config.run_dir, prefix=".export_")
+        for left in Path(config.run_dir).glob(f"{_PREFIX}*"):
+            _remove_if_left(left)
+        beside = TemporaryDirectory(dir=config.run_dir, prefix=_PREFIX)
     except OSError as e:
         raise UserError(
             f"run_dir={config.run_dir!r} cannot be written ({e.strerror}); mend that, or give a "
             f"copy of it."
         ) from None
-    with beside as made:
+    with beside as made, hold(Path(made, _HELD)):
         wish = Wish(out=Path(made, "export"), checkpoint=str(step), skip_loss=True)
         done = export(config, wish)
         where = f"an export for this alone; `est-ds export {config.run_dir}` keeps one"
-        yield _source(config, done.folder, step, where)
+        yield _source(config, done.folder, index, where)
 
 
-def _source(config: RunConfig, folder: Path, step: int, where: str) -> Source:
+def _remove_if_left(folder: Path) -> None:
+    """Removes the folder of a process that was killed: nobody holds its file."""
+    try:
+        with (folder / _HELD).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+    except OSError:  # it is held, or has just been made or removed, or there are no locks
+        return
+
+
+def _index(store: Store, step: int) -> Index:
+    """Reads it first: a training under way may remove the checkpoint once it is exported."""
+    with store.reading(step):
+        try:
+            return read_index(store.path(step))
+        except Damaged as e:
+            raise UserError(
+                f"checkpoint {store.path(step)} is damaged: {e}; choose another one."
+            ) from None
+
+
+def _source(config: RunConfig, folder: Path, index: Index, where: str) -> Source:
     design = make_design(config)
-    with Checkpoint(Store.of(config.run_dir).path(step)) as held:
-        index = held.index
     return Source(design, folder, where, index, held_out_windows(design))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ def read_task(path: Path) -> Task:
     if _is_value(train):
         values = [_numbers(table) for table in (train, dev)]
         return _task(name, (), "spearman", [(train, values[0]), (dev, values[1])])
-    key = int if all(label.lstrip("-").isdecimal() for label in train.labels) else str
+    key = int if all(label.removeprefix("-").isdecimal() for label in train.labels) else str
     classes = tuple(sorted(set(train.labels), key=key))
     number = {label: float(i) for i, label in enumerate(classes)}
     if unknown := sorted(set(dev.labels) - set(classes)):
@@ -191,12 +192,17 @@ def _table(file: Path) -> _Table:
     if first is None:
         raise UserError(f"--task: {file} has a heading and no example; give one with examples.")
     label, texts = _columns(file, first)
-    whole = [row for row in rows if row and all(c in row for c in (label, *texts))]
+    whole = [row for row in rows if row and all(row.get(c) is not None for c in (label, *texts))]
     skipped = len(rows) - len(whole)
     if skipped > _MOST_SKIPPED * len(rows):
         raise UserError(
             f"--task: {file} lacks {label!r} or {' or '.join(map(repr, texts))} in {skipped} of "
             f"{len(rows)} examples; every example needs them."
+        )
+    if other := [r[c] for r in whole for c in (label, *texts) if isinstance(r[c], list | dict)]:
+        raise UserError(
+            f"--task: {file} has {json.dumps(other[0])!s:.60} where a text or a label stands in "
+            f"other tasks; write each as a text or a number."
         )
     return _Table(
         file,
@@ -262,8 +268,11 @@ def _is_value(table: _Table) -> bool:
 
 def _numbers(table: _Table) -> list[float]:
     try:
-        return [float(label) for label in table.labels]
+        values = [float(label) for label in table.labels]
     except ValueError as e:
         raise UserError(
             f"--task: {table.file}: {table.label} is a value in other examples: {e}; correct it."
         ) from None
+    if wrong := [label for label, value in zip(table.labels, values) if not math.isfinite(value)]:
+        raise UserError(f"--task: {table.file}: {table.label}={wrong[0]} is no number; correct it.")
+    return values

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from est_ds.config.arguments import above_zero, natural, positive, several
+from est_ds.config.arguments import above_zero, natural, positive, seed, several
+from est_ds.ranks.preempt import leaving_on_signals
 
 _OWN = "next_word and cloze are made of the held-out text"
 
@@ -19,7 +20,6 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
     _checkpoint(sub)
     sub.add_argument(
         "--tasks",
-        default="",
         metavar="A,B",
         help=f"tasks: {_OWN}, every other one is lm-eval's: its name, or its YAML file",
     )
@@ -57,7 +57,7 @@ def add_finetune(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--seeds",
-        type=several(natural),
+        type=several(seed),
         default=(0, 1, 2),
         metavar="A,B",
         help="seeds of the head's weights and the order of the examples (default: 0,1,2)",
@@ -69,9 +69,8 @@ def add_finetune(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tokens",
         type=positive,
-        default=128,
         metavar="N",
-        help="cut an example to N tokens (default: 128)",
+        help="cut an example to N tokens (default: 128, or what a smaller model takes)",
     )
     sub.add_argument(
         "--limit", type=positive, metavar="N", help="use the first N examples of each set only"
@@ -94,9 +93,10 @@ def run_eval(parsed: argparse.Namespace, arguments: list[str]) -> None:
     from est_ds.score.evaluate import Wish, evaluate_run
 
     config = load_run(parsed.run, parsed.overrides)
-    tasks = tuple(dict.fromkeys(name for name in parsed.tasks.split(",") if name))
+    tasks = _names(parsed.tasks)
     wish = Wish(parsed.checkpoint, tasks, parsed.include, parsed.limit, parsed.shots)
-    found, where = evaluate_run(config, wish)
+    with leaving_on_signals():
+        found, where = evaluate_run(config, wish)
     if parsed.json:
         print(found.model_dump_json(indent=1))
         return
@@ -108,6 +108,22 @@ def run_eval(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if found.tasks:
         print(plain_table(TASK_HEADS, task_rows([found])))
     print(f"{ERRORS} Written to {Path(config.run_dir, EVALUATIONS)}.")
+
+
+def _names(tasks: str | None) -> tuple[str, ...]:
+    """The tasks that `--tasks` names, none twice.
+
+    Raises:
+        UserError: it names none.
+    """
+    from est_ds.errors import UserError
+
+    names = tuple(dict.fromkeys(name for name in (tasks or "").split(",") if name))
+    if tasks is not None and not names:
+        raise UserError(
+            f"--tasks={tasks!r} names no task; name some, such as next_word,cloze, or leave it out."
+        )
+    return names
 
 
 def run_finetune(parsed: argparse.Namespace, arguments: list[str]) -> None:
@@ -128,7 +144,8 @@ def run_finetune(parsed: argparse.Namespace, arguments: list[str]) -> None:
         tokens=parsed.tokens,
         limit=parsed.limit,
     )
-    found, where = finetune_run(config, wish)
+    with leaving_on_signals():
+        found, where = finetune_run(config, wish)
     if parsed.json:
         print(found.model_dump_json(indent=1))
         return

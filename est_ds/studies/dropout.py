@@ -25,7 +25,7 @@ from est_ds.analysis.dropout import (
     measure_draws,
     spread_of_batches,
 )
-from est_ds.analysis.output import of_run
+from est_ds.analysis.output import check_folder, of_run
 from est_ds.analysis.subject import Wanted, open_weights
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.config.run_file import load_run
@@ -86,7 +86,8 @@ def measure_dropout(path: str, at: At, effort: Effort) -> tuple[dict[str, Any], 
     baseline = runs[session.file.baseline.name]
     state = _state(baseline, at)
     designs = {name: make_design(run.config) for name, run in runs.items()}
-    phases, left_out = {}, {}
+    folder, phases, left_out = of_run(session.file.folder), {}, {}
+    check_folder(folder)
     for name, design in designs.items():
         if not _fits(design, state.weights):
             left_out[name] = "its model has other parameters"
@@ -116,7 +117,7 @@ def measure_dropout(path: str, at: At, effort: Effort) -> tuple[dict[str, Any], 
         "compare": json.loads(answers_json(session.runs, answers, session.results)),
         "seconds": time.monotonic() - began,
     }
-    return numbers, of_run(session.file.folder)
+    return numbers, folder
 
 
 def _first_runs(session: Session) -> dict[str, StudyRun]:

@@ -56,6 +56,7 @@ def _compared_said(numbers: dict[str, Any]) -> Iterator[str]:
                 f"{pair['arm']} ends {interval_text(interval)} nats a token from {pair['like']} "
                 f"({found['pairs']} seeds)."
             )
+    yield from (found["said"] for found in numbers["compare"]["downstream"].values())
     for name, sides in numbers["boundaries"].items():
         for side in sides:
             full, drawn = side["losses"]["full_loss"], side["losses"]["subnetwork_loss"]

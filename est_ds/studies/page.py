@@ -14,6 +14,8 @@ from est_ds.studies import plots, run_plots
 from est_ds.studies.answers import Answers, ArmAnswer
 from est_ds.studies.boundary_map import boundary_map
 from est_ds.studies.boundary_plot import boundaries
+from est_ds.studies.downstream import downstream, downstream_texts
+from est_ds.studies.downstream_plot import downstream_plot
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Chooser, Runs, wanted_runs
 from est_ds.studies.snapshot import Snapshot
@@ -59,6 +61,12 @@ MAP = (
     "Arms of one method by the ends of their first two phases; buttons choose method and rates. In "
     "a square: the difference from {baseline} at equal {budget} in nats a token (blue is better, "
     "red is worse), and the gain in FLOPs."
+)
+DOWNSTREAM = (
+    "What the arms score in a task over their held-out loss at the end of their runs: open points "
+    "are seeds, filled ones their mean, with the standard deviation over the seeds. Dotted: runs "
+    "of {baseline} of other budgets; an arm above them scores more than {baseline} does at that "
+    "loss. A correlation is of the arms' means; an arm of one seed counts as much as others. "
 )
 CURVES = (
     "The full model's held-out loss while it trains; of one that grows, as deep as it was then. "
@@ -189,6 +197,10 @@ def _figures(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
     if figure := boundary_map(snapshot):
         caption = MAP.format(baseline=name, budget=BUDGETS[snapshot.answers.decides])
         yield "Map of boundaries", figure_html(figure, "map", caption)
+    tasks = downstream(snapshot.answers)
+    if figure := downstream_plot(snapshot, tasks):
+        caption = DOWNSTREAM.format(baseline=name) + " ".join(downstream_texts(tasks))
+        yield "Held-out loss against tasks", figure_html(figure, "downstream", caption)
     if figure := run_plots.held_out_curves(snapshot):
         yield "Held-out loss while training", figure_html(figure, "curves", CURVES + timed)
     for number, (field, figure) in enumerate(run_plots.tuning_curves(snapshot).items()):

@@ -24,6 +24,7 @@ MOST_SEEDS = 1000  # more are not asked for
 RESAMPLES = 9999
 EXPONENTS = (0.01, 5.0)
 ROUNDING = 1e-9
+LEAST_PAIRS = 4  # of a rank correlation
 
 Verdict = Literal["pays", "costs", "no difference", "undecided"]
 Seeds = Mapping[int, float]
@@ -111,6 +112,48 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> I
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(float(values.mean()), float(found.low), float(found.high))
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's correlation of two values of the same things.
+
+    Attributes:
+        low, high: its 95 % interval; None where the ranks agree or disagree throughout.
+        p: two-sided, of the ranks' having nothing to do with each other: by permutations.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    p: float
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> RankCorrelation | None:
+    """Returns Spearman's correlation; None of fewer than four pairs, or of values that are equal.
+
+    The interval is Fisher's, with the variance (1 + r^2 / 2) / (n - 3) of Bonett and Wright (2000).
+    All permutations are tried of up to seven pairs, `RESAMPLES` of more, the same ones each time.
+    """
+    n = len(x)
+    if n < LEAST_PAIRS or not np.ptp(x) or not np.ptp(y):
+        return None
+    of_x, of_y = (stats.rankdata(values) - (n + 1) / 2 for values in (x, y))
+    size = math.sqrt(float((of_x**2).sum() * (of_y**2).sum()))
+    value = float((of_x * of_y).sum()) / size
+    p = stats.permutation_test(
+        (of_x,),
+        lambda ranks, axis: (ranks * of_y).sum(axis),
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+    ).pvalue
+    if abs(value) > 1 - ROUNDING:
+        return RankCorrelation(value, None, None, float(p))
+    half = special.ndtri((1 + CONFIDENCE) / 2) * math.sqrt((1 + value**2 / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(value) + sign * half) for sign in (-1, 1))
+    return RankCorrelation(value, low, high, float(p))
 
 
 def detectable(spread: float, pairs: int, tests: int = 1) -> float:

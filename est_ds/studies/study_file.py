@@ -216,6 +216,11 @@ def load_study(path: str | os.PathLike) -> StudyFile:
     """
     file = Path(path)
     tree = expanded(read_mapping(file, "study file"), PATHS)
+    if "run_dir" in tree and not {"study_dir", "arms"} & tree.keys():
+        raise UserError(
+            f"study file {str(file)!r} is a run file (it has run_dir, and no study_dir nor arms); "
+            f"give a study file: configs/study has some."
+        )
     study = checked(Study, tree)
     base = file.parent / study.base
     if not base.exists():

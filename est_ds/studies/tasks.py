@@ -66,7 +66,7 @@ def task_answers(
     for task in asked.tasks if asked else ():
         known = {seed: s for seed, r in results.items() if (s := _score(r, task, asked))}
         if known:
-            scores = {seed: float(score.metrics["acc"].value) for seed, score in known.items()}
+            scores = {seed: _right(score) for seed, score in known.items()}
             values = list(scores.values())
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
             chance = next(iter(known.values())).chance
@@ -85,6 +85,16 @@ def unasked(asked: StudyEvaluate | None, results: Iterable[RunResult]) -> list[s
         f"score of them; `est-ds compare` trains them again if their lines are taken out of its "
         f"results"
     ]
+
+
+def score_of(result: RunResult, task: str, asked: StudyEvaluate) -> float | None:
+    """The share of right answers of a run in a task; None if it was not asked it so."""
+    score = _score(result, task, asked)
+    return None if score is None else _right(score)
+
+
+def _right(score: TaskScore) -> float:
+    return float(score.metrics["acc"].value)
 
 
 def _score(result: RunResult, task: str, asked: StudyEvaluate) -> TaskScore | None:

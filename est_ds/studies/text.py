@@ -10,6 +10,7 @@ from rich.table import Table
 
 from est_ds.report.text import PLAIN, rendered
 from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
+from est_ds.studies.downstream import downstream, downstream_text, downstream_texts
 from est_ds.studies.results import Results, Times
 from est_ds.studies.runs import Runs
 from est_ds.studies.statistics import Gain, Interval
@@ -68,6 +69,7 @@ def answers_text(runs: Runs, answers: Answers) -> str:
         parts += ["", TASKS, _table("arm", *heads)]
         for arm in answers.arms:
             parts[-1].add_row(arm.name, *task_cells(arm, heads))
+        parts += ["", *downstream_texts(downstream(answers))]
     parts += ["", *notes(answers), *(f"warning: {warning}" for warning in answers.warnings)]
     return rendered(f"{runs.file.folder}: arms against {answers.arms[0].name}", *parts, width=100)
 
@@ -244,6 +246,10 @@ def answers_json(runs: Runs, answers: Answers, results: Results) -> str:
         "runs": len(results.runs),
         "arms": {arm.name: _arm_json(arm) for arm in answers.arms},
         "curves": {seed: asdict(curve) for seed, curve in answers.curves.items()},
+        "downstream": {
+            task: asdict(found) | {"said": downstream_text(task, found)}
+            for task, found in downstream(answers).items()
+        },
         "warnings": list(answers.warnings),
     }
     return json.dumps(_plain(document), indent=1, allow_nan=False)

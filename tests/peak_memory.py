@@ -30,6 +30,7 @@ from forks import fork, wait
 from workers import ROOT, launched
 
 MARK = "est_ds step "
+HALF = 65  # of a sequence, a little more: two documents do not share a call
 SETTLED = 2  # steps before those that are measured: the first makes the moments
 # Measured steps of a phase. The least counts, of them and of the replicas: gloo's threads may keep
 # what they have sent for an instant longer.
@@ -149,7 +150,10 @@ def micro_batches(design: Design, accumulation: int, seed: int) -> Iterator[tupl
         labels: Any = ids(target or config.data.sequence)
         if design.method.shape.family in OBJECTIVES:  # not every one is a target
             labels = (labels, torch.tensor(float(labels.numel())))
-        yield source if target is None else (source, ids(target)), labels
+        inputs: Any = source if target is None else (source, ids(target))
+        if config.data.documents == "separate":  # two in each sequence
+            inputs = source, torch.arange(source.shape[1]).expand_as(source) % HALF
+        yield inputs, labels
 
 
 def _steps(profiled: profile) -> list[tuple[int, int]]:

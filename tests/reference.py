@@ -37,7 +37,8 @@ def loss_of(run: Run, model: nn.Module, inputs: Inputs, labels: Labels) -> Tenso
     """Cross-entropy over the tokens that count, nats per token, in fp32 at least."""
     ids = inputs if isinstance(inputs, tuple) else (inputs,)
     labels, divisor = labels if isinstance(labels, tuple) else (labels, labels.numel())
-    logits = model(**run.family.named_inputs(ids)).logits
+    # With a cache, which the library makes by itself, it finds no documents in positions.
+    logits = model(**run.family.named_inputs(ids), use_cache=False).logits
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / divisor
 

@@ -23,6 +23,7 @@ TINY = {
     "overhead.py": (*SMALL, "--draws", "2"),
     "step.py": (*SMALL, "--vocabulary", "128"),
     "head.py": ("--tokens", "64", "--vocabulary", "128", "--hidden", "16", "--rounds", "1"),
+    "documents.py": ("--hidden", "128", "--layers", "1", "--sequence", "512", "--rounds", "1"),
     "gpu.py": ("--tiny", "--backend", "none", "--warmup", "0", "--steps", "1"),
     "memory.py": (
         "--gpu",
@@ -72,9 +73,12 @@ def test_every_script_runs(corpus):
         "x the need of 8",
         "| narrow |",
         "24 ranks resume",
+        "  512 pipe 2, ZeRO 1",
     ):
         assert row in done.stdout, done.stdout
     assert len(re.findall(r"bytes a rank, 24 over 8: \S+  ok", done.stdout)) == 3, done.stdout
+    [difference] = re.findall(r"8 documents in each; losses differ by (\S+)", done.stdout)
+    assert float(difference) < 1e-6
     apart = re.findall(r"(by hand|est_ds): at most (\S+) from plain torch", done.stdout)
     apart = {name: float(figure) for name, figure in apart}
     assert apart["est_ds"] < 1e-5 < 1e-3 < apart["by hand"], done.stdout

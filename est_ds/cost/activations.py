@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from est_ds.config.sections import RunConfig
+from est_ds.cost.documents import by_document, of_weights, window_of
 from est_ds.cost.flops import StepSize
 from est_ds.cost.state_space import kept_bytes, kept_of_scan
 from est_ds.plans.methods.base import Load
@@ -37,7 +38,6 @@ ACTIVATION = {"relu": 0.0, "gelu_new": 4.0}
 WRITTEN_OUT_GELU = ("gelu_new", "gelu_fast", "gelu_python_tanh")
 FIELDS_OF_ACTIVATION = ("hidden_act", "activation_function", "feed_forward_proj", "dense_act_fn")
 DEFAULT_ACTIVATION = {"gpt2": "gelu_new", "bert": "gelu", "t5": "relu"}
-DEFAULT_WINDOW = {"mistral": 4096}
 LAYER_NORM = ("gpt2", "bert")
 # Logits that the loss takes at a time; a GPU would have too little to do with those that fit into a
 # CPU's cache. Fewer rows than the fewest would spend their time on adding to the weight's gradient.
@@ -54,7 +54,8 @@ class Setting:
         dropout: what layers return is dropped.
         attention_dropout: so are weights of attention.
         on_gpu: kernels of a GPU: attention with dropout is fused, and a mask is a byte a value.
-        has_mask: attention has one: documents are kept apart, or there is a window.
+        has_mask: attention has one: documents are kept apart by it, or there is a window.
+        by_document: attention is computed document by document, on a CPU one call after the other.
         compiled: layers are compiled, which computes norms and activation functions anew.
         logits_at_once: logits that the loss takes at a time; None: all.
     """
@@ -65,6 +66,7 @@ class Setting:
     attention_dropout: bool = False
     on_gpu: bool = False
     has_mask: bool = False
+    by_document: bool = False
     compiled: bool = False
     logits_at_once: int | None = None
 
@@ -140,7 +142,7 @@ def loss_bytes(
 
 def setting_of(
     config: RunConfig,
-    family: str,
+    shape: ModelShape,
     *,
     dropout: Mapping[str, float],
     on_gpu: bool,
@@ -152,24 +154,23 @@ def setting_of(
         whole_logits: the objective's loss reads them.
         dropout: the model's fields that drop something, with their chances.
     """
-    model = config.model
+    model, family = config.model, shape.family
     named = [str(model[field]) for field in FIELDS_OF_ACTIVATION if model.get(field)]
     activation = named[0] if named else DEFAULT_ACTIVATION.get(family, "silu")
     activation = activation.removeprefix("gated-")
     if family == "t5" and activation == "gelu":
         activation = "gelu_new"  # as the library reads `gated-gelu`
-    window = model.get("sliding_window", DEFAULT_WINDOW.get(family))
-    if not model.get("use_sliding_window", family == "mistral"):
-        window = None
+    apart = by_document(config, shape, dropout, on_gpu)
+    separate, window = config.data.documents == "separate", window_of(config, family)
     at_once = LOGITS_AT_ONCE_ON_GPU if on_gpu else LOGITS_AT_ONCE
-    of_weights = {f for f in dropout if "attn" in f or "attention" in f or f == "dropout_rate"}
     return Setting(
         value_bytes=2 if config.precision == "bf16" else 4,
         activation=activation,
-        dropout=bool(set(dropout) - of_weights) or "dropout_rate" in dropout,
-        attention_dropout=bool(of_weights),
+        dropout=bool(set(dropout) - of_weights(dropout)) or "dropout_rate" in dropout,
+        attention_dropout=bool(of_weights(dropout)),
         on_gpu=on_gpu,
-        has_mask=config.data.documents == "separate" or bool(window),
+        has_mask=not apart and (separate or window is not None),
+        by_document=apart,
         compiled=config.compile,
         logits_at_once=None if whole_logits else at_once,
     )
@@ -249,6 +250,8 @@ def _attention(
     extra = 0.0
     if shape.family == "qwen3":  # norms of queries and keys
         extra = (12 - value if value == 4 else 6) * width * (queries * heads + keys * groups)
+    if setting.by_document and not setting.on_gpu:
+        extra += value * width * heads * queries  # results of calls, and what they are joined to
     return value * width * (2 * heads * queries + 2 * groups * keys) + 4 * heads * queries + extra
 
 

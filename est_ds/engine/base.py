@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from est_ds.config.sections import RunConfig
+from est_ds.cost.documents import by_document
 from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels
 from est_ds.design import Design
@@ -32,6 +33,7 @@ from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
 from est_ds.ranks.gather import largest
 from est_ds.slicing.build import embedding_names, empty_model
+from est_ds.slicing.documents import attend_by_document, has_kernel
 from est_ds.slicing.families.base import layer_paths
 from est_ds.slicing.subnetwork import Subnetwork
 
@@ -140,6 +142,14 @@ class Engine(ABC):
         if self.config.compile:
             for layer in self.layers.values():
                 layer.compile()
+
+    def attend_by_document(self, model: nn.Module) -> None:
+        """Has attention computed document by document, where that serves."""
+        design, gpu = self.design, self.on_gpu
+        if gpu and not has_kernel():
+            return
+        if by_document(self.config, design.method.shape, design.dropout, gpu):
+            attend_by_document(model)
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:

@@ -119,6 +119,7 @@ class PipelineEngine(base.Engine):
         named = self.pipeline.parameters_by_common_name()
         self.deepspeed = base.start_deepspeed(self.pipeline, design, settings, named)
         self._ties.take_over(self.deepspeed)
+        self.attend_by_document(model)
         if design.method.by_micro_batch and config.parallel.zero == 1:
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
         self._clock = PipeClock(self.deepspeed)

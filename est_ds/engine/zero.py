@@ -58,6 +58,7 @@ class ZeroEngine(base.Engine):
             gather_whole(self.layers.values())
         named = dict(model.named_parameters())
         self.deepspeed = base.start_deepspeed(model, design, settings, named)
+        self.attend_by_document(model)
         if config.parallel.zero == 3:
             _gather_for_readers(family, self.layers.values())
         if design.method.by_micro_batch and config.parallel.zero in (1, 2):
@@ -103,7 +104,8 @@ class ZeroEngine(base.Engine):
 
     def _loss(self, inputs: base.Inputs, labels: base.Labels) -> Tensor:
         inputs, labels = (_moved(part, self.deepspeed.device) for part in (inputs, labels))
-        named = self.design.family.named_inputs(inputs if isinstance(inputs, tuple) else (inputs,))
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        named = self.design.family.named_inputs(given, self.deepspeed.module.config)
         self.loss.expect(labels)
         return self.loss(self.deepspeed(**named, use_cache=False).logits, labels)
 

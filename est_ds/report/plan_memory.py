@@ -29,7 +29,6 @@ STATES = ("weights", "gradients", "optimizer")
 def subject_of(outline: Outline, on_gpu: bool) -> Subject:
     """What is estimated of a run."""
     config = outline.config
-    family = outline.method.shape.family
     return Subject(
         config,
         outline.method,
@@ -38,7 +37,7 @@ def subject_of(outline: Outline, on_gpu: bool) -> Subject:
         (config.data.sequence, outline.target_sequence),
         setting_of(
             config,
-            family,
+            outline.method.shape,
             dropout=outline.dropout,
             on_gpu=on_gpu,
             whole_logits=outline.objective.loss is not Settings.loss,

@@ -239,13 +239,15 @@ class SkippableLayer(Skippable):
 
 def _at(kept: Tensor, value: Any) -> Any:
     """A layer's argument at kept positions: of states, positions and their embeddings
-    [B, T, ...] the rows, of a mask [B, 1, T, T] rows and columns."""
+    [B, T, ...] the rows, of a mask [B, 1, T, T] rows and columns, of numbers of documents
+    [B, 1, T, 1] the rows."""
     if isinstance(value, tuple):
         return tuple(_at(kept, part) for part in value)
     if not isinstance(value, Tensor):
         return value
     if value.ndim == 4:
-        return value.index_select(2, kept).index_select(3, kept)
+        rows = value.index_select(2, kept)
+        return rows if value.shape[3] == 1 else rows.index_select(3, kept)
     return value.index_select(1, kept)
 
 

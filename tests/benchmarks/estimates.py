@@ -3,7 +3,8 @@
     python tests/benchmarks/estimates.py
 
 Step times of this engine on an H200 (`gpu.py`), to which the constants of `est_ds/cost/time.py` are
-fitted; and the MFU that other systems have published, to which nothing is fitted.
+fitted; and the MFU that other systems have published, to which nothing is fitted. And what it
+estimates for more GPUs than were measured.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from est_ds.config.run_file import load_run
-from est_ds.cost.flops import StepSize
 from est_ds.cost.gpus import gpu_of
-from est_ds.cost.time import PUBLISHED, Job, PublishedMfu, estimated, step_seconds
+from est_ds.cost.time import PUBLISHED, Job, PublishedMfu, RunTime, estimated, step_seconds
 from est_ds.design import make_outline
+from est_ds.report.hours import job_of
+from est_ds.report.layout_search import compared_layouts
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 HALVES = (
@@ -43,10 +45,7 @@ COMPARED = [row for row in PUBLISHED if row.model in WIDTHS]
 
 def job(gpu: str, run: str, *overrides: str) -> Job:
     """A shipped run file on GPUs."""
-    outline = make_outline(load_run(RUNS / run, list(overrides)))
-    size = StepSize(**outline.flops_size(outline.config.batch.micro))
-    parts = outline.config, outline.method, outline.facts.pieces, outline.cuts, size
-    return Job(gpu_of(gpu), *parts)
+    return job_of(make_outline(load_run(RUNS / run, list(overrides))), gpu_of(gpu))
 
 
 def measured_steps(run: str, compiled: bool) -> Iterator[tuple[str, float, float]]:
@@ -73,6 +72,37 @@ def published_job(row: PublishedMfu) -> Job:
     return job(GPUS[row.device], "est_gpt2.yaml", "method={name: full}", model, *shared, layout)
 
 
+def spread(processes: int) -> Iterator[tuple[str, RunTime]]:
+    """TinyLlama with EST, compiled, on H100s, 1,024 sequences a step: in its run file's layout (in
+    smaller micro-batches where it would have too few), and in the fastest one."""
+    micro = min(8, 1024 * 2 // processes)
+    spread = ("compile=true", f"parallel.processes={processes}", f"batch.micro={micro}")
+    outline, gpu = make_outline(load_run(RUNS / "est_tinyllama.yaml", spread)), gpu_of("h100-80g")
+    fastest = next(layout for layout in compared_layouts(outline, gpu) if layout.fits(gpu))
+    for config, time in (
+        (outline.config, estimated(job_of(outline, gpu))),
+        (fastest.config, fastest.time),
+    ):
+        layout = config.parallel
+        yield f"pipe {layout.pipe}, ZeRO {layout.zero}, micro {config.batch.micro}", time
+
+
+def spread_row(processes: int, layout: str, time: RunTime) -> str:
+    """Milliseconds of the dense step and its shares, the phases' time over it, and what is saved:
+    of the time, and of it over what is saved of the FLOPs."""
+    parts = time.dense.parts
+    shares = [100 * s / time.dense.step_s for s in (parts.waiting_s, parts.links_s)]
+    phases = [phase.step_s / time.dense.step_s for phase in time.phases[:-1]]
+    flops = sum(phase.num_steps * phase.flops for phase in time.phases)
+    flops_saved = 1.0 - flops / (time.dense.num_steps * time.dense.flops)
+    return (
+        f"{processes:>5} {layout:<26}{1000 * time.dense.step_s:8.0f}"
+        + "".join(f"{share:7.0f} %" for share in shares)
+        + "".join(f"{ratio:9.2f}" for ratio in phases)
+        + f"{time.saved:9.3f}{time.saved / flops_saved:8.2f}"
+    )
+
+
 def main() -> None:
     print("step on an H200, ms: estimated, measured, ratio")
     for run, compiled in MEASURED:
@@ -84,6 +114,11 @@ def main() -> None:
         time = estimated(published_job(row))
         use = time.mfu(time.dense)
         print(f"{row.model + ' on ' + row.device:<58}{use:7.3f}{row.mfu:7.3f}{use / row.mfu:6.2f}")
+    print("TinyLlama with EST on H100s: layout, dense step in ms, its waiting and links, phases")
+    print("small and narrow over it, saved of the run's time, and of that over the FLOPs saved")
+    for processes in (8, 64, 512):
+        for layout, time in spread(processes):
+            print(spread_row(processes, layout, time))
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ _MLM = {"objective": {"name": "mlm", "vocabulary": VOCABULARY}}
 _UL2 = {"objective": {"name": "ul2", "vocabulary": VOCABULARY}}
 _FROZEN = {"optimizer": {"lr": 1e-4, "inactive": "freeze"}}
 
+_APART = {"data": {"documents": "separate"}}
+
 CASES = {
     "llama, est, fp32, ZeRO 0": MemoryCase(1, LLAMA, {**_zero(0), "method": EST}),
     "llama, bf16, ZeRO 2 of 2": MemoryCase(2, LLAMA, {**_zero(2), **_BF16}),
@@ -110,6 +112,8 @@ CASES = {
     "gpt2, token_drop, fp32, ZeRO 1": MemoryCase(
         1, GPT2 | _KEPT, {**_zero(1), "method": TOKENS}
     ),
+    "llama, documents apart, fp32, ZeRO 1": MemoryCase(1, LLAMA, {**_zero(1), **_APART}),
+    "llama, documents apart, bf16, ZeRO 1": MemoryCase(1, LLAMA, {**_zero(1), **_BF16, **_APART}),
 }  # fmt: skip
 
 
@@ -117,16 +121,15 @@ def run_of(case: MemoryCase) -> dict[str, Any]:
     """The run file of a case: four micro-batches of two sequences on every replica."""
     pipe = case.settings.get("parallel", {}).get("pipe", 1)
     replicas = case.processes // pipe
-    data = make_config().model_dump(by_alias=True)["data"]
+    data = make_config().model_dump(by_alias=True)["data"] | {"sequence": SEQUENCE}
     tree = {
         "run_dir": "unset",
         "steps": 1000,
         "model": case.model,
         "method": {"name": "full"},
-        "data": {**data, "sequence": SEQUENCE},
         "batch": {"global": 8 * replicas, "micro": 2},
         "optimizer": {"lr": 1e-4},
         "checkpoint": {"every": 1000},
         "evaluate": {"every": 1000, "sequences": 1},
     }
-    return tree | case.settings
+    return tree | case.settings | {"data": data | case.settings.get("data", {})}

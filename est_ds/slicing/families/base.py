@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
+from est_ds.slicing import documents
 from est_ds.slicing.leaf import Rows, Skippable, SkippableLayer
 
 Sized = tuple[nn.Module, int]  # a leaf, and how many of its rows or columns one unit has
@@ -123,7 +124,8 @@ def causal_mask(
     """The mask that the library makes of positions, which it finds documents in.
 
     None where the module's own causal flag does: positions all in one document, and no window or
-    one that reaches over the whole sequence.
+    one that reaches over the whole sequence. Where attention is computed document by document, the
+    numbers of the documents.
 
     Args:
         config: Hugging Face config of the layer.
@@ -131,6 +133,8 @@ def causal_mask(
     """
     from transformers import masking_utils
 
+    if attends_by_document(config):
+        return document_numbers(positions_BT)
     make = (
         masking_utils.create_sliding_window_causal_mask
         if window
@@ -155,6 +159,16 @@ def shared_mask(
     if kind not in masks:
         masks[kind] = make()
     return masks[kind]
+
+
+def attends_by_document(config: Any) -> bool:
+    """Whether attention is computed document by document (`est_ds/slicing/documents.py`)."""
+    return config._attn_implementation == documents.NAME
+
+
+def document_numbers(positions_BT: Tensor) -> Tensor:
+    """What stands in for a mask then, made once for all layers."""
+    return shared_mask(positions_BT, "numbers", lambda: documents.numbers_of(positions_BT))
 
 
 def layer_paths(pieces: list[Piece]) -> dict[int, str]:
@@ -186,7 +200,8 @@ class Family(ABC):
         model_types: the library's names for it.
         auto_class: the class of the library that builds the model with its training head.
         attention: the library's attention that the model is built with.
-        separable: whether documents of one sequence can be kept apart.
+        separable: whether documents of one sequence can be kept apart. The library must then call
+            attention by its registered name (`est_ds/slicing/documents.py`).
         extra_keys: keys of the model section that the library takes but does not list.
         skippable: what is put before a layer's class; says what a skipped layer returns.
         head_size_from: the fields of the config that a head's width derives from, where no field
@@ -247,14 +262,18 @@ class Family(ABC):
         behind that module: ZeRO 3 must gather them for it."""
         return []
 
-    def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def named_inputs(self, inputs: tuple[Tensor, ...], config: Any = None) -> dict[str, Tensor]:
         """The arguments of the whole model.
 
         Args:
             inputs: ids [B, T]; to keep documents apart also the positions of the ids in their
                 documents [B, T], which start again at 0 where a document begins.
+            config: the model's, if its attention may be computed document by document.
         """
-        return dict(zip(("input_ids", "position_ids"), inputs))
+        named = dict(zip(("input_ids", "position_ids"), inputs))
+        if len(inputs) > 1 and config is not None and attends_by_document(config):
+            named["attention_mask"] = document_numbers(inputs[1])
+        return named
 
     @abstractmethod
     def pieces(self, config: Any) -> list[Piece]:

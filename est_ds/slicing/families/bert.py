@@ -14,6 +14,8 @@ from est_ds.slicing.families.base import (
     Piece,
     Slot,
     SubnetworkSize,
+    attends_by_document,
+    document_numbers,
     passed,
     shared_mask,
     taken,
@@ -77,10 +79,10 @@ class Bert(Family):
     def attentions(self, layer: nn.Module) -> tuple[nn.Module, ...]:
         return (layer.attention.self,)
 
-    def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        named = super().named_inputs(inputs)
+    def named_inputs(self, inputs: tuple[Tensor, ...], config: Any = None) -> dict[str, Tensor]:
+        named = super().named_inputs(inputs, config)
         if len(inputs) > 1:  # unlike causal models, the library makes no mask from positions
-            named["attention_mask"] = _own_document(inputs[1])
+            named["attention_mask"] = _own_document(inputs[1], config)
         return named
 
     def pieces(self, config: Any) -> list[Piece]:
@@ -108,7 +110,8 @@ def _embed(embeddings: nn.Module, x: Passed) -> Passed:
 def _layer(layer: nn.Module, x: Passed) -> Passed:
     x_BTH, positions_BT = taken(x)
     # Without a mask every position sees every other, as in the whole model without padding.
-    mask = None if positions_BT is None else _own_document(positions_BT)
+    config = layer.attention.self.config
+    mask = None if positions_BT is None else _own_document(positions_BT, config)
     return passed(layer(x_BTH, attention_mask=mask), positions_BT)
 
 
@@ -116,8 +119,11 @@ def _head(head: nn.Module, x: Passed) -> Tensor:
     return head(taken(x)[0])
 
 
-def _own_document(positions_BT: Tensor) -> Tensor:
-    """Which positions see which, bool [B, 1, T, T]: those of the same document."""
+def _own_document(positions_BT: Tensor, config: Any) -> Tensor:
+    """Which positions see which, bool [B, 1, T, T]: those of the same document; or their numbers,
+    where attention is computed document by document."""
+    if config is not None and attends_by_document(config):
+        return document_numbers(positions_BT)
 
     def make() -> Tensor:
         document_BT = (positions_BT == 0).cumsum(-1)

@@ -150,7 +150,7 @@ class T5(Family):
         """All but the position bias, which the first layer of a stack holds for the others."""
         return [p for n, p in layer.named_parameters() if "relative_attention_bias" not in n]
 
-    def named_inputs(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def named_inputs(self, inputs: tuple[Tensor, ...], config: Any = None) -> dict[str, Tensor]:
         return dict(zip(("input_ids", "decoder_input_ids"), inputs))
 
     def pieces(self, config: Any) -> list[Piece]:

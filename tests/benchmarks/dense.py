@@ -100,7 +100,7 @@ def show(times: dict[str, list[float]], batch: int, options: argparse.Namespace)
     tokens = batch * sequence
     flops = dense_flops(shape, tokens=tokens, sequence=sequence).model
     product_s = statistics.median(times["product"])
-    best = min((n for n in PEERS if n in times), key=lambda n: statistics.median(times[n]))
+    best = min((n for n in PEERS if n in times), key=lambda n: ratios(times[n], times["bare"]))
     print(
         f"hidden {options.hidden}, {options.layers} layers, {tokens} tokens a step; a product of "
         f"matrices of {SQUARE}: {2e-9 * SQUARE**3 / product_s:.1f} GFLOP/s; best: {best}"

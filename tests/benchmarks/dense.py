@@ -105,9 +105,7 @@ def show(times: dict[str, list[float]], batch: int, options: argparse.Namespace)
         f"hidden {options.hidden}, {options.layers} layers, {tokens} tokens a step; a product of "
         f"matrices of {SQUARE}: {2e-9 * SQUARE**3 / product_s:.1f} GFLOP/s; best: {best}"
     )
-    print(
-        f"{'loop':14} {'tokens/s':>9} {'over bare':>10} {'over best':>10} {'(min)':>7} {'rate':>6}"
-    )
+    print(f"{'loop':14} {'tokens/s':>9} {'/ bare':>7} {'/ best':>7} {'(min)':>7} {'rate':>5}")
     most = MOST_OF_SMALL if tokens < SMALL else MOST
     for name in (n for n in times if n != "product"):
         to_bare, _ = ratios(times[name], times["bare"])

@@ -36,6 +36,7 @@ TINY = {
     "naive.py": ("--steps", "12"),
     "loader.py": ("--tokens", "200000", "--batch", "64", "--sequence", "64", "--steps", "1"),
     "packing.py": ("--rounds", "1"),
+    "products.py": ("--hidden", "64", "--layers", "1", "--tokens", "32", "--rounds", "1"),
     "estimates.py": (),
     "ranks.py": ("--ranks", "8", "24", "--steps", "1"),
 }
@@ -67,6 +68,7 @@ def test_every_script_runs(corpus):
     for row in (
         "columns .5",
         "phase narrow",
+        "GFLOP/s",
         "dense step",
         "late: of these",
         "without, 0.2",
@@ -109,7 +111,8 @@ def test_overhead_runs():
 @pytest.mark.slow
 def test_dense_runs_every_loop_that_needs_no_other_package():
     rows = run("dense.py", *SMALL, "--vocabulary", "128").splitlines()[2:]
-    assert [row.split()[0] for row in rows] == ["bare", "est_ds_zero0", "est_ds_zero1", "trainer"]
+    loops = ["bare", "est_ds_zero0", "est_ds_zero1", "trainer", "trainer_zero1"]
+    assert [row.split()[0] for row in rows] == loops
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ OTHERS = [name for name in CASES if name not in FAST]
     ("precision", "zero", "expected"),
     [
         ("fp32", 0, (400, 0, 800)),
-        ("fp32", 1, (400, 0, 300)),
+        ("fp32", 1, (400, 0, 200)),
         ("bf16", 1, (200, 0, 300)),
         ("bf16", 2, (200, 0, 300)),
         ("bf16", 3, (70, 100, 300)),

@@ -116,6 +116,30 @@ ZERO_WORKS = {
     "zero_quantized_weights": (3,),
 }
 
+# Keys with which a run file asks for DeepSpeed's own way from gradients to AdamW.
+OTHER_WAYS = {"communication_data_type", "gradient_predivide_factor", "prescale_gradients"}
+OTHER_ZERO_WAYS = {
+    "contiguous_gradients",
+    "overlap_comm",
+    "reduce_scatter",
+    "use_multi_rank_bucket_allreduce",
+}
+
+
+def reduces_flat(config: RunConfig) -> bool:
+    """Whether gradients are reduced straight into the tensor that AdamW reads."""
+    section = config.deepspeed
+    asked = OTHER_WAYS & section.keys()
+    asked |= OTHER_ZERO_WAYS & section.get("zero_optimization", {}).keys()
+    return config.parallel.zero == 1 and not config.parallel.offload and not asked
+
+
+def steps_in_place(config: RunConfig) -> bool:
+    """Whether AdamW steps the weights that the model computes with, and no copy of them, where
+    ZeRO keeps one."""
+    parallel = config.parallel
+    return config.precision == "fp32" and parallel.zero in (1, 2) and not parallel.offload
+
 
 def check_deepspeed_section(config: RunConfig) -> None:
     """Refuses keys of `deepspeed:` that est_ds owns, that cannot work, or that have no effect.

@@ -6,14 +6,15 @@ bucket of b elements. Held from step to step:
 | ZeRO | weights | optimizer | else |
 | --- | --- | --- | --- |
 | 0 (fp32 alone) | w n | 8 n (AdamW's moments) | |
-| 1, 2 | w n | 12 n / d (and a float32 copy of the weights, of float32 ones too) | |
+| 1, 2 | w n | 12 n / d (a float32 copy of the weights too; in fp32 8 n / d without `offload`) | |
 | 3 | w n / d, and w times the parameters of `stage3_param_persistence_threshold` or fewer | 12 n / d | sums of gradients 4 n / d, bucket 4 b |
 
 `optimizer.inactive=freeze` adds a count of steps to the optimizer, as large as a moment. With
 `parallel.offload` the optimizer is on the host, with gradients of 4 n / d (ZeRO 3: twice).
 
 Within a step gradients are added up in float32: 4 n with ZeRO 0 and 1, 4 n / d with ZeRO 2 and 3.
-Where they are reduced there are a bucket and a flat copy of it. All of it was read off torch's
+Where they are reduced there are a bucket and a flat copy of it; with ZeRO 1 a bucket, where several
+replicas reduce, and what the replica steps (`engine/reduction.py`). All of it was read off torch's
 allocator (`tests/benchmarks/memory.py`).
 """  # noqa: E501
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from est_ds.config.deepspeed_keys import reduces_flat, steps_in_place
 from est_ds.config.sections import RunConfig
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at once without ZeRO
@@ -140,7 +142,8 @@ def held(process: Process) -> States:
     """What is there between two steps."""
     zero, share, width = process.zero, process.share, process.width
     counts = process.config.optimizer.inactive == "freeze"
-    optimizer = (8 + 4 * counts + 4 * (zero > 0)) * (share if zero else process.parameters)
+    copies = zero > 0 and not steps_in_place(process.config)
+    optimizer = (8 + 4 * counts + 4 * copies) * (share if zero else process.parameters)
     weights: float = width * process.parameters
     gradients = buckets = host = 0.0
     if zero == 3:
@@ -214,6 +217,11 @@ def reduction(process: Process, accumulated: bool) -> States:
             grads += process.width * max(0.0, process.trained - bucket)
         buckets = _buckets(process) + _reducing(process)
         return States(gradients=grads, buckets=buckets, gathered=one)
+    if reduces_flat(process.config):
+        left = 4 * (process.trained - bucket)
+        if process.data_parallel == 1:
+            return States(gradients=4 * process.trained + share)
+        return States(gradients=left + max(4 * bucket, share), buckets=4 * bucket)
     second = _buckets(process) if process.config.parallel.pipe > 1 else 0.0
     compact = share if process.width == 2 else 0.0
     left = 4 * (process.trained - bucket)
@@ -231,12 +239,15 @@ def update(process: Process) -> States:
         return States(gradients=4 * process.parameters + temporary)
     if process.zero == 3 or process.config.parallel.offload:
         return States(gradients=temporary)
-    return States(gradients=4 * process.share * (2 if process.width == 4 else 1) + temporary)
+    copies = process.width == 4 and not reduces_flat(process.config)
+    return States(gradients=4 * process.share * (1 + copies) + temporary)
 
 
 def _buckets(process: Process) -> float:
     """Bytes of the buffer that gradients are reduced from, but for the one that ZeRO 3 holds."""
     if process.zero in (0, 3) or not process.option("contiguous_gradients", True):
+        return 0.0
+    if reduces_flat(process.config):
         return 0.0
     width = process.width if process.zero == 2 else 4
     return process.bucket * width * (2 if process.option("overlap_comm", False) else 1)

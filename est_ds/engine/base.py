@@ -28,6 +28,7 @@ from est_ds.engine.loss import RowLoss
 from est_ds.engine.moved import Sample, Sampler
 from est_ds.engine.optimizer import adamw
 from est_ds.engine.patches import keep_errors_of_tensorboard, zero_optimizer_for_bf16
+from est_ds.engine.reduction import pass_once
 from est_ds.engine.start import quiet
 from est_ds.plans.growth import Growth
 from est_ds.ranks.gather import largest
@@ -210,6 +211,7 @@ def start_deepspeed(
             config=settings,
             dist_init_required=False,
         )
+    pass_once(engine, config)
     count_steps(engine.monitor, config.batch.global_)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")

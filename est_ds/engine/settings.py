@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from est_ds.config.deepspeed_keys import reduces_flat
 from est_ds.config.sections import RunConfig
 from est_ds.errors import UserError
 
@@ -44,6 +45,8 @@ def deepspeed_config(config: RunConfig, *, data_parallel: int, parameters: int) 
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
+    if reduces_flat(config):
+        zero["contiguous_gradients"] = False
     if config.parallel.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     ours = {

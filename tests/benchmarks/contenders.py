@@ -55,8 +55,10 @@ def est_ds(section: dict, size: dict, batches, zero: int, deepspeed: dict) -> No
             engine.train_batch(iter([batch]))
 
 
-def trainer(section: dict, size: dict, batches) -> None:
-    """Hugging Face's Trainer."""
+def trainer(section: dict, size: dict, batches, zero: int = 0) -> None:
+    """Hugging Face's Trainer, alone or with DeepSpeed's ZeRO."""
+    if zero:
+        _start_deepspeed()
     from transformers import Trainer, TrainingArguments
 
     class Rows(torch.utils.data.IterableDataset):
@@ -82,9 +84,31 @@ def trainer(section: dict, size: dict, batches) -> None:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        deepspeed=_zero_settings(zero, size["batch"]) if zero else None,
     )
     section = dict(section, max_position_embeddings=size["sequence"] + 1)
-    Trainer(_hugging_face(section), arguments, train_dataset=Rows()).train()
+    loop = Trainer(_hugging_face(section), arguments, train_dataset=Rows())
+    assert loop.is_deepspeed_enabled == bool(zero)
+    loop.train()
+
+
+def _zero_settings(stage: int, batch: int) -> dict:
+    """DeepSpeed's own defaults around the Trainer's optimizer."""
+    return {
+        "train_micro_batch_size_per_gpu": batch,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _start_deepspeed() -> None:
+    """A group of one process, without the compilations that DeepSpeed starts with on a CPU."""
+    from est_ds.engine.start import start_processes
+    from est_ds.ranks.world import World
+
+    start_processes(World.from_environment())
 
 
 def litgpt_fit(section: dict, size: dict, batches) -> None:
@@ -174,6 +198,7 @@ CONTENDERS = {
     "est_ds_zero0": partial(est_ds, zero=0),
     "est_ds_zero1": partial(est_ds, zero=1),
     "trainer": trainer,
+    "trainer_zero1": partial(trainer, zero=1),
     "litgpt_bare": litgpt_bare,
     "litgpt_fit": litgpt_fit,
 }

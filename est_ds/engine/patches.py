@@ -195,9 +195,7 @@ def _clipped_step(engine: Any, group: Any | None, step: Callable[[], None]) -> N
         for p in engine.module.parameters()
         if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)
     ]
-    squares = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for part in sum_of_squares(gradients):
-        squares += part
+    squares = sum_of_squares(gradients, engine.device)
     if group is not None:
         dist.all_reduce(squares, group=group)
     norm = engine._global_grad_norm = squares.sqrt().float()

@@ -138,9 +138,8 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> RankCorrelation 
     n = len(x)
     if n < LEAST_PAIRS or not np.ptp(x) or not np.ptp(y):
         return None
+    value = float(stats.spearmanr(x, y).statistic)
     of_x, of_y = (stats.rankdata(values) - (n + 1) / 2 for values in (x, y))
-    size = math.sqrt(float((of_x**2).sum() * (of_y**2).sum()))
-    value = float((of_x * of_y).sum()) / size
     p = stats.permutation_test(
         (of_x,),
         lambda ranks, axis: (ranks * of_y).sum(axis),

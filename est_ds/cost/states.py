@@ -27,9 +27,9 @@ from est_ds.config.deepspeed_keys import reduces_flat, steps_in_place
 from est_ds.config.sections import RunConfig
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at once without ZeRO
-# Temporaries of an element in a step with `inactive: freeze`, seven numbers and a truth value, and
+# Temporaries of an element in a step with `inactive: freeze`, five numbers and a truth value, and
 # how many elements are stepped at once.
-FREEZING_BYTES, AT_ONCE = 29.0, 1 << 22
+FREEZING_BYTES, AT_ONCE = 21.0, 1 << 22
 # DeepSpeed's defaults for ZeRO 3, in elements.
 PERSISTS, REUSED_WITHIN, PREFETCHED = 100_000, 1_000_000_000, 50_000_000
 
@@ -232,7 +232,8 @@ def reduction(process: Process, accumulated: bool) -> States:
 
 
 def update(process: Process) -> States:
-    """What the optimizer's step adds: the share's gradients, and a flat copy of them in fp32."""
+    """What the optimizer's step adds: the share's gradients; and where DeepSpeed reduces them, a
+    flat copy of them in fp32, and under ZeRO 1 the bucket, which it keeps."""
     freezes = process.config.optimizer.inactive == "freeze"
     temporary = FREEZING_BYTES * min(AT_ONCE, process.share) if freezes else 0.0
     if process.zero == 0:
@@ -240,7 +241,8 @@ def update(process: Process) -> States:
     if process.zero == 3 or process.config.parallel.offload:
         return States(gradients=temporary)
     copies = process.width == 4 and not reduces_flat(process.config)
-    return States(gradients=4 * process.share * (1 + copies) + temporary)
+    buckets = _buckets(process) if process.zero == 1 else 0.0
+    return States(gradients=4 * process.share * (1 + copies) + temporary, buckets=buckets)
 
 
 def _buckets(process: Process) -> float:

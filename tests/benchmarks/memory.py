@@ -1,6 +1,6 @@
 """Memory of real training steps against its estimate.
 
-    python tests/benchmarks/memory.py              # on the CPU, 17 runs of up to 4 processes
+    python tests/benchmarks/memory.py              # on the CPU, 19 runs of up to 4 processes
     python tests/benchmarks/memory.py "llama, bf16, ZeRO 2 of 2"
     python tests/benchmarks/memory.py --gpu configs/run/est_tinyllama.yaml batch.micro=8
 

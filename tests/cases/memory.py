@@ -106,6 +106,20 @@ CASES = {
     "llama, est by micro-batch, bf16, ZeRO 1 of 2, freeze": MemoryCase(
         2, LLAMA, {**_zero(1), **_BF16, **_FROZEN, "method": BY_MICRO_BATCH}
     ),
+    "the same, as DeepSpeed reduces": MemoryCase(
+        2,
+        LLAMA,
+        {
+            **_zero(1),
+            **_BF16,
+            **_FROZEN,
+            **_options(contiguous_gradients=True),
+            "method": BY_MICRO_BATCH,
+        },
+    ),
+    "the same, ZeRO 2 of 2, freeze": MemoryCase(
+        2, LLAMA, {**_zero(2), **_BF16, **_FROZEN, "method": BY_MICRO_BATCH}
+    ),
     "llama, est by micro-batch, bf16, ZeRO 2 of 2": MemoryCase(
         2, LLAMA, {**_zero(2), **_BF16, "method": BY_MICRO_BATCH}
     ),

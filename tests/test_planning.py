@@ -113,13 +113,15 @@ def test_stages_hold_all_parameters_together():
 def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
     config = make_config(model=LLAMA_7B, precision="bf16")
     script = (
-        "import resource, sys, time\n"
+        "import sys, time\n"
+        "from pathlib import Path\n"
         "from est_ds.config.sections import RunConfig\n"
         "from est_ds.report.plan_text import plan_report\n"
         "config = RunConfig.model_validate_json(sys.argv[1])\n"
         "start = time.process_time()\n"
         "print(plan_report(config, as_json=True))\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        "peak = status.partition('VmHWM:')[2].split()[0]\n"
         "print(time.process_time() - start, peak, 'deepspeed' in sys.modules, file=sys.stderr)\n"
     )
     arguments = [sys.executable, "-c", script, config.model_dump_json(by_alias=True)]
@@ -128,6 +130,7 @@ def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
     assert json.loads(done.stdout)["parameters"] == 6_738_415_616
     spent_s, peak_kib, imported = done.stderr.split()[-3:]
     assert float(spent_s) < 30
+    # Not of getrusage: it counts what the parent held until exec, and a process of pytest is large.
     assert int(peak_kib) < 1024**2, "the weights alone are 13 GiB"
     assert imported == "False", "planning needs no DeepSpeed"
 

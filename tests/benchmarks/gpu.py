@@ -1,8 +1,13 @@
-"""Training steps on one GPU, phase by phase: tokens/s, MFU, time against FLOPs, memory, graphs.
+"""Training steps on one GPU, in turns: tokens/s, MFU, time against FLOPs, memory, graphs.
 
     python tests/benchmarks/gpu.py                     # TinyLlama-1.1B, bf16, ZeRO 1, compiled
     python tests/benchmarks/gpu.py --backend none      # not compiled
     python tests/benchmarks/gpu.py --tiny              # a toy on the CPU, to see that it runs
+    python tests/benchmarks/gpu.py --profile 3         # and the kernels that take the time
+
+The first rows are phases: the same counts in every step. The others are whole runs of a method: a
+step from each part of the run. Every round takes one step of each row, so that a slow stretch of
+the machine hits all of them; a round's order is the reverse of the last one's.
 
 The decoder layer's forward is compiled, not the model: one graph serves every layer, and a skipped
 layer never reaches it. Kept units enter a graph as an input, so that a plan with the same counts
@@ -10,13 +15,15 @@ is the same graph; there should be as many graphs as phases differ in their laye
 
 `MFU active` counts the FLOPs that the plan leaves, `MFU dense` those that the whole model would
 have taken for the same tokens: the rate at which a run advances, in the dense model's terms.
+`saved` is the share of the time saved over the share of the FLOPs saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +33,10 @@ from common import fixed_method, model_section, random_batch, run_config, zero_e
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.peaks import mfu, peak_flops
+from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import plan_loads
+from est_ds.plans.plan import Plan
+from est_ds.plans.shape import ModelShape
 from est_ds.slicing.leaf import Skippable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +45,53 @@ PHASES = {
     "heads, columns .5": (1.0, 0.5, 0.5),
     "full": (1.0, 1.0, 1.0),
 }
+RUN_STEPS = 1000  # of the runs whose parts the methods' rows take
+
+
+def methods(layers: int) -> dict[str, dict[str, Any]]:
+    """`method` sections as configs/study has them, for a model of so many layers."""
+    half = {"heads": 0.5, "columns": 0.5}
+    paths = [(i / 4, layers * (i + 2) // 6) for i in range(1, 5)]
+    expansion = [{"until": 0.7, "layers": 1}, {"until": 1.0, "layers": layers}]
+    return {
+        "est": {
+            "phases": [{"until": 0.2, "layers": 0.5} | half, {"until": 0.4} | half, {"until": 1.0}]
+        },
+        "raptr": {"phases": [{"until": end, "layers": count} for end, count in paths]},
+        "decay_drop": {"p_max": 0.8},
+        "zero_one": {"name": "stacking", "mode": "random", "phases": expansion},
+    }
+
+
+@dataclass
+class Row:
+    """What was measured of one phase or method, a figure for every step that counts.
+
+    Attributes:
+        plan: of the step at a position in a run, from 0 to 1.
+        late: graphs compiled in steps that count.
+    """
+
+    name: str
+    plan: Callable[[float], Plan]
+    seconds: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+    memory: int = 0
+    graphs: int = 0
+    late: int = 0
+
+
+def make_rows(shape: ModelShape) -> list[Row]:
+    rows = []
+    for name, kept in PHASES.items():
+        fixed = fixed_method(kept, shape)
+        rows.append(Row(name, lambda position, fixed=fixed: fixed.plan(int(position * RUN_STEPS))))
+    for name, section in methods(len(shape.layers)).items():
+        method = build_method({"name": name} | section, seed=0, steps=RUN_STEPS, shape=shape)
+        rows.append(
+            Row(name, lambda position, method=method: method.plan(int(position * RUN_STEPS)))
+        )
+    return rows
 
 
 class Graphs:
@@ -50,17 +107,12 @@ class Graphs:
 
 
 def compile_layers(layers: dict[int, torch.nn.Module], backend: str) -> Graphs:
-    """Compiles the library's layer class, below the class that skips."""
+    """As `compile` in a run file, with a backend that counts."""
     import torch._dynamo
 
     graphs = Graphs(backend)
-    [original] = {
-        next(
-            c for c in type(layer).__mro__ if "forward" in vars(c) and not issubclass(c, Skippable)
-        )
-        for layer in layers.values()
-    }
-    original.forward = torch.compile(original.forward, backend=graphs, dynamic=False)
+    for layer in layers.values():
+        layer.compile(backend=graphs)
     return graphs
 
 
@@ -71,11 +123,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=5, help="steps of a phase, not counted")
-    parser.add_argument("--steps", type=int, default=20, help="steps of a phase")
+    parser.add_argument("--warmup", type=int, default=5, help="rounds that do not count")
+    parser.add_argument("--steps", type=int, default=20, help="rounds that count")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, or none")
     parser.add_argument("--peak", type=float, help="FLOP/s in bf16; known GPUs have a default")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", type=int, default=0, help="steps of a phase, afterwards")
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not options.tiny:
@@ -95,46 +148,49 @@ def main() -> None:
         activation_checkpointing=options.checkpointing,
     )
     engine, shape = zero_engine(config)
-    compiled = options.backend != "none"
-    graphs = compile_layers(engine.layers, options.backend) if compiled else None
-
-    tokens = options.batch * options.sequence
-    size = {"tokens": tokens, "sequence": options.sequence}
-    whole = dense_flops(shape, **size).model
+    graphs = None if options.backend == "none" else compile_layers(engine.layers, options.backend)
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = options.peak or peak_flops(name, precision)
+    size = {"tokens": options.batch * options.sequence, "sequence": options.sequence}
     print(
-        f"{name}, {precision}, torch {torch.__version__}, {tokens} tokens a step, ZeRO "
-        f"{options.zero}, {'compiled by ' + options.backend if compiled else 'not compiled'}, peak "
+        f"{name}, {precision}, torch {torch.__version__}, {size['tokens']} tokens a step, ZeRO "
+        f"{options.zero}, {'compiled by ' + options.backend if graphs else 'not compiled'}, peak "
         f"{f'{peak / 1e12:g} TFLOP/s' if peak else 'unknown (--peak)'}"
     )
-    rows = []
-    for phase, kept in PHASES.items():
-        method = fixed_method(kept, shape)
-        compiled_before, seconds, new_graphs = graphs.count if graphs else 0, [], 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        for step in range(options.warmup + options.steps):
-            if step == options.warmup and graphs:
-                new_graphs = -graphs.count
-            batch = random_batch(options.batch, options.sequence, shape.vocabulary, step)
-            began = _now(on_gpu)
-            with engine.subnetwork.active(method.plan(step)):
-                engine.train_batch(iter([batch]))
-            seconds.append(_now(on_gpu) - began)
-        if graphs:
-            new_graphs += graphs.count
-        rows.append(
-            {
-                "phase": phase,
-                "seconds": statistics.median(seconds[options.warmup :]),
-                "flops": step_flops(shape, plan_loads(method.plan(0), shape), **size).model,
-                "memory": torch.cuda.max_memory_allocated() if on_gpu else None,
-                "graphs": graphs.count - compiled_before if graphs else 0,
-                "late": new_graphs,
-            }
-        )
-    _print(rows, tokens, whole, peak)
+    rows = make_rows(shape)
+    batches = (
+        random_batch(options.batch, options.sequence, shape.vocabulary, step)
+        for step in range(10**9)
+    )
+    for counts, rounds in ((False, options.warmup), (True, options.steps)):
+        for i in range(rounds):
+            for row in rows[:: -1 if i % 2 else 1]:
+                plan = row.plan((i + 0.5) / rounds)
+                _step(engine, row, plan, batches, graphs, counts)
+                if counts:
+                    row.flops.append(step_flops(shape, plan_loads(plan, shape), **size).model)
+    _print(rows, size["tokens"], dense_flops(shape, **size).model, peak)
+    for row in rows[: len(PHASES)] if options.profile else []:
+        _profile(engine, row, batches, options.profile)
+
+
+def _step(
+    engine: Any, row: Row, plan: Plan, batches: Iterator[Any], graphs: Graphs | None, counts: bool
+) -> None:
+    on_gpu = torch.cuda.is_available()
+    before = graphs.count if graphs else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    batch = next(batches)
+    began = _now(on_gpu)
+    with engine.subnetwork.active(plan):
+        engine.train_batch(iter([batch]))
+    if counts:
+        row.seconds.append(_now(on_gpu) - began)
+        row.memory = max(row.memory, torch.cuda.max_memory_allocated() if on_gpu else 0)
+    made = graphs.count - before if graphs else 0
+    row.graphs += made
+    row.late += made if counts else 0
 
 
 def _now(on_gpu: bool) -> float:
@@ -143,23 +199,49 @@ def _now(on_gpu: bool) -> float:
     return time.perf_counter()
 
 
-def _print(rows: list[dict[str, Any]], tokens: int, whole: float, peak: float | None) -> None:
-    """A row for every phase; the last one is the full model, to which the others are compared."""
+def _print(rows: list[Row], tokens: int, whole: float, peak: float | None) -> None:
+    """The full model's row is the one to which the others are compared, round by round."""
     print(
-        f"{'phase':26} {'tokens/s':>9} {'MFU active':>10} {'MFU dense':>9} {'time':>6} "
-        f"{'FLOPs':>6} {'time/FLOPs':>10} {'GiB':>6} {'graphs':>6} {'late':>4}"
+        f"{'row':26} {'tokens/s':>9} {'MFU active':>10} {'MFU dense':>9} {'time':>6} "
+        f"{'FLOPs':>6} {'saved':>6} {'GiB':>6} {'graphs':>6} {'late':>4}"
     )
+    [dense] = [row for row in rows if row.name == "full"]
     for row in rows:
-        seconds, flops = row["seconds"], row["flops"]
-        time_ratio, flops_ratio = seconds / rows[-1]["seconds"], flops / whole
-        active, dense = (f"{mfu(f, seconds, peak):.3f}" if peak else "-" for f in (flops, whole))
-        memory = "-" if row["memory"] is None else f"{row['memory'] / 2**30:.1f}"
+        seconds, flops = (sum(x) / len(x) for x in (row.seconds, row.flops))
+        time_ratio, flops_ratio = sum(row.seconds) / sum(dense.seconds), flops / whole
+        active, as_dense = (f"{mfu(f, seconds, peak):.3f}" if peak else "-" for f in (flops, whole))
+        saved = f"{(1 - time_ratio) / (1 - flops_ratio):.2f}" if flops_ratio < 1 else "-"
+        memory = f"{row.memory / 2**30:.1f}" if row.memory else "-"
         print(
-            f"{row['phase']:26} {tokens / seconds:9.0f} {active:>10} {dense:>9} {time_ratio:6.3f} "
-            f"{flops_ratio:6.3f} {time_ratio / flops_ratio:10.3f} {memory:>6} "
-            f"{row['graphs']:6} {row['late']:4}"
+            f"{row.name:26} {tokens / seconds:9.0f} {active:>10} {as_dense:>9} {time_ratio:6.3f} "
+            f"{flops_ratio:6.3f} {saved:>6} {memory:>6} {row.graphs:6} {row.late:4}"
         )
-    print("graphs: compiled in the phase; late: of these, after its first steps (should be 0)")
+    print("graphs: compiled for the row; late: of these, in rounds that count (should be 0)")
+
+
+def _profile(engine: Any, row: Row, batches: Iterator[Any], steps: int) -> None:
+    """The kernels of some steps that take the most time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if on_gpu := torch.cuda.is_available():
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    taken = list(zip(range(steps), batches))
+    began = _now(on_gpu)
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for _, batch in taken:
+            with engine.subnetwork.active(row.plan(0.5)):
+                engine.train_batch(iter([batch]))
+        ended = _now(on_gpu)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [e for e in profiler.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
+    events.sort(key=lambda event: -getattr(event, key))
+    total = sum(getattr(event, key) for event in events)
+    print(
+        f"{row.name}: {steps} steps took {(ended - began) * 1e3:.1f} ms, of which "
+        f"{total / 1e3:.1f} ms in {len(events)} kernels"
+    )
+    for event in events[:25]:
+        took = getattr(event, key)
+        print(f"  {took / 1e3:9.2f} ms {took / total:6.1%} {event.count:6} x  {event.key[:90]}")
 
 
 if __name__ == "__main__":

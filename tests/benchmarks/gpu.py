@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from common import fixed_method, model_section, random_batch, run_config, zero_engine
+from torch._dynamo import lookup_backend
 
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
@@ -37,7 +38,6 @@ from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
-from est_ds.slicing.leaf import Skippable
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = {
@@ -99,7 +99,7 @@ class Graphs:
 
     def __init__(self, backend: str) -> None:
         self.count = 0
-        self._backend = torch._dynamo.lookup_backend(backend)
+        self._backend = lookup_backend(backend)
 
     def __call__(self, graph: Any, inputs: Any) -> Any:
         self.count += 1
@@ -108,8 +108,6 @@ class Graphs:
 
 def compile_layers(layers: dict[int, torch.nn.Module], backend: str) -> Graphs:
     """As `compile` in a run file, with a backend that counts."""
-    import torch._dynamo
-
     graphs = Graphs(backend)
     for layer in layers.values():
         layer.compile(backend=graphs)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -81,7 +82,8 @@ def _environment(**changed: str):
 
 
 def _run(target, arguments, streams, cwd, environment) -> None:
-    assert "preload" in sys.modules, "the server of forks has not loaded what it should"
+    if "preload" not in sys.modules:  # the server passes over an import that fails
+        import_module("preload")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -137,11 +137,10 @@ class Engine(ABC):
         pieces = self.design.family.pieces(self.design.hf_config)
         return Sampler(self.fragments, layer_paths(pieces))
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: Any = "inductor") -> None:
         """Compiles each layer by itself: one graph serves all layers, and all plans of a phase."""
-        if self.config.compile:
-            for layer in self.layers.values():
-                layer.compile()
+        for layer in self.layers.values():
+            layer.compile(backend=backend)
 
     def attend_by_document(self, model: nn.Module) -> None:
         """Has attention computed document by document, where that serves."""

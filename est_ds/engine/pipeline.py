@@ -125,7 +125,8 @@ class PipelineEngine(base.Engine):
         self._clock = PipeClock(self.deepspeed)
         self._take_turns()
         grid = self.deepspeed.grid
-        self.compile_layers()
+        if self.config.compile:
+            self.compile_layers()
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, grid.get_pipe_parallel_group())
         self.replica = grid.get_data_parallel_rank()

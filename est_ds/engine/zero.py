@@ -63,7 +63,8 @@ class ZeroEngine(base.Engine):
             _gather_for_readers(family, self.layers.values())
         if design.method.by_micro_batch and config.parallel.zero in (1, 2):
             reduce_alike(self.deepspeed, self.subnetwork.idle_parameters)
-        self.compile_layers()
+        if self.config.compile:
+            self.compile_layers()
         if config.parallel.zero == 0:
             clip_over_stages(self.deepspeed, None)
         self._traced: tuple[bool, tuple[nn.Module, ...]] | None = None

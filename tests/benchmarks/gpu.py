@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from common import fixed_method, model_section, random_batch, run_config, zero_engine
+from torch._dynamo import config as dynamo
 from torch._dynamo import lookup_backend
 
 from est_ds.config.run_file import load_run
@@ -106,14 +107,6 @@ class Graphs:
         return self._backend(graph, inputs)
 
 
-def compile_layers(layers: dict[int, torch.nn.Module], backend: str) -> Graphs:
-    """As `compile` in a run file, with a backend that counts."""
-    graphs = Graphs(backend)
-    for layer in layers.values():
-        layer.compile(backend=graphs)
-    return graphs
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
@@ -136,7 +129,7 @@ def main() -> None:
     section = load_run(ROOT / options.run).model
     if options.tiny:
         options.batch, options.sequence, precision = 2, 32, "fp32"
-        section = model_section("llama", 128, 4, 256, options.sequence)
+        section = model_section("llama", 128, 10, 256, options.sequence)
     config = run_config(
         section,
         options.batch,
@@ -146,7 +139,11 @@ def main() -> None:
         activation_checkpointing=options.checkpointing,
     )
     engine, shape = zero_engine(config)
-    graphs = None if options.backend == "none" else compile_layers(engine.layers, options.backend)
+    graphs = None
+    if options.backend != "none":
+        graphs = Graphs(options.backend)
+        engine.compile_layers(graphs)
+        dynamo.fail_on_recompile_limit_hit = True
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = options.peak or peak_flops(name, precision)
     size = {"tokens": options.batch * options.sequence, "sequence": options.sequence}

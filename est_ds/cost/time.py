@@ -30,11 +30,10 @@ from est_ds.plans.methods.base import Load, Method, full_loads
 PEAK_SHARE = 0.67
 # Bytes through memory, forward and backward in bf16: of a token, for every value of its state and
 # each part of a kept layer; for every logit; for every parameter in the optimizer's step; and when
-# a micro-batch's gradients are added up. The figure of logits is from when all were in memory at
-# once; with a loss of some rows at a time nobody has measured it.
-PART_BYTES, COMPILED_PART_BYTES = 324.0, 72.0
-LOGIT_BYTES = 282
-PARAMETER_BYTES, ADDED_BYTES = 164, 10
+# a micro-batch's gradients are added up.
+PART_BYTES, COMPILED_PART_BYTES = 320.0, 66.0
+LOGIT_BYTES = 228
+PARAMETER_BYTES, ADDED_BYTES = 52, 10
 # Of the compute that backward is: what gradients may be reduced beside. And of communication that
 # compute may hide, what is seen all the same: an assumption, which nobody has measured here.
 BACKWARD = 2 / 3

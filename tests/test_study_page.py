@@ -8,6 +8,7 @@ import pytest
 
 from a_study import EFFECTS, RATIOS, answers_of, make_study, measure, train
 from est_ds.errors import UserError
+from est_ds.report.interactive import new_figure, switch
 from est_ds.studies.boundary_map import boundary_map
 from est_ds.studies.page import write_page
 from est_ds.studies.picture import study_figure, write_study_figure
@@ -125,6 +126,16 @@ def test_boundaries_are_drawn_at_their_steps(page):
     assert subnetworks[0] - full[0] == pytest.approx(0.1) and subnetworks[1] == full[1]
     low, high = plot.layout["xaxis"]["range"]
     assert low < 200 < high and high - low < 100
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"), [(("a", "b"), "buttons"), (("a" * 30, "b" * 30), "dropdown")]
+)
+def test_long_names_are_a_list_where_short_ones_are_buttons(names, kind):
+    figure = new_figure("")
+    switch(figure, {name: ({}, {}) for name in names})
+    [menu] = figure.layout.updatemenus
+    assert menu.type == kind and [button.label for button in menu.buttons] == list(names)
 
 
 def test_arms_that_differ_in_their_boundaries_stand_on_a_map(tmp_path):

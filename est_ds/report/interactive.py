@@ -22,6 +22,7 @@ MAX_POINTS = 300
 NATS = "%{y:.4f} nats a token"
 COST = "{cost}"  # in a hover text: the cost that the axis shows, with its unit
 MENU = 46  # pixels above a plot, for buttons
+ROW = 40  # characters of a row of buttons
 GRID, PAPER = "#d8dde3", "#ffffff"
 CONFIG = {
     "displaylogo": False,
@@ -170,7 +171,7 @@ class OverCosts:
 
 
 def switch(figure: go.Figure, options: Mapping[str, tuple[dict, dict]]) -> None:
-    """Adds a row of buttons, if there is a choice.
+    """Adds a row of buttons, if there is a choice; a list where a narrow window has no room for it.
 
     Args:
         options: by button what it changes of the traces and of the layout.
@@ -183,7 +184,9 @@ def switch(figure: go.Figure, options: Mapping[str, tuple[dict, dict]]) -> None:
     ]
     place = {"x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "pad": {"b": 8}}
     look = {"bgcolor": PAPER, "bordercolor": GREY, "font": {"size": 12}}
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": True}
+    row = sum(map(len, options)) <= ROW
+    kind = {"type": "buttons", "direction": "right"} if row else {"type": "dropdown"}
+    menu = {**kind, "buttons": buttons, "showactive": True}
     figure.update_layout(updatemenus=[{**menu, **place, **look}], margin_t=MENU)
 
 

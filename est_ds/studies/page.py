@@ -58,7 +58,7 @@ GAINS = (
     "without a point has no gain that can be told. Rounds of tuning are not counted."
 )
 MAP = (
-    "Arms of one method by the ends of their first two phases; buttons choose method and rates. In "
+    "Arms of one method by the ends of their first two phases; a list chooses method and rates. In "
     "a square: the difference from {baseline} at equal {budget} in nats a token (blue is better, "
     "red is worse), and the gain in FLOPs."
 )

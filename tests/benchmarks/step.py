@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -49,7 +50,8 @@ def main() -> None:
         options.family, options.hidden, options.layers, options.vocabulary, options.sequence
     )
     micro = options.micro or options.batch
-    config = run_config(section, options.batch, options.sequence, options.zero, micro=micro)
+    size = options.batch, options.sequence
+    config = run_config(section, *size, options.zero, micro=micro, compile=options.compile)
     engine, shape = zero_engine(config)
 
     def step(method, round_: int) -> float:

@@ -9,9 +9,9 @@ The first rows are phases: the same counts in every step. The others are whole r
 step from each part of the run. Every round takes one step of each row, so that a slow stretch of
 the machine hits all of them; a round's order is the reverse of the last one's.
 
-The decoder layer's forward is compiled, not the model: one graph serves every layer, and a skipped
-layer never reaches it. Kept units enter a graph as an input, so that a plan with the same counts
-is the same graph; there should be as many graphs as phases differ in their layers' counts.
+Each decoder layer is compiled by itself, as `compile` in a run file has it. Kept units enter a
+graph as an input, so that a plan with the same counts is the same graph for all layers; there
+should be as many graphs as layers' counts differ, and one for layers with a scale.
 
 `MFU active` counts the FLOPs that the plan leaves, `MFU dense` those that the whole model would
 have taken for the same tokens: the rate at which a run advances, in the dense model's terms.
@@ -107,7 +107,7 @@ class Graphs:
         return self._backend(graph, inputs)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--run", default="configs/run/est_tinyllama.yaml", help="for its model")
@@ -120,6 +120,11 @@ def main() -> None:
     parser.add_argument("--peak", type=float, help="FLOP/s in bf16; known GPUs have a default")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--profile", type=int, default=0, help="steps of a phase, afterwards")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     if not on_gpu and not options.tiny:
@@ -161,31 +166,30 @@ def main() -> None:
         for i in range(rounds):
             for row in rows[:: -1 if i % 2 else 1]:
                 plan = row.plan((i + 0.5) / rounds)
-                _step(engine, row, plan, batches, graphs, counts)
+                took, memory, made = _step(engine, plan, next(batches), graphs)
+                row.graphs += made
                 if counts:
+                    row.seconds.append(took)
                     row.flops.append(step_flops(shape, plan_loads(plan, shape), **size).model)
+                    row.memory = max(row.memory, memory)
+                    row.late += made
     _print(rows, size["tokens"], dense_flops(shape, **size).model, peak)
     for row in rows[: len(PHASES)] if options.profile else []:
         _profile(engine, row, batches, options.profile)
 
 
-def _step(
-    engine: Any, row: Row, plan: Plan, batches: Iterator[Any], graphs: Graphs | None, counts: bool
-) -> None:
+def _step(engine: Any, plan: Plan, batch: Any, graphs: Graphs | None) -> tuple[float, int, int]:
+    """Seconds of a step, bytes of its peak, graphs that were compiled in it."""
     on_gpu = torch.cuda.is_available()
     before = graphs.count if graphs else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    batch = next(batches)
     began = _now(on_gpu)
     with engine.subnetwork.active(plan):
         engine.train_batch(iter([batch]))
-    if counts:
-        row.seconds.append(_now(on_gpu) - began)
-        row.memory = max(row.memory, torch.cuda.max_memory_allocated() if on_gpu else 0)
-    made = graphs.count - before if graphs else 0
-    row.graphs += made
-    row.late += made if counts else 0
+    took = _now(on_gpu) - began
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return took, peak, graphs.count - before if graphs else 0
 
 
 def _now(on_gpu: bool) -> float:

@@ -304,7 +304,7 @@ def plan_report(
         text = json.dumps(estimate.json | more, indent=2)
     else:
         text = "\n".join([plan_tables(estimate, gpu), *blocks])
-    if plot:
+    if plot is not None:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
 
         write_plan_figure(estimate, Path(plot))

@@ -199,6 +199,15 @@ def test_little_money_and_narrow_tables_are_said_whole():
     assert "activ- " in said and "ations" in said and " narrow " in said.split("MFU waiting")[1]
 
 
+def test_long_runs_are_said_in_whole_hours_and_their_heads_in_one_piece():
+    config = load_run(ROOT / "configs" / "run" / TINYLLAMA, ["tokens=3e12"])
+    asked = Asked(gpu=gpu_of("l4"), layouts=True)
+    time = json.loads(plan_report(config, as_json=True, asked=asked))["time"]
+    said = words_of(TINYLLAMA, "tokens=3e12", layouts=True)
+    assert time["dense_hours"] > 1000 and f" {time['dense_hours']:,.0f} An estimate" in said
+    assert " of 22 of 32 of 5,632 " in said and "e+0" not in said.partition("MFU waiting")[2]
+
+
 def test_a_run_that_takes_longer_than_its_dense_twin_costs_more():
     skips = "method={name: layer_drop, drop: 0.01}"
     layout = "parallel={pipe: 1, zero: 3, processes: 64}"

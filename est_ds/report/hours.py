@@ -148,9 +148,15 @@ def time_table(time: RunTime, tokens_per_step: int) -> Table:
             f"{tokens_per_step / phase.step_s:,.0f}",
             *([f"{use:.2f}"] if use is not None else []),
             *(f"{getattr(phase.parts, part) / phase.step_s:.0%}" for part in parts),
-            f"{phase.num_steps * phase.step_s / 3600:,.3g}",
+            hours_text(phase.num_steps * phase.step_s),
         )
     return table
+
+
+def hours_text(total_s: float) -> str:
+    """Hours in three digits, or whole ones."""
+    hours = total_s / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _hours(time: RunTime, total_s: float) -> str:

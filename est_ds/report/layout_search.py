@@ -15,7 +15,7 @@ from est_ds.cost.micro_batches import divisors
 from est_ds.cost.time import RunTime, estimated
 from est_ds.design import Outline
 from est_ds.errors import UserError
-from est_ds.report.hours import job_of
+from est_ds.report.hours import hours_text, job_of
 from est_ds.report.plan_memory import FREE, allowed_micros, memory_of, usable_bytes
 from est_ds.report.text import PLAIN, gibibytes, seconds
 
@@ -133,7 +133,7 @@ def layouts_table(layouts: list[Layout], gpu: Gpu) -> tuple[Table, str]:
         table.add_row(
             *(f"{number:,}" for number in _numbers(layout).values()),
             seconds(time.total_s / time.dense.num_steps),
-            f"{time.total_s / 3600:,.3g}",
+            hours_text(time.total_s),
             f"{layout.memory_bytes / 2**30:.1f} GiB",
         )
     now = next(iter(best.values())).config

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import psutil
@@ -19,7 +20,14 @@ from torch.nn.functional import cross_entropy
 
 from conftest import ROOT, refused
 from est_ds import cli
-from est_ds.analysis.hessian import Effort, largest_eigenvalue, measure_hessian, one_sample
+from est_ds.analysis.hessian import (
+    Effort,
+    _in_processes,
+    largest_eigenvalue,
+    measure_hessian,
+    one_sample,
+    peak_bytes,
+)
 from est_ds.analysis.product import Hessian, flat, groups_of
 from est_ds.analysis.subject import Wanted, open_subject
 from est_ds.checkpoints.weights import with_weights
@@ -144,6 +152,39 @@ def test_command_writes_numbers_and_a_figure_that_the_report_shows(run, capsys):
     cli.main(["report", str(run)])
     page = Page((run / "report.html").read_text())
     assert "Analyses" in page.headings and said["said"][0] in page.text
+
+
+GIB = 2**30
+# A process that holds a GiB starts a command, and reads what Linux says of it to the end.
+LARGE = """
+import json, subprocess, sys, time
+held = b"x" * 2**30
+asked = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+file, peak = open(f"/proc/{asked.pid}/status"), 0
+while asked.poll() is None:
+    file.seek(0)
+    peak = int((file.read().partition("VmHWM:")[2].split() or [peak])[0])
+    time.sleep(0.01)
+print(json.dumps([1024 * peak, json.loads(asked.stdout.read())["memory"]["peak_bytes"]]))
+"""
+
+
+def test_memory_is_of_the_process_and_not_of_the_one_that_started_it(run):
+    command = [sys.executable, "-m", "est_ds.cli", "analyse", "hessian", str(run), "--json"]
+    few = ["--samples", "2", "--windows", "1", "--skip-eigenvalue"]
+    large = [sys.executable, "-c", LARGE, *command, *few]
+    done = subprocess.run(large, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    read, said = json.loads(done.stdout)
+    assert said == pytest.approx(read, rel=0.05) and said < GIB
+
+
+@pytest.mark.slow
+def test_memory_of_the_processes_of_samples_is_their_own(trained):
+    held = b"x" * GIB
+    with closing(_in_processes(Wanted(str(trained), windows=1), [[0]], Effort(2, 0.5, 2))) as found:
+        peaks = [peak for _, peak in found]
+    assert len(peaks) == 2 and max(peaks) < len(held) < peak_bytes()
 
 
 def test_along_a_run_every_checkpoint_is_measured_with_the_same_vectors(run, capsys):

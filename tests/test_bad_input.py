@@ -98,6 +98,17 @@ REFUSED = {
         ["deepspeed.zero_optimisation", "'zero_optimization'"],
     ),
     "unknown DeepSpeed sub-key": (["deepspeed.zero_optimization.stge=1"], ["stge"]),
+    "DeepSpeed size that is no number": (
+        [
+            "parallel={pipe: 1, zero: 3}",
+            "deepspeed.zero_optimization.stage3_prefetch_bucket_size=auto",
+        ],
+        ["stage3_prefetch_bucket_size='auto'", "whole number of at least 0"],
+    ),
+    "DeepSpeed size below the least": (
+        ["deepspeed.zero_optimization.reduce_bucket_size=0"],
+        ["reduce_bucket_size=0", "at least 1"],
+    ),
     "DeepSpeed section that is no mapping": (["deepspeed.zero_optimization=3"], ["mapping"]),
     "dtype of the model": (["model.dtype=float16"], ["model.dtype", "precision"]),
     "model without layers": (["model.num_hidden_layers=0"], ["0 layers"]),

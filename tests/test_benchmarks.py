@@ -86,6 +86,19 @@ def test_every_script_runs(corpus):
     assert apart["est_ds"] < 1e-5 < 1e-3 < apart["by hand"], done.stdout
 
 
+def test_a_case_that_there_is_not_is_one_line():
+    done = run_command(sys.executable, FOLDER / "memory.py", "nonsense")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "no case is called 'nonsense'; known are llama, est, fp32, ZeRO 0; " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, option", [("head.py", "--rounds"), ("ranks.py", "--ranks")])
+def test_counts_of_nothing_are_refused(script, option):
+    done = run_command(sys.executable, FOLDER / script, option, "0")
+    assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_blocks_runs(family):

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from cases.families import CASES
 from cases.tiny import make_config
 from conftest import ROOT
+from est_ds.config.published import of_training
 from est_ds.cost.known_models import FIELDS, known_model
 from est_ds.cost.parameters import pipe_stage_parameters, total_parameters
 from est_ds.design import Design, make_design, make_outline
@@ -29,6 +30,12 @@ SECTIONS = {
     "mamba with biases": {"model_type": "mamba", "use_bias": True, "use_conv_bias": False},
     "qwen3 with biases": {"model_type": "qwen3", "attention_bias": True},
     "bert untied": {"model_type": "bert", "tie_word_embeddings": False, "type_vocab_size": 3},
+    "several ends": {"model_type": "llama", "eos_token_id": [2, 31999], "pad_token_id": None},
+    **{
+        f"published {file.stem}": of_training(json.loads(file.read_text()))
+        for file in sorted((ROOT / "tests" / "cases" / "published").glob("*.json"))
+        if file.stem != "mamba_130m"
+    },
 }
 
 
@@ -70,6 +77,14 @@ def test_defaults_are_those_of_the_library(model_type):
         {"vocab_size": 0},
         {"hidden_act": "sulu"},
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_theta": 0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"pretraining_tp": 2},
+        {"bos_token_id": 10**9},
+        {"eos_token_id": [0, -1]},
+        {"model_type": "qwen2", "sliding_window": 64},
+        {"model_type": "qwen2", "use_sliding_window": True},
         {"init": {"residual": "tinyllama", "std": 0.02}},
         {"max_position_embeddings": 3},
         {"model_type": "gpt_neox"},
@@ -87,7 +102,8 @@ def test_an_outline_is_the_design_but_for_what_builds_it():
     for name in ("cuts", "dropout", "decoder_start", "pipe_stage_parameters", "target_sequence"):
         assert getattr(outline, name) == getattr(design, name)
     assert outline.method.shape == design.method.shape
-    scaled = make_config(model={**config.model, "rope_theta": 5e5})
+    rope = {"rope_theta": 5e5, "rope_type": "default"}
+    scaled = make_config(model={**config.model, "rope_parameters": rope})
     assert isinstance(make_outline(scaled), Design)
 
 

@@ -13,6 +13,7 @@ from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.config.run_file import load_run
 from est_ds.cost.gpus import GPUS, gpu_of
+from est_ds.cost.micro_batches import divisors
 from est_ds.cost.parameters import total_parameters
 from est_ds.cost.peaks import PEAKS
 from est_ds.cost.pipe_cuts import bubble
@@ -58,6 +59,8 @@ def test_count_is_the_number_of_processes():
         ({"price": 2.5}, "--price=2.5 has no effect without --gpu"),
         ({"layouts": True}, "--layouts has no effect without --gpu"),
         ({"measure": True, "gpu": "l4"}, "--measure and --gpu=l4 contradict each other"),
+        ({"gpu": ""}, "--gpu= is not known"),
+        ({"gpu": "", "count": 8}, "--gpu= is not known"),
     ],
 )
 def test_an_option_that_cannot_take_effect_is_an_error(given, said):
@@ -176,6 +179,65 @@ def test_text_names_the_fastest_layout_in_80_columns():
     assert "The fastest: parallel.pipe=1 parallel.zero=1 batch.micro=" in text
 
 
+def words_of(run: str, *overrides: str, **asked) -> str:
+    """What a plan on l4 says, on one line."""
+    config = load_run(ROOT / "configs" / "run" / run, list(overrides))
+    text = plan_report(config, as_json=False, asked=Asked(gpu=gpu_of("l4"), **asked))
+    assert max(map(len, text.splitlines())) <= 80
+    return " ".join(text.split())
+
+
+def test_little_money_and_narrow_tables_are_said_whole():
+    """200 toy steps of some milliseconds, whose phases keep their names in one piece."""
+    config = load_run(ROOT / "configs" / "run" / "quickstart.yaml", [])
+    asked = Asked(gpu=gpu_of("l4"), price=2.5)
+    cost = json.loads(plan_report(config, as_json=True, asked=asked))["cost"]
+    said = words_of("quickstart.yaml", price=2.5)
+    assert 0 < cost["run"] < cost["dense"] < 0.1
+    assert f"money {cost['run']:.3g} at 2.5 a GPU-hour; dense training {cost['dense']:.3g}" in said
+    assert f"{cost['saved']:.3g} more" in said and "0.00 GPU-hours" not in said
+    assert "activ- " in said and "ations" in said and " narrow " in said.split("MFU waiting")[1]
+
+
+def test_long_runs_are_said_in_whole_hours_and_their_heads_in_one_piece():
+    config = load_run(ROOT / "configs" / "run" / TINYLLAMA, ["tokens=3e12"])
+    asked = Asked(gpu=gpu_of("l4"), layouts=True)
+    time = json.loads(plan_report(config, as_json=True, asked=asked))["time"]
+    said = words_of(TINYLLAMA, "tokens=3e12", layouts=True)
+    assert time["dense_hours"] > 1000 and f" {time['dense_hours']:,.0f} An estimate" in said
+    assert " of 22 of 32 of 5,632 " in said and "e+0" not in said.partition("MFU waiting")[2]
+
+
+def test_a_run_that_takes_longer_than_its_dense_twin_costs_more():
+    skips = "method={name: layer_drop, drop: 0.01}"
+    layout = "parallel={pipe: 1, zero: 3, processes: 64}"
+    dear = words_of(TINYLLAMA, skips, layout, "batch={global: 64, micro: 1}", price=1.0)
+    assert "time saved -" in dear and " less " in dear.partition("dense training")[2]
+
+
+def test_where_no_layout_fits_the_room_is_what_a_process_can_use():
+    wide = ("model.num_hidden_layers=44", "method={name: full}")
+    said = words_of(TINYLLAMA, "parallel.processes=2", *wide, layouts=True)
+    assert "of 19.4 GiB. Take more GPUs, or larger ones, or set activation_ch" in said
+    again = words_of(
+        TINYLLAMA, "parallel.processes=2", *wide, "activation_checkpointing=true", layouts=True
+    )
+    assert "of 19.4 GiB. Take more GPUs, or larger ones." in again
+
+
+def test_published_utilisation_is_of_bf16():
+    for precision, shown in (("bf16", True), ("fp32", False)):
+        config = load_run(ROOT / "configs" / "run" / TINYLLAMA, [f"precision={precision}"])
+        asked = Asked(gpu=gpu_of("h100-80g"))
+        assert ("published" in plan_report(config, as_json=False, asked=asked)) == shown
+
+
+def test_divisors_of_a_batch_of_any_size():
+    for number in range(1, 400):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+    assert len(divisors(10**11)) == 12**2, "of 2**11 x 5**11"
+
+
 def test_measured_steps_give_the_hours_of_the_phases():
     """Medians of 1 s, 2 s and 4 s (full) of 5 and 15 steps of the tiny run."""
     outline = make_outline(make_config())
@@ -190,6 +252,12 @@ def test_measured_steps_give_the_hours_of_the_phases():
     assert (time.total_s, time.dense_s, time.processes) == (70.0, 80.0, 2)
     text = plan_report(outline.config, as_json=False, asked=Asked(times=times))
     assert "2 x cpu" in text and "12.50% (1.143x)" in text and "Measured here" in text
+    for others, busy in ((0.1, False), (0.5, True)):  # a tenth of two processors, and more
+        asked = Asked(times=times.model_copy(update={"others": others}))
+        words = f"{'busy in these rounds' if busy else 'quiet'}: other processes used {others}"
+        assert words in plan_report(outline.config, as_json=False, asked=asked)
+        said = json.loads(plan_report(outline.config, as_json=True, asked=asked))
+        assert said["time"]["busy"] is busy
 
 
 @pytest.mark.slow

@@ -186,6 +186,8 @@ def test_the_plot_of_an_encoder_decoder_saves_what_the_plan_says():
 def test_plot_into_no_picture_or_no_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'.docx' is no picture format; use one of .*\.png"):
         plan_report(make_config(), as_json=True, plot=f"{tmp_path}/plan.docx")
+    with pytest.raises(UserError, match="the ending '' is no picture format"):
+        plan_report(make_config(), as_json=True, plot="")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         plan_report(make_config(), as_json=True, plot=f"{tmp_path}/file/plan.png")

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def measure_hessian(wanted: Wanted, effort: Effort) -> dict[str, Any]:
     subject = open_subject(wanted)
     hessian = Hessian(subject)
     groups = groups_of(subject.design, subject.model)
-    samples = _enough(wanted, effort, hessian, list(groups.values()))
+    samples, peak = _enough(wanted, effort, hessian, list(groups.values()))
     trace, error = mean_and_error(samples.sum(1))
     by_layer = {
         name: {
@@ -103,28 +104,31 @@ def measure_hessian(wanted: Wanted, effort: Effort) -> dict[str, Any]:
         "seed": effort.seed,
         "seconds": time.monotonic() - began,
         "processes": effort.processes,
-        "memory": _memory(hessian, effort),
+        "memory": _memory(hessian, peak),
     }
 
 
 def _enough(
     wanted: Wanted, effort: Effort, hessian: Hessian, groups: list[list[int]]
-) -> np.ndarray:
-    """Returns the samples of every group, in their order, up to the one at which the rule ends."""
+) -> tuple[np.ndarray, int]:
+    """Returns the samples of every group, in their order, up to the one at which the rule ends, and
+    the most that a process held which computed some, bytes."""
     found: list[np.ndarray] = []
+    most = 0
     source = (
         _here(hessian, groups, effort)
         if effort.processes == 1
         else _in_processes(wanted, groups, effort)
     )
     with closing(source) as samples:
-        for sample in samples:
+        for sample, peak in samples:
             found.append(sample)
+            most = max(most, peak)
             if len(found) >= LEAST_SAMPLES:
                 mean, error = mean_and_error(np.array(found).sum(1))
                 if error <= effort.error * abs(mean):
                     break
-    return np.array(found)
+    return np.array(found), most
 
 
 def one_sample(hessian: Hessian, groups: list[list[int]], seed: int, sample: int) -> np.ndarray:
@@ -135,12 +139,15 @@ def one_sample(hessian: Hessian, groups: list[list[int]], seed: int, sample: int
     return np.array([values[places].sum() for places in groups])
 
 
-def _here(hessian: Hessian, groups: list[list[int]], effort: Effort) -> Iterator[np.ndarray]:
+Sampled = tuple[np.ndarray, int]  # a sample, and `peak_bytes` of the process that computed it
+
+
+def _here(hessian: Hessian, groups: list[list[int]], effort: Effort) -> Iterator[Sampled]:
     for sample in range(effort.samples):
-        yield one_sample(hessian, groups, effort.seed, sample)
+        yield one_sample(hessian, groups, effort.seed, sample), peak_bytes()
 
 
-def _in_processes(wanted: Wanted, groups: list[list[int]], effort: Effort) -> Iterator[np.ndarray]:
+def _in_processes(wanted: Wanted, groups: list[list[int]], effort: Effort) -> Iterator[Sampled]:
     """Yields the samples in their order; each process has a model of its own."""
     pool = ProcessPoolExecutor(
         effort.processes,
@@ -200,8 +207,8 @@ def _open_here(wanted: Wanted, threads: int) -> None:
     _opened = Hessian(open_subject(wanted, f"cuda:{number % gpus}" if gpus else None))
 
 
-def _sample_there(groups: list[list[int]], seed: int, sample: int) -> np.ndarray:
-    return one_sample(_opened, groups, seed, sample)
+def _sample_there(groups: list[list[int]], seed: int, sample: int) -> Sampled:
+    return one_sample(_opened, groups, seed, sample), peak_bytes()
 
 
 def mean_and_error(samples: np.ndarray) -> tuple[float, float]:
@@ -226,12 +233,26 @@ def largest_eigenvalue(hessian: Hessian, seed: int = 0) -> float | None:
     return float(value)
 
 
-def _memory(hessian: Hessian, effort: Effort) -> dict[str, int]:
-    """What one process holds at least, and what the largest one held, bytes."""
+def _memory(hessian: Hessian, peak: int) -> dict[str, int]:
+    """What one process holds at least, and what the largest one held, bytes.
+
+    Args:
+        peak: of the processes that computed samples.
+    """
     vectors = 4  # weights, gradient, signs, product
-    kinds = [resource.RUSAGE_SELF] + [resource.RUSAGE_CHILDREN] * (effort.processes > 1)
-    peaks = [resource.getrusage(kind).ru_maxrss * 1024 for kind in kinds]
-    found = {"vectors_bytes": 4 * vectors * hessian.size, "peak_bytes": max(peaks)}
+    found = {"vectors_bytes": 4 * vectors * hessian.size, "peak_bytes": max(peak, peak_bytes())}
     if torch.cuda.is_available():
         found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def peak_bytes() -> int:
+    """Returns the most memory that this process has held.
+
+    Linux's own figure goes first: that of getrusage counts what the process that started this one
+    held.
+    """
+    with suppress(OSError, ValueError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].partition("kB")[0])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

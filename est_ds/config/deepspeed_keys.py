@@ -116,6 +116,18 @@ ZERO_WORKS = {
     "zero_quantized_weights": (3,),
 }
 
+# Elements, and the fewest that DeepSpeed takes.
+ZERO_SIZES = {
+    "allgather_bucket_size": 0,
+    "reduce_bucket_size": 1,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_model_persistence_threshold": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "sub_group_size": 0,
+}
+
 # Keys with which a run file asks for DeepSpeed's own way from gradients to AdamW.
 OTHER_WAYS = {"communication_data_type", "gradient_predivide_factor", "prescale_gradients"}
 OTHER_ZERO_WAYS = {
@@ -203,7 +215,11 @@ def _check_zero_section(section: Any, zero: int) -> None:
     prefix = "zero_optimization."
     refused = [k.removeprefix(prefix) for k in REFUSED if k.startswith(prefix)]
     _check_keys(section, where, ZERO_WORKS, refused, zero)
-    if isinstance(size := section.get("allgather_bucket_size"), int) and size % 2:
+    for key, least in ZERO_SIZES.items():
+        size = section.get(key, least)
+        if type(size) not in (int, float) or size < least or not float(size).is_integer():
+            raise UserError(f"{where}.{key}={size!r}: use a whole number of at least {least}.")
+    if (size := section.get("allgather_bucket_size", 0)) % 2:
         raise UserError(f"{where}.allgather_bucket_size={size}: must be even; use {size + 1}.")
     offload = section.get("offload_param") or {}
     device = offload.get("device", "none") if isinstance(offload, dict) else offload

@@ -1,9 +1,9 @@
 """The `model` section of a run file understood without its library: seconds earlier. No torch.
 
 It is understood where every field is in `FIELDS`, with a value that all models of its type can
-have. Everything else (published weights, other fields, values that may be wrong) is not, and is
-the library's to understand or to refuse. A test compares shapes, parameters, defaults and dropout
-with the library's.
+have, or in `IDLE`, with one that published models have. Everything else (published weights, other
+fields, values that may be wrong) is not, and is the library's to understand or to refuse. A test
+compares shapes, parameters, defaults and dropout with the library's.
 """
 
 from __future__ import annotations
@@ -182,6 +182,68 @@ FIELDS: dict[str, dict[str, tuple[Kind, Any]]] = {
 }
 
 
+def _tokens(value: Any) -> bool:
+    tokens = value if type(value) is list else [value]
+    return all(token is None or (type(token) is int and token >= 0) for token in tokens)
+
+
+def _rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _no_scaling_or_llama3(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return value is None
+    numbers = {key: x for key, x in value.items() if key != "rope_type"}
+    names = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    if value.get("rope_type") != "llama3" or set(numbers) != names:
+        return False
+    return _count(numbers.pop("original_max_position_embeddings")) and all(
+        type(x) is float and _rate(x) for x in numbers.values()
+    )
+
+
+# Fields of published models on which neither shape nor counts depend, with values that train.
+_TOKENS: dict[str, Kind] = {f"{name}_token_id": _tokens for name in ("bos", "eos", "pad")}
+_ROPE: dict[str, Kind] = {"rope_theta": _rate, "rope_scaling": _one_of(None)}
+_NO_WINDOW: dict[str, Kind] = {
+    **_TOKENS,
+    **_ROPE,
+    "max_window_layers": _count,
+    "sliding_window": _count_or_none,  # without effect, see `_fields`
+    "use_mrope": lambda value: value is False,
+    "use_sliding_window": lambda value: value is False,
+}
+IDLE: dict[str, dict[str, Kind]] = {
+    "llama": {
+        **_TOKENS,
+        **_ROPE,
+        "rope_scaling": _no_scaling_or_llama3,
+        "pretraining_tp": _one_of(1),
+    },
+    "mistral": {**_TOKENS, **_ROPE},
+    "qwen2": _NO_WINDOW,
+    "qwen3": _NO_WINDOW,
+    "gpt2": {
+        **_TOKENS,
+        "summary_activation": _one_of(None),
+        "summary_first_dropout": _one_of(0.1),
+        "summary_proj_to_labels": lambda value: value is True,
+        "summary_type": _one_of("cls_index"),
+        "summary_use_proj": lambda value: value is True,
+    },
+    "bert": {**_TOKENS, "position_embedding_type": _one_of("absolute")},
+    "t5": {
+        "eos_token_id": _tokens,
+        "decoder_start_token_id": _one_of(0),
+        "initializer_factor": _one_of(1.0),
+        "is_encoder_decoder": lambda value: value is True,
+    },
+    "mamba": _TOKENS,
+    "mamba2": _TOKENS,
+}
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What a plan needs of a model.
@@ -221,14 +283,27 @@ def _fields(section: dict[str, Any]) -> Fields | None:
     model_type = section.get("model_type")
     if model_type not in FIELDS:
         return None
-    known = FIELDS[model_type]
+    known, idle = FIELDS[model_type], IDLE[model_type]
+    kinds = idle | {key: kind for key, (kind, _) in known.items()}
     given = {key: value for key, value in section.items() if key not in ("model_type", "init")}
-    if any(key not in known or not known[key][0](value) for key, value in given.items()):
+    if any(key not in kinds or not kinds[key](value) for key, value in given.items()):
         return None
+    if "sliding_window" in idle and given.get("sliding_window"):
+        if "use_sliding_window" not in given:  # the library refuses it
+            return None
     if "init" in section and not _plain_init(section, known):
         return None
     defaults = {key: default for key, (_, default) in known.items()}
-    return Fields(model_type=model_type, **(defaults | given))
+    shaping = {key: value for key, value in given.items() if key in known}
+    fields = Fields(model_type=model_type, **(defaults | shaping))
+    return fields if _in_vocabulary(given, fields.vocab_size) else None
+
+
+def _in_vocabulary(given: dict[str, Any], vocabulary: int) -> bool:
+    """Whether the special tokens that a section names are some of its vocabulary."""
+    ids = (value for key, value in given.items() if key.endswith("_token_id"))
+    tokens = (token for x in ids for token in (x if isinstance(x, list) else [x]))
+    return all(token is None or token < vocabulary for token in tokens)
 
 
 def _plain_init(section: dict[str, Any], known: dict[str, Any]) -> bool:

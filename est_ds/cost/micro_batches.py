@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from est_ds.config.sections import RunConfig
 
 LEAST = 4  # micro-batches for every pipe stage that are kept, since fewer leave it waiting
@@ -24,4 +26,10 @@ def micro_batches(config: RunConfig, processes: int, least: int = LEAST) -> list
     fewest = min(share, least * pipe) if pipe > 1 else 1
     if config.method.get("draw") == "micro_batch" and replicas == 1:
         fewest = max(fewest, min(share, 2))
-    return [m for m in range(share, 0, -1) if share % m == 0 and share // m >= fewest]
+    return [m for m in reversed(divisors(share)) if share // m >= fewest]
+
+
+def divisors(number: int) -> list[int]:
+    """Returns the divisors of a number, smallest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -37,7 +37,7 @@ class Asked:
         Raises:
             UserError: one is unknown, or cannot take effect.
         """
-        if parsed.count and not parsed.gpu:
+        if parsed.count and parsed.gpu is None:
             raise UserError(
                 f"--count={parsed.count} has no effect without --gpu; say which GPU, or use "
                 f"--processes."
@@ -47,20 +47,20 @@ class Asked:
                 f"--count={parsed.count} and --processes={parsed.processes} differ, and every GPU "
                 f"has one process; remove one of them."
             )
-        if parsed.measure and parsed.gpu:
+        if parsed.measure and parsed.gpu is not None:
             raise UserError(
                 f"--measure and --gpu={parsed.gpu} contradict each other: what is measured is the "
                 f"time on this machine; remove one of them."
             )
-        if parsed.price and not (parsed.measure or parsed.gpu):
+        if parsed.price and not parsed.measure and parsed.gpu is None:
             raise UserError(
                 f"--price={parsed.price:g} has no effect without --gpu, or --measure: there are no "
                 f"hours to pay for."
             )
-        if parsed.layouts and not parsed.gpu:
+        if parsed.layouts and parsed.gpu is None:
             raise UserError("--layouts has no effect without --gpu; say which GPU, and --count.")
         return cls(
-            gpu=gpu_of(parsed.gpu) if parsed.gpu else None,
+            gpu=None if parsed.gpu is None else gpu_of(parsed.gpu),
             processes=parsed.count or parsed.processes,
             price=parsed.price,
             measures=parsed.measure,

@@ -16,7 +16,7 @@ from est_ds.cost.time import Job, PhaseTime, RunTime, nearest_published
 from est_ds.design import Outline
 from est_ds.plans.methods.base import Load, full_loads
 from est_ds.report.asked import Asked
-from est_ds.report.text import PLAIN, seconds
+from est_ds.report.text import PLAIN, machine_text, seconds
 from est_ds.run.step_times import StepTimes, Turns
 
 PARTS = {"waiting_s": "waiting", "links_s": "links", "optimizer_s": "opti-\nmizer"}
@@ -116,11 +116,15 @@ def time_facts(time: RunTime, parameters: int, asked: Asked) -> list[tuple[str, 
             (
                 "money",
                 f"{_amount(cost['run'])} at {asked.price:,g} a GPU-hour; dense training "
-                f"{_amount(cost['dense'])}, {_amount(cost['saved'])} more",
+                f"{_amount(cost['dense'])}, {_amount(abs(cost['saved']))} "
+                f"{'more' if cost['saved'] >= 0 else 'less'}",
             )
         )
-    near = nearest_published(asked.gpu, parameters) if asked.gpu else None
-    if near:
+    if asked.times:
+        rows.append(("machine", machine_text(asked.times)))
+    gpu = asked.gpu
+    near = nearest_published(gpu, parameters) if gpu else None
+    if gpu and near and time.peak == gpu.peak_flops("bf16"):  # theirs are of bf16
         rows.append(
             ("published", f"MFU {near.mfu} of {near.model} on {near.device} ({near.source})")
         )
@@ -129,7 +133,7 @@ def time_facts(time: RunTime, parameters: int, asked: Asked) -> list[tuple[str, 
 
 def time_table(time: RunTime, tokens_per_step: int) -> Table:
     """One row a phase, and one of the full model: seconds, speed, and where the time goes."""
-    table = Table(box=PLAIN, pad_edge=False)
+    table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("phase", overflow="fold", vertical="bottom")
     parts = [] if time.dense.parts is None else list(PARTS)
     heads = ["step", "of\ndense", "tokens/s", *(["MFU"] if time.peak else [])]
@@ -144,9 +148,15 @@ def time_table(time: RunTime, tokens_per_step: int) -> Table:
             f"{tokens_per_step / phase.step_s:,.0f}",
             *([f"{use:.2f}"] if use is not None else []),
             *(f"{getattr(phase.parts, part) / phase.step_s:.0%}" for part in parts),
-            f"{phase.num_steps * phase.step_s / 3600:,.3g}",
+            hours_text(phase.num_steps * phase.step_s),
         )
     return table
+
+
+def hours_text(total_s: float) -> str:
+    """Hours in three digits, or whole ones."""
+    hours = total_s / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _hours(time: RunTime, total_s: float) -> str:
@@ -154,4 +164,6 @@ def _hours(time: RunTime, total_s: float) -> str:
 
 
 def _amount(number: float) -> str:
+    if 0 < number < 0.1:
+        return f"{number:.3g}"
     return f"{number:,.0f}" if number >= 100 else f"{number:,.2f}"

@@ -11,12 +11,13 @@ from rich.table import Table
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.sections import RunConfig
 from est_ds.cost.gpus import Gpu
+from est_ds.cost.micro_batches import divisors
 from est_ds.cost.time import RunTime, estimated
 from est_ds.design import Outline
 from est_ds.errors import UserError
-from est_ds.report.hours import job_of
+from est_ds.report.hours import hours_text, job_of
 from est_ds.report.plan_memory import FREE, allowed_micros, memory_of, usable_bytes
-from est_ds.report.text import PLAIN, seconds
+from est_ds.report.text import PLAIN, gibibytes, seconds
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _spread(outline: Outline, is_auto: bool) -> Iterator[Outline]:
     """Outlines of the same run in every layout that it allows."""
     config, method = outline.config, outline.method
     processes = config.parallel.processes or config.parallel.pipe
-    for pipe in _divisors(processes):
+    for pipe in divisors(processes):
         at_pipe = None
         for zero in (0, 1) if pipe > 1 else (0, 1, 2, 3):
             if zero == 3 and method.by_micro_batch and method.shape.encoder_layers:
@@ -81,10 +82,6 @@ def _spread(outline: Outline, is_auto: bool) -> Iterator[Outline]:
                     break
                 vars(spread)["cuts"] = at_pipe  # the search for cuts does not depend on the rest
                 yield spread
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def layouts_document(layouts: list[Layout], gpu: Gpu) -> list[dict[str, Any]]:
@@ -116,25 +113,27 @@ def _numbers(layout: Layout) -> dict[str, int]:
 def layouts_table(layouts: list[Layout], gpu: Gpu) -> tuple[Table, str]:
     """The fastest that fits of every pipe and ZeRO stage, and how to ask for the first of all."""
     table = Table(box=PLAIN, pad_edge=False)
-    for name in ("pipe", "data", "ZeRO", "micro", "accumulation", "step", "hours", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
     best: dict[tuple[int, int], Layout] = {}
     for layout in layouts:
         parallel = layout.config.parallel
         if layout.fits(gpu):
             best.setdefault((parallel.pipe, parallel.zero), layout)
     if not best:
-        least = min(layout.memory_bytes for layout in layouts)
+        least = min(layouts, key=lambda layout: layout.memory_bytes)
+        again = least.config.activation_checkpointing
         return table, (
-            f"No layout fits: the smallest needs {least / 2**30:.1f} GiB of "
-            f"{gpu.memory_bytes / 2**30:.1f}. Take more GPUs, or set activation_checkpointing=true."
+            f"No layout fits: the smallest takes {gibibytes(least.memory_bytes)} of "
+            f"{gibibytes(usable_bytes(gpu))}.\nTake more GPUs, or larger ones"
+            f"{'' if again else ', or set activation_checkpointing=true'}."
         )
+    for name in ("pipe", "data", "ZeRO", "micro", "accumulation", "step", "hours", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layout in best.values():
         time = layout.time
         table.add_row(
             *(f"{number:,}" for number in _numbers(layout).values()),
             seconds(time.total_s / time.dense.num_steps),
-            f"{time.total_s / 3600:,.3g}",
+            hours_text(time.total_s),
             f"{layout.memory_bytes / 2**30:.1f} GiB",
         )
     now = next(iter(best.values())).config

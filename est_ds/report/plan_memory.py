@@ -13,7 +13,7 @@ from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.cost.activations import setting_of
 from est_ds.cost.gpus import Gpu
 from est_ds.cost.memory import Memory, Subject, memory_of_phase, memory_of_pipe_stage, memory_of_run
-from est_ds.cost.micro_batches import LEAST, micro_batches
+from est_ds.cost.micro_batches import LEAST, divisors, micro_batches
 from est_ds.data.objectives.base import Settings
 from est_ds.design import Outline
 from est_ds.errors import UserError
@@ -171,7 +171,7 @@ def remedies(outline: Outline, gpu: Gpu, is_auto: bool = False) -> Iterator[Reme
     processes = config.parallel.processes or config.parallel.pipe
     now = (config.parallel.pipe, config.parallel.zero)
     layouts = [now, *((1, z) for z in range(now[1] + 1, 4) if now[0] == 1)]
-    pipes = [n for n in range(now[0] + 1, processes + 1) if processes % n == 0]
+    pipes = [n for n in divisors(processes) if n > now[0]]
     layouts += [(pipe, min(now[1], 1)) for pipe in pipes]
     layouts += [(1, zero) for zero in (1, 2, 3) if now[0] > 1]
     again = config.activation_checkpointing
@@ -261,7 +261,7 @@ def memory_table(head: list[str], rows: list[tuple[list[str], Memory]]) -> Table
     name, unit = ("GiB", 2**30) if in_gib else ("MiB", 2**20)
     on_host = any(memory.host_bytes for _, memory in rows)
     table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = [f"memory\n{name}", "weights", "gradi-\nents", "opti-\nmizer", "activa-\ntions"]
+    columns = [f"memory\n{name}", "weights", "gradi-\nents", "opti-\nmizer", "activ-\nations"]
     columns += ["logits", "buckets", *(["on the\nhost"] if on_host else [])]
     for i, column in enumerate([*head, *columns]):
         justify = "left" if column == "phase" else "right"

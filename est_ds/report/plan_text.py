@@ -195,7 +195,7 @@ def _draw(estimate: Estimate) -> str:
 def _phases(estimate: Estimate) -> Table:
     config, dense = estimate.design.config, estimate.dense
     tokens = config.tokens_per_step
-    table = Table(box=PLAIN, pad_edge=False)
+    table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("phase", vertical="bottom", overflow="fold")
     heads = estimate.design.method.shape.has_attention
     for name in (
@@ -304,7 +304,7 @@ def plan_report(
         text = json.dumps(estimate.json | more, indent=2)
     else:
         text = "\n".join([plan_tables(estimate, gpu), *blocks])
-    if plot:
+    if plot is not None:
         from est_ds.report.plan_figure import write_plan_figure  # matplotlib takes its time
 
         write_plan_figure(estimate, Path(plot))

@@ -42,6 +42,8 @@ def time_and_layouts(
     else:
         return {}, []
     document: dict[str, Any] = {"time": time_document(time)}
+    if asked.times:
+        document["time"]["busy"] = asked.times.is_busy
     if asked.price:
         document["cost"] = cost_document(time, asked.price)
     head = f"{time.processes} x {time.device}"

@@ -113,7 +113,7 @@ def fact_rows(summary: Summary) -> list[tuple[str, str]]:
         ("time saved", _time(summary)),
     ]
     if summary.turns:
-        rows.append(("machine", _machine(summary.turns, summary.saved_cpu)))
+        rows.append(("machine", machine_text(summary.turns, summary.saved_cpu)))
     if summary.efficiency is not None and summary.saving_tells:
         low, high = (bound / summary.saved_model for bound in summary.saved_between)
         text = f"{summary.efficiency:.2f} (time saved / model FLOPs saved)"
@@ -266,7 +266,7 @@ def _absent(summary: Summary) -> str:
     return f"not known: no step of {', '.join(phases)} was timed in this layout"
 
 
-def _machine(turns: StepTimes, saved_cpu: float | None) -> str:
+def machine_text(turns: StepTimes, saved_cpu: float | None = None) -> str:
     """How busy the machine was in the rounds, and what processor seconds say."""
     used = f"other processes used {turns.others:.2g} of {turns.processors} processors"
     text = f"busy in these rounds: {used}" if turns.is_busy else f"quiet: {used}"

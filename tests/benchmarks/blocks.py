@@ -13,6 +13,7 @@ import argparse
 import torch
 from common import CASES, alternate, fixed_method, model_section, ratios, timed, verdict
 
+from est_ds.config.arguments import positive
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.plans.methods.base import plan_loads
 from est_ds.slicing.build import build_model
@@ -26,11 +27,11 @@ MORE_CASES = {"heads .5": (1.0, 0.5, 1.0), "full": (1.0, 1.0, 1.0)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llama", choices=["llama", "gpt2"])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden", type=positive, default=512)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--sequence", type=positive, default=512)
+    parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
 

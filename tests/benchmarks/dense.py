@@ -23,6 +23,7 @@ import torch
 from common import alternate, model_section, ratios, timed, verdict
 from gate import Contender
 
+from est_ds.config.arguments import positive
 from est_ds.cost.flops import dense_flops
 from est_ds.slicing.families import family_of, hf_config
 
@@ -51,13 +52,13 @@ def install_litgpt() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8, 32])
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=positive, default=256)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--vocabulary", type=positive, default=4096)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[2, 8, 32])
+    parser.add_argument("--sequence", type=positive, default=256)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--litgpt", action="store_true")
     parser.add_argument("--deepspeed", type=json.loads, default={}, help="est_ds's section, JSON")
     options = parser.parse_args()

@@ -21,6 +21,7 @@ import torch
 from common import alternate, model_section, random_batch, ratios, run_config, timed, zero_engine
 from torch import Tensor
 
+from est_ds.config.arguments import positive
 from est_ds.cost.flops import dense_flops
 from est_ds.slicing.documents import NAME, Documents, attention, numbers_of
 
@@ -101,15 +102,15 @@ def of_step(options: argparse.Namespace) -> tuple[Callable[[str, int], float], f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llama", choices=["llama", "gpt2"])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--sequence", type=int, default=2048)
-    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--hidden", type=positive, default=512)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--vocabulary", type=positive, default=4096)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--sequence", type=positive, default=2048)
+    parser.add_argument("--documents", type=positive, default=8)
     parser.add_argument("--equal", action="store_true", help="documents of one length")
     parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -32,6 +32,7 @@ from common import fixed_method, model_section, random_batch, run_config, zero_e
 from torch._dynamo import config as dynamo
 from torch._dynamo import lookup_backend
 
+from est_ds.config.arguments import positive
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.peaks import mfu, peak_flops
@@ -111,11 +112,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--run", default="configs/run/est_tinyllama.yaml", help="for its model")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--sequence", type=int, default=2048)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--sequence", type=positive, default=2048)
     parser.add_argument("--zero", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=5, help="rounds that do not count")
-    parser.add_argument("--steps", type=int, default=20, help="rounds that count")
+    parser.add_argument("--steps", type=positive, default=20, help="rounds that count")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, or none")
     parser.add_argument("--peak", type=float, help="FLOP/s in bf16; known GPUs have a default")
     parser.add_argument("--checkpointing", action="store_true")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 
+from est_ds.config.arguments import positive
 from est_ds.data.objectives.loss import mean_loss, token_loss
 from est_ds.engine.head import summed_loss
 
@@ -54,11 +55,11 @@ def peak_bytes(loss: Loss, sizes: tuple[int, int, int], dtype: torch.dtype) -> i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=1024, help="for the time")
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--tokens", type=positive, default=1024, help="for the time")
+    parser.add_argument("--vocabulary", type=positive, default=4096)
+    parser.add_argument("--hidden", type=positive, default=256)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if options.bf16 else torch.float32

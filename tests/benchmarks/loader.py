@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from common import timed
 
+from est_ds.config.arguments import positive
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling
 from est_ds.data.mixture import PhaseWeights
@@ -80,10 +81,10 @@ def measure(name: str, batches: Batches, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=200_000_000)
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--sequence", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tokens", type=positive, default=200_000_000)
+    parser.add_argument("--batch", type=positive, default=1024)
+    parser.add_argument("--sequence", type=positive, default=2048)
+    parser.add_argument("--steps", type=positive, default=3)
     options = parser.parse_args()
     size = {"global_batch": options.batch, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:

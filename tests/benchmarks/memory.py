@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from common import zero_engine
 
+from est_ds.config.arguments import positive
 from est_ds.config.run_file import load_run
 from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_of_phase
@@ -34,8 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="*", help="cases; with --gpu overrides")
     parser.add_argument("--gpu", metavar="RUN", help="measure a run file on this GPU")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of a step, with --gpu")
+    parser.add_argument("--micro-batches", type=positive, default=2, help="of a step, with --gpu")
     options = parser.parse_args()
+    unknown = [] if options.gpu else [name for name in options.what if name not in CASES]
+    if unknown:
+        parser.error(f"no case is called {unknown[0]!r}; known are {'; '.join(CASES)}")
     if options.gpu:
         lines = on_gpu(load_run(options.gpu, options.what), options.micro_batches)
     else:

@@ -17,6 +17,7 @@ import torch
 from common import model_section, random_batch, run_config, zero_engine
 from torch.nn.functional import cross_entropy
 
+from est_ds.config.arguments import positive
 from est_ds.plans.methods import build_method
 from est_ds.slicing.build import build_model
 from est_ds.slicing.families import hf_config
@@ -114,7 +115,7 @@ def train_est_ds(batches: list, method: dict, zero: int) -> tuple[list[float], l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=positive, default=150)
     parser.add_argument("--zero", type=int, default=3, choices=(0, 1, 2, 3))
     options = parser.parse_args()
     torch.set_num_threads(1)

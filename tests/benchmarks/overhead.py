@@ -16,6 +16,7 @@ import torch
 from common import alternate, model_section, random_batch, ratios, timed, verdict
 from torch.nn.functional import cross_entropy
 
+from est_ds.config.arguments import positive
 from est_ds.config.run_file import load_run
 from est_ds.plans.methods import build_method
 from est_ds.slicing.build import build_model
@@ -82,12 +83,12 @@ def drawing(run_file: str, draws: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--sequence", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--hidden", type=positive, default=256)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument("--sequence", type=positive, default=256)
+    parser.add_argument("--rounds", type=positive, default=40)
+    parser.add_argument("--draws", type=positive, default=200)
     parser.add_argument("--run", default="configs/run/est_tinyllama.yaml")
     options = parser.parse_args()
     torch.set_num_threads(1)

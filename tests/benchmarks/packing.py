@@ -25,6 +25,7 @@ from pathlib import Path
 
 from data_prep.config import Preparation
 from data_prep.pack import pack
+from est_ds.config.arguments import positive
 from est_ds.data.encoders import Encoder, load_encoder
 
 BATCH_BYTES = 1 << 20
@@ -76,8 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, required=True, help="a .jsonl file of texts")
     parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2])
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with options.input.open(encoding="utf-8") as file:

@@ -17,14 +17,16 @@ import torch
 from common import alternate, ratios, timed
 from torch import Tensor
 
+from est_ds.config.arguments import positive
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hidden", type=positive, default=256)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--vocabulary", type=positive, default=4096)
+    parser.add_argument("--tokens", type=positive, default=1024, help="of a micro-batch")
+    parser.add_argument("--rounds", type=positive, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -40,6 +40,7 @@ from est_ds.checkpoints.index import FILE, Index
 from est_ds.checkpoints.reader import check_cover, contents
 from est_ds.checkpoints.state import State
 from est_ds.checkpoints.store import Store
+from est_ds.config.arguments import positive
 from est_ds.config.run_file import load_run
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling
 from est_ds.disk import describe
@@ -331,9 +332,9 @@ def run_apart() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 512, 4096])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--extrapolate", type=int, default=10_240)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=positive, default=5)
     options = parser.parse_args()
     if INSIDE not in os.environ:
         return run_apart()

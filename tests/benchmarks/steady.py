@@ -15,14 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from est_ds.config.arguments import positive
 from est_ds.run.metrics import read_metrics
 from layouts import LAYOUTS, train_in, write_run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--stretches", type=int, default=4)
+    parser.add_argument("--steps", type=positive, default=400)
+    parser.add_argument("--stretches", type=positive, default=4)
     parsed = parser.parse_args()
     overrides = [
         f"steps={parsed.steps}",

@@ -25,6 +25,7 @@ from common import (
     zero_engine,
 )
 
+from est_ds.config.arguments import positive
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.plans.methods.base import plan_loads
 
@@ -34,14 +35,16 @@ MOST = 1.10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llama", choices=["llama", "gpt2"])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--micro", type=int, help="sequences of a micro-batch; all, if not given")
-    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--hidden", type=positive, default=512)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--vocabulary", type=positive, default=4096)
+    parser.add_argument("--batch", type=positive, default=4)
+    parser.add_argument(
+        "--micro", type=positive, help="sequences of a micro-batch; all, if not given"
+    )
+    parser.add_argument("--sequence", type=positive, default=512)
     parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

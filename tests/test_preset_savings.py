@@ -52,13 +52,6 @@ RUNS = ("est_gpt2", "est_tinyllama", "raptr_bert", "raptr_ul2")
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_readme_says_what_the_runs_save(run):
-    found = saved(run)
-    said = f"{run} {found.blocks:.1%} and {found.model:.1%}".replace("%", " %")
-    assert said in " ".join((ROOT / "README.md").read_text().split())
-
-
-@pytest.mark.parametrize("run", RUNS)
 def test_controls_take_the_flops_of_the_run(run):
     """One rate of dropping, and the nearest number of layers of a dense model."""
     [(constant, field, layers)] = [

@@ -14,7 +14,8 @@ from cases.families import CASES
 from cases.tiny import make_config
 from conftest import ROOT
 from est_ds.config.published import of_training
-from est_ds.cost.known_models import FIELDS, known_model
+from est_ds.cost.known_fields import FIELDS
+from est_ds.cost.known_models import known_model
 from est_ds.cost.parameters import pipe_stage_parameters, total_parameters
 from est_ds.design import Design, make_design, make_outline
 from est_ds.slicing.build import count_parameters, empty_model, piece_sizes

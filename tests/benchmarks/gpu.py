@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.peaks import mfu, peak_flops
 from est_ds.plans.methods import build_method
-from est_ds.plans.methods.base import plan_loads
+from est_ds.plans.methods.base import Method, plan_loads
 from est_ds.plans.plan import Plan
 from est_ds.plans.shape import ModelShape
 
@@ -70,29 +70,27 @@ class Row:
     """What was measured of one phase or method, a figure for every step that counts.
 
     Attributes:
-        plan: of the step at a position in a run, from 0 to 1.
         late: graphs compiled in steps that count.
     """
 
     name: str
-    plan: Callable[[float], Plan]
+    method: Method
     seconds: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     memory: int = 0
     graphs: int = 0
     late: int = 0
 
+    def plan(self, position: float) -> Plan:
+        """Of the step at a position in a run, from 0 to 1."""
+        return self.method.plan(int(position * RUN_STEPS))
+
 
 def make_rows(shape: ModelShape) -> list[Row]:
-    rows = []
-    for name, kept in PHASES.items():
-        fixed = fixed_method(kept, shape)
-        rows.append(Row(name, lambda position, fixed=fixed: fixed.plan(int(position * RUN_STEPS))))
+    rows = [Row(name, fixed_method(kept, shape)) for name, kept in PHASES.items()]
     for name, section in methods(len(shape.layers)).items():
-        method = build_method({"name": name} | section, seed=0, steps=RUN_STEPS, shape=shape)
-        rows.append(
-            Row(name, lambda position, method=method: method.plan(int(position * RUN_STEPS)))
-        )
+        settings = {"name": name} | section
+        rows.append(Row(name, build_method(settings, seed=0, steps=RUN_STEPS, shape=shape)))
     return rows
 
 

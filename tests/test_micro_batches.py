@@ -184,8 +184,9 @@ def test_a_plan_says_which_gradients_a_step_reduces(synthetic_run):
         return " ".join(plan_report(load_run(synthetic_run, overrides), as_json=False).split())
 
     text = said()
-    # 1 - (1/2)^4 of the layers, and 1/2.
-    assert "4 plans a step" in text and "phase_1 0.94 (0.50), phase_2 1.00 (1.00)" in text
+    # 1 - (1/2)^4 of the layers, whole; and 1/2, of their weights 17 in 30: half of q, o and MLP.
+    assert "4 plans a step" in text and "phase_1 0.94 (0.28), phase_2 1.00 (1.00)" in text
+    assert "phase_1 0.94 (0.50), phase_2 1.00 (1.00)" in said("parallel={zero: 2}")
     assert "phase_1 1.00 (0.50)" in said("parallel={zero: 3}")
 
 

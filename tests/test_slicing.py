@@ -27,6 +27,7 @@ from cases.families import (
 )
 from est_ds.plans.methods import build_method
 from est_ds.plans.shape import Attention
+from est_ds.slicing.leaf import Held, Leaf
 
 # Counts that a table of plans tries: all odd ones, and the least and the most.
 PLANS = {
@@ -219,6 +220,29 @@ def test_gradients_outside_the_subnetwork_are_zero(case):
         size = width_of(part)
         used = grad_OI.unflatten(1, (-1, size)).abs().sum((0, 2)).nonzero().flatten()
         assert used.tolist() == kept.units.tolist()
+
+
+@every_case
+def test_units_that_replicas_send_are_the_whole_gradient(case):
+    model = our_model(case)
+    subnetwork = installed(case, model)
+    plan = draw_plan(shape_of(case), heads=1, columns=5, rule="groups")
+    with subnetwork.active(plan):
+        run_step(model, case)
+        found = subnetwork.kept_units()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    matrices = sum(
+        len(module.est_dims()) for module in model.modules() if isinstance(module, (Leaf, Held))
+    )
+    assert len(found) == matrices > 0
+    for parameter, kept in found.items():
+        units = parameter.new_empty(kept.shape(parameter))
+        kept.take(parameter.grad, units)
+        again = torch.zeros_like(parameter)
+        kept.put(units, again)
+        assert units.numel() < parameter.numel(), names[parameter]
+        assert torch.equal(again, parameter.grad), names[parameter]
+    assert not subnetwork.kept_units()
 
 
 @every_case

@@ -132,7 +132,7 @@ def saved(method: Method, *, sequence: int, target_sequence: int | None = None) 
     return Flops(blocks / method.steps, model / method.steps)
 
 
-def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
+def gradient_share(method: Method, phase: int, micro_batches: int, by_unit: bool = False) -> float:
     """Expected share of the layers' weights whose gradients a step of a phase reduces.
 
     The micro-batches' plans are drawn apart, so that n of them leave a layer out with the n-th
@@ -141,16 +141,18 @@ def gradient_share(method: Method, phase: int, micro_batches: int) -> float:
 
     Args:
         micro_batches: that have plans of their own; 1 where they share one.
+        by_unit: where they share one, a part's kept heads or columns alone are reduced.
     """
     within, sent, total = method.phases[phase], 0.0, 0.0
     parts_apart = micro_batches > 1 and getattr(method.settings, "skip", "layer") == "sublayer"
     every = -(-(within.until_step - within.from_step) // 64)
     for step in range(within.from_step, within.until_step, every):
         loads = method.computed(method.loads(step))
-        for i, part, chance, _, _ in _parts(method.shape, loads):
+        for i, part, chance, units, groups in _parts(method.shape, loads):
             draws = micro_batches * (len(method.shape.layers[i]) if parts_apart else 1)
             whole = part_weights(part)
-            sent += whole * (1.0 - (1.0 - chance) ** draws)
+            reduced = kept_weights(part, units, groups) if by_unit and draws == 1 else whole
+            sent += reduced * (1.0 - (1.0 - chance) ** draws)
             total += whole
     return sent / total
 
@@ -166,8 +168,15 @@ def _parts(
 
 def part_weights(part: Part) -> int:
     """Weights of the matrices of a whole part."""
-    if isinstance(part, StateSpace):
-        return round(weights(part, part.columns))
     if isinstance(part, Attention):
-        return 2 * part.hidden * part.head_dim * (part.heads + part.key_value_groups)
-    return part.hidden * part.matrices * part.columns
+        return round(kept_weights(part, part.heads, part.key_value_groups))
+    return round(kept_weights(part, part.columns, 0))
+
+
+def kept_weights(part: Part, units: float, key_value_groups: float) -> float:
+    """The same of kept heads or columns, and key/value heads."""
+    if isinstance(part, StateSpace):
+        return weights(part, units)
+    if isinstance(part, Attention):
+        return 2 * part.hidden * part.head_dim * (units + key_value_groups)
+    return part.hidden * part.matrices * units

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from est_ds.config.deepspeed_keys import reduces_flat
 from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import StepSize, flops_by_layer, gradient_share, step_flops
 from est_ds.cost.gpus import LINK_SHARE, Gpu
@@ -116,8 +117,9 @@ class StepSeconds:
 
 def step_seconds(job: Job, phase: int | None) -> StepSeconds:
     """The mean step of a phase; of the full model where `phase` is None."""
-    loads, sent = _loads(job, phase), _sent(job, phase)
-    stages = _pipe_stage_seconds(job, loads, sent)
+    loads = _loads(job, phase)
+    sent = _reduced(job, phase, by_unit=reduces_flat(job.config))
+    stages = _pipe_stage_seconds(job, loads, _reduced(job, phase, by_unit=False))
     number, count = job.accumulation, len(stages)
     sending = _sending_s(job) if count > 1 else 0.0
     # One forward, one backward: the first micro-batch goes through all stages, the others come out
@@ -153,12 +155,16 @@ def _mean_loads(method: Method, phase: int) -> Sequence[Load]:
 
 
 @lru_cache(maxsize=256)
-def _gradient_share(method: Method, phase: int, micro_batches: int) -> float:
-    return gradient_share(method, phase, micro_batches)
+def _gradient_share(method: Method, phase: int, micro_batches: int, by_unit: bool) -> float:
+    return gradient_share(method, phase, micro_batches, by_unit)
 
 
-def _pipe_stage_seconds(job: Job, loads: Sequence[Load], sent: float) -> list[float]:
-    """Seconds of a micro-batch on every pipe stage, forward and backward."""
+def _pipe_stage_seconds(job: Job, loads: Sequence[Load], reached: float) -> list[float]:
+    """Seconds of a micro-batch on every pipe stage, forward and backward.
+
+    Args:
+        reached: share of the layers' gradients that are added up.
+    """
     shape, size = job.method.shape, job.size
     flops, head_flops = flops_by_layer(shape, loads, size)
     part_bytes = COMPILED_PART_BYTES if job.config.compile else PART_BYTES
@@ -174,7 +180,7 @@ def _pipe_stage_seconds(job: Job, loads: Sequence[Load], sent: float) -> list[fl
     head = _products_s(job, head_flops) + logits_s
     stages = [sum(layers[a:b]) for a, b in zip([0, *job.cuts], job.cuts)]
     stages[-1] += head
-    added = [ADDED_BYTES * (sent * inner + others) for inner, others in _stages(job)]
+    added = [ADDED_BYTES * (reached * inner + others) for inner, others in _stages(job)]
     return [own_s + moved / job.gpu.memory_bytes_s for own_s, moved in zip(stages, added)]
 
 
@@ -191,13 +197,14 @@ def _stages(job: Job) -> list[tuple[int, int]]:
     return found
 
 
-def _sent(job: Job, phase: int | None) -> float:
-    """Share of the layers' gradients that a step of a phase reduces."""
+def _reduced(job: Job, phase: int | None, by_unit: bool) -> float:
+    """Share of the layers' gradients that a step of a phase reduces, or of kept heads and columns
+    alone."""
     zero, method = job.config.parallel.zero, job.method
     plans = job.config.batch.micro_batches if method.by_micro_batch else 1
     if phase is None or zero == 0 or (zero == 3 and plans > 1):
         return 1.0
-    return _gradient_share(method, phase, plans)
+    return _gradient_share(method, phase, plans, by_unit)
 
 
 def _reduced_s(job: Job, parameters: tuple[int, int], sent: float, loads: Sequence[Load]) -> float:

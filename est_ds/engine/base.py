@@ -186,12 +186,17 @@ class Engine(ABC):
 
 
 def start_deepspeed(
-    module: nn.Module, design: Design, settings: dict[str, Any], named: dict[str, nn.Parameter]
+    module: nn.Module,
+    design: Design,
+    settings: dict[str, Any],
+    named: dict[str, nn.Parameter],
+    subnetwork: Subnetwork,
 ) -> Any:
     """The DeepSpeed engine around a module, with the run's AdamW and DeepSpeed's `settings`.
 
     Args:
         named: the module's parameters by their Hugging Face names.
+        subnetwork: the slicing on its layers.
     """
     import deepspeed
 
@@ -210,7 +215,7 @@ def start_deepspeed(
             config=settings,
             dist_init_required=False,
         )
-    pass_once(engine, config)
+    pass_once(engine, config, subnetwork.kept_units)
     count_steps(engine.monitor, config.batch.global_)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")

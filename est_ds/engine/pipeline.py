@@ -117,7 +117,9 @@ class PipelineEngine(base.Engine):
             parameters=count_parameters(self.pipeline),
         )
         named = self.pipeline.parameters_by_common_name()
-        self.deepspeed = base.start_deepspeed(self.pipeline, design, settings, named)
+        self.deepspeed = base.start_deepspeed(
+            self.pipeline, design, settings, named, self.subnetwork
+        )
         self._ties.take_over(self.deepspeed)
         self.attend_by_document(model)
         if design.method.by_micro_batch and config.parallel.zero == 1:

@@ -3,15 +3,21 @@
 Under ZeRO 1 gradients are reduced straight into the flat tensor that AdamW reads. DeepSpeed copies
 each into a bucket, the bucket into another that is reduced, that one back, from there what this
 replica steps into a third, and that into the flat tensor. Here every gradient is copied once: with
-one replica to its place; else into a bucket of the same content, in the same order and as large as
-DeepSpeed's, so that sums have the same digits, and from there what this replica steps to its place.
+one replica to its place; else into a bucket, in the same order and as large as DeepSpeed's, and
+from there what this replica steps to its place.
+
+Of a parameter of which the step's plan reads some units, the bucket holds these alone: replicas do
+not send each other the zeros of the others. The sums of two replicas have DeepSpeed's digits. Those
+of more have them where the bucket's content is the same: a ring adds in an order that goes by the
+place in the bucket.
 
 In fp32 AdamW steps the weights that the model computes with, and not a copy of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +28,10 @@ from torch import Tensor, nn
 
 from est_ds.config.deepspeed_keys import reduces_flat, steps_in_place
 from est_ds.config.sections import RunConfig
+from est_ds.slicing.leaf import KeptUnits
 
 ROW = 256  # elements whose squares are added in float32
+KeptOf = Mapping[nn.Parameter, KeptUnits]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +52,27 @@ class Place:
     length: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Sent:
+    """What replicas send each other of a parameter's gradient.
+
+    Attributes:
+        kept: the units that the step reads; None: all.
+    """
+
+    place: Place
+    kept: KeptUnits | None
+
+    @property
+    def shape(self) -> Sequence[int]:
+        whole = self.place.parameter
+        return whole.shape if self.kept is None else self.kept.shape(whole)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
 class Flats:
     """The gradients of what this replica steps, a flat tensor for each of AdamW's groups, made when
     the first is written."""
@@ -59,6 +88,19 @@ class Flats:
             part = gradient.reshape(-1).narrow(0, place.start, place.length)
             self._own(place).copy_(part)
             self._written.add(place)
+
+    def write_sent(self, sent: Sent, units: Tensor) -> None:
+        """The same from what replicas sent; all else is zero."""
+        place = sent.place
+        if sent.kept is None or not place.length:
+            self.write(place, units)
+        elif place.length == place.parameter.numel():
+            sent.kept.put(units, self._own(place).zero_().view_as(place.parameter))
+            self._written.add(place)
+        else:
+            whole = torch.zeros_like(place.parameter, dtype=units.dtype)
+            sent.kept.put(units, whole)
+            self.write(place, whole)
 
     def finished(self) -> dict[int, list[Tensor]]:
         """The gradients of all groups as DeepSpeed takes them; zero where none was written."""
@@ -87,15 +129,54 @@ class Flats:
         return self._flats[group]
 
 
+class Bucket:
+    """Gradients that are reduced together.
+
+    Attributes:
+        elements: that are sent.
+    """
+
+    def __init__(self) -> None:
+        self._sent: list[Sent] = []
+        self._gradients: list[Tensor] = []
+        self.elements = 0
+
+    def add(self, sent: Sent, gradient: Tensor) -> None:
+        self._sent.append(sent)
+        self._gradients.append(gradient)
+        self.elements += sent.elements
+
+    def join(self) -> Tensor:
+        """Returns what is sent, [elements], and forgets the gradients."""
+        joined = self._gradients[0].new_empty(self.elements)
+        for sent, gradient, out in zip(self._sent, self._gradients, self._split(joined)):
+            if sent.kept is None:
+                out.copy_(gradient)
+            else:
+                sent.kept.take(gradient, out)
+        self._gradients.clear()
+        return joined
+
+    def write(self, joined: Tensor, flats: Flats) -> None:
+        """Hands what `join` returned, reduced, to `flats`."""
+        for sent, units in zip(self._sent, self._split(joined)):
+            flats.write_sent(sent, units)
+
+    def _split(self, joined: Tensor) -> list[Tensor]:
+        parts = joined.split([sent.elements for sent in self._sent])
+        return [part.view(sent.shape) for part, sent in zip(parts, self._sent)]
+
+
 class FlatReduction:
     """Takes the place of `reduce_gradients` of DeepSpeed's optimizer of ZeRO 1.
 
     Args:
         optimizer: DeepSpeed's, without `contiguous_gradients`.
+        kept_units: of the parameters of which the step reads some alone, on every replica the same.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Any, kept_units: Callable[[], KeptOf]) -> None:
+        self._optimizer, self._kept_units = optimizer, kept_units
         self._places = [
             _place(parameter, i)
             for i, group in enumerate(optimizer.bit16_groups)
@@ -107,10 +188,10 @@ class FlatReduction:
         no others. A parameter without a gradient has one of zero."""
         import deepspeed.comm as comm
 
-        optimizer, elements = self._optimizer, 0
+        optimizer, bucket = self._optimizer, Bucket()
         flats = Flats(optimizer, self._places)
         alone = comm.get_world_size(group=optimizer.dp_process_group) == 1
-        bucket: list[tuple[Place, Tensor]] = []
+        kept = {} if alone else self._kept_units()
         for place in self._places:
             gradient = optimizer.get_gradient_for_reduction(place.parameter)
             optimizer.clear_grad_attribute(place.parameter)
@@ -120,30 +201,30 @@ class FlatReduction:
             if alone:
                 flats.write(place, gradient)
                 continue
-            if bucket and elements + gradient.numel() > optimizer.reduce_bucket_size:
+            sent = Sent(place, kept.get(place.parameter))
+            if bucket.elements and bucket.elements + sent.elements > optimizer.reduce_bucket_size:
                 self._reduce(bucket, flats)
-                elements = 0
-            bucket.append((place, gradient))
-            elements += gradient.numel()
-        if bucket:
+                bucket = Bucket()
+            bucket.add(sent, gradient)
+        if bucket.elements:
             self._reduce(bucket, flats)
         optimizer.averaged_gradients.update(flats.finished())
 
-    def _reduce(self, bucket: list[tuple[Place, Tensor]], flats: Flats) -> None:
-        """Empties a bucket."""
+    def _reduce(self, bucket: Bucket, flats: Flats) -> None:
         import deepspeed.comm as comm
 
         group = self._optimizer.dp_process_group
-        places = [place for place, _ in bucket]
-        mean = torch.cat([gradient.reshape(-1) for _, gradient in bucket])
-        bucket.clear()
-        comm.all_reduce(mean.div_(comm.get_world_size(group=group)), group=group)
-        for place, part in zip(places, mean.split([p.parameter.numel() for p in places])):
-            flats.write(place, part)
+        mean = bucket.join().div_(comm.get_world_size(group=group))
+        comm.all_reduce(mean, group=group)
+        bucket.write(mean, flats)
 
 
-def pass_once(engine: Any, config: RunConfig) -> None:
-    """Gives DeepSpeed's optimizer of ZeRO 1 and 2 what this file has, as far as the run allows."""
+def pass_once(engine: Any, config: RunConfig, kept_units: Callable[[], KeptOf]) -> None:
+    """Gives DeepSpeed's optimizer of ZeRO 1 and 2 what this file has, as far as the run allows.
+
+    Args:
+        kept_units: as of `FlatReduction`.
+    """
     optimizer = engine.optimizer
     if config.parallel.zero not in (1, 2) or config.parallel.offload:
         return
@@ -153,7 +234,7 @@ def pass_once(engine: Any, config: RunConfig) -> None:
     if steps_in_place(config):
         _step_in_place(optimizer)
     if reduces_flat(config):
-        optimizer.reduce_gradients = FlatReduction(optimizer)
+        optimizer.reduce_gradients = FlatReduction(optimizer, kept_units)
 
 
 def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -57,7 +57,7 @@ class ZeroEngine(base.Engine):
         if self._gathers_whole:
             gather_whole(self.layers.values())
         named = dict(model.named_parameters())
-        self.deepspeed = base.start_deepspeed(model, design, settings, named)
+        self.deepspeed = base.start_deepspeed(model, design, settings, named, self.subnetwork)
         self.attend_by_document(model)
         if config.parallel.zero == 3:
             _gather_for_readers(family, self.layers.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from est_ds.config.deepspeed_keys import reduces_flat
 from est_ds.config.published import FROM, SHA256
 from est_ds.config.sections import AUTO, RunConfig
 from est_ds.config.start import Start
@@ -181,7 +182,8 @@ def _draw(estimate: Estimate) -> str:
 
     def sent(phase: int, plans: int) -> str:
         everything = plans > 1 and design.config.parallel.zero == 3
-        return f"{1.0 if everything else gradient_share(method, phase, plans):.2f}"
+        share = gradient_share(method, phase, plans, by_unit=reduces_flat(design.config))
+        return f"{1.0 if everything else share:.2f}"
 
     shares = ", ".join(
         f"{phase.name} {sent(i, count)} ({sent(i, 1)})" for i, phase in enumerate(method.phases)

@@ -8,6 +8,7 @@ Shapes: a unit is `size` neighbouring rows or columns of a weight (a head, or on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -34,6 +35,38 @@ class Slice:
     output_scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class KeptUnits:
+    """Which units of a parameter a plan reads: its gradient is zero elsewhere.
+
+    Attributes:
+        dim: along which they lie.
+        units: int64 [k], on the parameter's device.
+        size: rows or columns of one unit.
+    """
+
+    dim: int
+    units: Tensor
+    size: int
+
+    def shape(self, whole: Tensor) -> list[int]:
+        """Of what `take` returns of a tensor that is laid out as the parameter."""
+        found = list(whole.shape)
+        found[self.dim : self.dim + 1] = [len(self.units), self.size]
+        return found
+
+    def take(self, whole: Tensor, out: Tensor) -> None:
+        """Copies the kept units of a tensor to `out`, of `shape`."""
+        torch.index_select(self._by_unit(whole), self.dim, self.units, out=out)
+
+    def put(self, units: Tensor, whole: Tensor) -> None:
+        """Copies units, of `shape`, to their places in a tensor."""
+        self._by_unit(whole).index_copy_(self.dim, self.units, units)
+
+    def _by_unit(self, whole: Tensor) -> Tensor:
+        return whole.unflatten(self.dim, (-1, self.size))
+
+
 class Leaf:
     """A linear layer of which a plan keeps some units.
 
@@ -47,6 +80,10 @@ class Leaf:
     @property
     def est_out_dim(self) -> int:
         return 0 if isinstance(self, nn.Linear) else 1
+
+    def est_dims(self) -> dict[str, int]:
+        """The dimension along which each parameter's units lie; others are read whole."""
+        raise NotImplementedError
 
     def est_kept(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that the active plan multiplies by, laid out as the whole ones."""
@@ -66,6 +103,9 @@ class Leaf:
 
 class SlicedRows(Leaf):
     """A projection into heads or MLP columns: multiplies by the kept rows of its weight."""
+
+    def est_dims(self) -> dict[str, int]:
+        return {"weight": self.est_out_dim} | ({} if self.bias is None else {"bias": 0})
 
     def est_kept(self) -> tuple[Tensor, Tensor | None]:
         kept = self.est_slice
@@ -104,6 +144,9 @@ class SlicedColumns(Leaf):
             x = x * mask.values * mask.scale
         return super().forward(x) * mask.output_scale
 
+    def est_dims(self) -> dict[str, int]:
+        return {"weight": 1 - self.est_out_dim}
+
     def est_kept(self) -> tuple[Tensor, Tensor | None]:
         kept = self.est_slice
         weight, bias = _keep(self.weight, 1 - self.est_out_dim, kept), self.bias
@@ -127,6 +170,9 @@ class Held:
         if kept is None or not isinstance(found, nn.Parameter):
             return found
         return _keep(found, 0, kept)
+
+    def est_dims(self) -> dict[str, int]:
+        return {name: 0 for name, _ in self.named_parameters(recurse=False)}
 
     def est_parameters(self) -> dict[str, Tensor]:
         """What the active plan keeps, by the names of the parameters."""
@@ -263,6 +309,17 @@ class SkippableMlp(Skippable):
 
     def est_skip(self, hidden_states: Tensor, *args, **kwargs):
         return torch.zeros_like(hidden_states)
+
+
+def kept_units(module: nn.Module) -> Iterator[tuple[nn.Parameter, KeptUnits]]:
+    """The parameters of a module of which the active plan reads some units, and which."""
+    if not isinstance(module, (Leaf, Held)):
+        return
+    if (kept := module.est_slice) is None or kept.units is None:
+        return
+    own = dict(module.named_parameters(recurse=False))
+    for name, dim in module.est_dims().items():
+        yield own[name], KeptUnits(dim, kept.units, kept.size)
 
 
 def swap_class(module: nn.Module, mixin: type) -> None:

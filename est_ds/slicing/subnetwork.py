@@ -13,6 +13,7 @@ from est_ds.plans.shape import Attention, ModelShape, Part
 from est_ds.slicing.families.base import Family, Slot
 from est_ds.slicing.leaf import (
     Held,
+    KeptUnits,
     Mask,
     NormOfKept,
     Slice,
@@ -21,6 +22,7 @@ from est_ds.slicing.leaf import (
     forget,
     fused,
     indices,
+    kept_units,
     mask_of,
     restore_class,
     rows_of,
@@ -122,6 +124,16 @@ class Subnetwork:
             if not idle:
                 break
         return [p for i in sorted(idle) for p in self._family.idle_parameters(self._layers[i])]
+
+    def kept_units(self) -> dict[nn.Parameter, KeptUnits]:
+        """Of the parameters of which the step reads some units alone, in any micro-batch, these.
+
+        What micro-batches with plans of their own read together is not sought.
+        """
+        if self._plans is None or len(self._plans) > 1:
+            return {}
+        modules = (module for slot in self._all_slots() for module in slot.modules)
+        return dict(pair for module in modules for pair in kept_units(module))
 
     def _set(self, plan: Plan) -> None:
         if len(plan.layers) != self.shape.num_layers:

@@ -51,7 +51,7 @@ def test_states_of_100_parameters_on_4_replicas(precision, zero, expected):
     options = {"zero_optimization": {"stage3_param_persistence_threshold": 5}} if zero == 3 else {}
     config = make_config(precision=precision, parallel={"zero": zero}, deepspeed=options)
     # Two matrices of 40 and 50, and vectors of 10, which ZeRO 3 does not cut.
-    process = Process(config, 100, (40, 50), 4, 100.0, on_gpu=True)
+    process = Process(config, 100, (40, 50), 4, 100.0, 100.0, on_gpu=True)
     found = held(process)
     assert (found.weights, found.gradients, found.optimizer) == expected
     assert found.buckets == (400 if zero == 3 else 0) and found.host == 0

@@ -188,6 +188,7 @@ def test_a_plan_says_which_gradients_a_step_reduces(synthetic_run):
     assert "4 plans a step" in text and "phase_1 0.94 (0.28), phase_2 1.00 (1.00)" in text
     assert "phase_1 0.94 (0.50), phase_2 1.00 (1.00)" in said("parallel={zero: 2}")
     assert "phase_1 1.00 (0.50)" in said("parallel={zero: 3}")
+    assert "phase_1 1.00 (1.00)" in said("parallel={zero: 0}")  # DeepSpeed reduces all of them
 
 
 @pytest.mark.parametrize("name", ["est", "est_sublayer", "layer_drop_balanced", "decay_drop"])

@@ -66,6 +66,22 @@ def test_refused_with_the_field_and_what_to_do(overrides, column, synthetic_run)
     assert re.search("remove|set |change|use ", str(refused.value))
 
 
+@pytest.mark.parametrize(
+    ("option", "use"),
+    [
+        ("communication_data_type=int8", "use fp32, bf16, fp16, or remove it"),
+        ("gradient_predivide_factor=0", "use a number above 0, or remove it"),
+        ("gradient_predivide_factor=two", "use a number above 0, or remove it"),
+        ("prescale_gradients=1", "use true or false, or remove it"),
+    ],
+)
+def test_values_that_deepspeed_would_find_wrong_when_processes_run(option, use, synthetic_run):
+    key, value = option.split("=")
+    shown = repr(value) if value.isalnum() and not value.isdigit() else value
+    with pytest.raises(UserError, match=f"deepspeed.{key}={shown}: {use}"):
+        make_design(load_run(synthetic_run, arguments("ZeRO 1", (f"deepspeed.{option}",))))
+
+
 def test_buckets_are_even_as_deepspeed_asks(synthetic_run):
     """A pipe stage, or a BERT whose head has a bias for every token, may have an odd number."""
     config = load_run(synthetic_run, arguments("ZeRO 1", ()))

@@ -106,6 +106,11 @@ def test_communication_is_that_of_the_layout_and_the_links():
     assert narrow == pytest.approx(one * (1 - 8 * left_out / 10 / 1_100_048_384), rel=1e-4)
     assert seconds_of(0).links_s < 0.75 * narrow and seconds_of(1, zero=2).links_s == two
     assert seconds_of(pipe=2).links_s > 0
+    half = [
+        step_seconds(job("h100-80g", TINYLLAMA, f"deepspeed.communication_data_type={of}"), None)
+        for of in ("fp16", "bf16", "fp32")
+    ]
+    assert half[0] == half[1] and half[0].links_s < half[2].links_s
 
 
 def test_pipe_stages_wait_at_least_for_the_bubble():

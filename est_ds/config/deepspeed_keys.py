@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from est_ds.config.sections import RunConfig
@@ -128,6 +129,8 @@ ZERO_SIZES = {
     "sub_group_size": 0,
 }
 
+WIDTHS = ("fp32", "bf16", "fp16")  # in which gradients are reduced
+
 # Keys with which a run file asks for DeepSpeed's own way from gradients to AdamW.
 OTHER_WAYS = {"communication_data_type", "gradient_predivide_factor", "prescale_gradients"}
 OTHER_ZERO_WAYS = {
@@ -182,8 +185,23 @@ def check_deepspeed_section(config: RunConfig) -> None:
                 f"them."
             )
     _check_keys(section, "deepspeed", WORKS, REFUSED, zero)
+    _check_values(section)
     if "zero_optimization" in section:
         _check_zero_section(section["zero_optimization"], zero)
+
+
+def _check_values(section: dict[str, Any]) -> None:
+    """Checks what DeepSpeed takes as it is, or finds wrong when processes have started."""
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "communication_data_type": (lambda x: x in WIDTHS, f"use {', '.join(WIDTHS)}"),
+        "gradient_predivide_factor": (
+            lambda x: type(x) in (int, float) and 0 < x < math.inf, "use a number above 0"
+        ),
+        "prescale_gradients": (lambda x: type(x) is bool, "use true or false"),
+    }  # fmt: skip
+    for key, (is_allowed, use) in checks.items():
+        if key in section and not is_allowed(section[key]):
+            raise UserError(f"deepspeed.{key}={section[key]!r}: {use}, or remove it.")
 
 
 def _check_keys(

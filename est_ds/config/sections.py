@@ -75,12 +75,13 @@ class Batch(Strict):
         """
         share = self.micro * data_parallel
         if self.global_ % share:
-            up = -(-self.global_ // share) * share
+            up, of_replica = -(-self.global_ // share) * share, self.global_ / data_parallel
+            micro = next((m for m in range(self.micro, 0, -1) if of_replica % m == 0), None)
+            smaller = "" if micro is None else f" or batch.micro={micro}"
             raise UserError(
                 f"batch.global={self.global_} is not a multiple of batch.micro={self.micro} x "
                 f"data_parallel={data_parallel} (global_batch = micro_batch x accumulation x "
-                f"data_parallel); use batch.global={up} or change batch.micro or the number of "
-                f"processes."
+                f"data_parallel); use batch.global={up}{smaller}, or another number of processes."
             )
         return self.global_ // share
 

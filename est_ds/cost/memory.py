@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from est_ds.config.sections import RunConfig
 from est_ds.cost.activations import Kept, Setting, activations
-from est_ds.cost.flops import StepSize, part_weights
+from est_ds.cost.flops import StepSize, kept_weights, part_weights
 from est_ds.cost.states import (
     Process,
     States,
@@ -230,11 +230,13 @@ def _process(subject: Subject, loads: Sequence[Load], data_parallel: int, stage:
     first, end = [0, *cuts][stage], cuts[stage]
     draws = subject.config.batch.micro_batches if subject.method.by_micro_batch else 1
     tensors: list[int] = []
-    skipped = 0.0
+    skipped = narrowed = 0.0
     for parts, load in zip(shape.layers[first:end], loads[first:end]):
         skipped += (1 - load.probability) ** draws * sum(map(part_weights, parts))
-        for part in parts:
+        for part, units, groups in zip(parts, load.units, load.key_value_groups, strict=True):
             tensors += _matrices(part)
+            left_out = part_weights(part) - kept_weights(part, units, groups)
+            narrowed += load.probability * left_out * (not subject.method.by_micro_batch)
     ends = (stage == 0) + (end == cuts[-1])
     parameters = subject.pipe_stage_parameters[stage]
     table = shape.hidden * shape.vocabulary
@@ -246,6 +248,7 @@ def _process(subject: Subject, loads: Sequence[Load], data_parallel: int, stage:
         tuple(tensors),
         data_parallel,
         parameters - skipped,
+        parameters - skipped - narrowed,
         subject.setting.on_gpu,
     )
 

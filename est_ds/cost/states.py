@@ -14,8 +14,8 @@ bucket of b elements. Held from step to step:
 
 Within a step gradients are added up in float32: 4 n with ZeRO 0 and 1, 4 n / d with ZeRO 2 and 3.
 Where they are reduced there are a bucket and a flat copy of it; with ZeRO 1 a bucket, where several
-replicas reduce, and what the replica steps (`engine/reduction.py`). All of it was read off torch's
-allocator (`tests/benchmarks/memory.py`).
+replicas reduce, of the kept units of what it takes, and what the replica steps
+(`engine/reduction.py`). All of it was read off torch's allocator (`tests/benchmarks/memory.py`).
 """  # noqa: E501
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Process:
         tensors: their sizes, in elements; what is missing of `parameters` are vectors.
         data_parallel: replicas.
         trained: parameters that get a gradient in a step, on average.
+        reduced: elements of these that replicas send each other where est_ds reduces.
         on_gpu: NCCL reduces; gloo copies what it scatters.
     """
 
@@ -51,6 +52,7 @@ class Process:
     tensors: tuple[int, ...]
     data_parallel: int
     trained: float
+    reduced: float
     on_gpu: bool
 
     @property
@@ -205,6 +207,13 @@ def within_backward(
 def reduction(process: Process, accumulated: bool) -> States:
     """The most that is there behind the last backward, where gradients are reduced."""
     share, bucket = 4 * process.share, min(process.bucket, process.trained)
+    if reduces_flat(process.config):
+        if process.data_parallel == 1:
+            return States(gradients=4 * process.trained + share)
+        sent = min(process.bucket, process.reduced)
+        joined = 4 * process.trained * sent / process.reduced
+        left = 4 * process.trained - joined
+        return States(gradients=left + max(joined, share), buckets=4 * sent)
     if process.zero == 0:
         return States(gradients=4 * process.trained, buckets=4 * bucket)
     if process.zero >= 2:
@@ -217,11 +226,6 @@ def reduction(process: Process, accumulated: bool) -> States:
             grads += process.width * max(0.0, process.trained - bucket)
         buckets = _buckets(process) + _reducing(process)
         return States(gradients=grads, buckets=buckets, gathered=one)
-    if reduces_flat(process.config):
-        left = 4 * (process.trained - bucket)
-        if process.data_parallel == 1:
-            return States(gradients=4 * process.trained + share)
-        return States(gradients=left + max(4 * bucket, share), buckets=4 * bucket)
     second = _buckets(process) if process.config.parallel.pipe > 1 else 0.0
     compact = share if process.width == 2 else 0.0
     left = 4 * (process.trained - bucket)

@@ -117,9 +117,12 @@ class StepSeconds:
 
 def step_seconds(job: Job, phase: int | None) -> StepSeconds:
     """The mean step of a phase; of the full model where `phase` is None."""
-    loads = _loads(job, phase)
-    sent = _reduced(job, phase, by_unit=reduces_flat(job.config))
-    stages = _pipe_stage_seconds(job, loads, _reduced(job, phase, by_unit=False))
+    loads, config, sent, added = _loads(job, phase), job.config, 1.0, 1.0
+    if phase is not None:
+        plans = config.batch.micro_batches if job.method.by_micro_batch else 1
+        sent = reduced_share(config, job.method, phase, plans)
+        added = _share(config, job.method, phase, plans, by_unit=False)
+    stages = _pipe_stage_seconds(job, loads, added)
     number, count = job.accumulation, len(stages)
     sending = _sending_s(job) if count > 1 else 0.0
     # One forward, one backward: the first micro-batch goes through all stages, the others come out
@@ -129,7 +132,7 @@ def step_seconds(job: Job, phase: int | None) -> StepSeconds:
     links = max(_reduced_s(job, stage, sent, loads) for stage in _stages(job))
     links = _exposed(job, links, compute, loads)
     largest = max(sum(stage) for stage in _stages(job))
-    sharded = job.replicas if job.config.parallel.zero else 1
+    sharded = job.replicas if config.parallel.zero else 1
     return StepSeconds(
         compute_s=compute,
         waiting_s=passed - compute - number * sending,
@@ -159,11 +162,11 @@ def _gradient_share(method: Method, phase: int, micro_batches: int, by_unit: boo
     return gradient_share(method, phase, micro_batches, by_unit)
 
 
-def _pipe_stage_seconds(job: Job, loads: Sequence[Load], reached: float) -> list[float]:
+def _pipe_stage_seconds(job: Job, loads: Sequence[Load], added: float) -> list[float]:
     """Seconds of a micro-batch on every pipe stage, forward and backward.
 
     Args:
-        reached: share of the layers' gradients that are added up.
+        added: share of the layers' gradients that are added up.
     """
     shape, size = job.method.shape, job.size
     flops, head_flops = flops_by_layer(shape, loads, size)
@@ -180,8 +183,8 @@ def _pipe_stage_seconds(job: Job, loads: Sequence[Load], reached: float) -> list
     head = _products_s(job, head_flops) + logits_s
     stages = [sum(layers[a:b]) for a, b in zip([0, *job.cuts], job.cuts)]
     stages[-1] += head
-    added = [ADDED_BYTES * (reached * inner + others) for inner, others in _stages(job)]
-    return [own_s + moved / job.gpu.memory_bytes_s for own_s, moved in zip(stages, added)]
+    sums = [ADDED_BYTES * (added * inner + others) for inner, others in _stages(job)]
+    return [own_s + moved / job.gpu.memory_bytes_s for own_s, moved in zip(stages, sums)]
 
 
 def _products_s(job: Job, flops: float) -> float:
@@ -197,12 +200,19 @@ def _stages(job: Job) -> list[tuple[int, int]]:
     return found
 
 
-def _reduced(job: Job, phase: int | None, by_unit: bool) -> float:
-    """Share of the layers' gradients that a step of a phase reduces, or of kept heads and columns
-    alone."""
-    zero, method = job.config.parallel.zero, job.method
-    plans = job.config.batch.micro_batches if method.by_micro_batch else 1
-    if phase is None or zero == 0 or (zero == 3 and plans > 1):
+def reduced_share(config: RunConfig, method: Method, phase: int, plans: int) -> float:
+    """Share of the layers' gradients that replicas send each other in a step of a phase.
+
+    Args:
+        plans: that micro-batches draw apart; 1: they share one.
+    """
+    return _share(config, method, phase, plans, by_unit=reduces_flat(config))
+
+
+def _share(config: RunConfig, method: Method, phase: int, plans: int, by_unit: bool) -> float:
+    """Share of the layers' gradients that are added up; `by_unit` is that of `gradient_share`."""
+    zero = config.parallel.zero
+    if zero == 0 or (zero == 3 and plans > 1):
         return 1.0
     return _gradient_share(method, phase, plans, by_unit)
 
@@ -217,7 +227,7 @@ def _reduced_s(job: Job, parameters: tuple[int, int], sent: float, loads: Sequen
     """
     replicas, zero = job.replicas, job.config.parallel.zero
     layers, others = parameters
-    width = 2 if "bf" in str(job.config.deepspeed.get("communication_data_type")) else 4
+    width = 2 if "16" in job.config.deepspeed.get("communication_data_type", "") else 4
     gradients = width * (others + sent * layers)
     weights = job.value_bytes * (layers + others)
     if zero == 3:

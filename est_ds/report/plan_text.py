@@ -10,13 +10,12 @@ from typing import Any
 
 from rich.table import Table
 
-from est_ds.config.deepspeed_keys import reduces_flat
 from est_ds.config.published import FROM, SHA256
 from est_ds.config.sections import AUTO, RunConfig
 from est_ds.config.start import Start
-from est_ds.cost.flops import gradient_share
 from est_ds.cost.gpus import Gpu
 from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_stage_costs
+from est_ds.cost.time import reduced_share
 from est_ds.errors import UserError, amount
 from est_ds.plans.methods.base import SAVES_NOTHING
 from est_ds.plans.methods.stacking import Stacking, g_stack_tokens
@@ -181,9 +180,7 @@ def _draw(estimate: Estimate) -> str:
     method, count = design.method, design.config.batch.micro_batches
 
     def sent(phase: int, plans: int) -> str:
-        everything = plans > 1 and design.config.parallel.zero == 3
-        share = gradient_share(method, phase, plans, by_unit=reduces_flat(design.config))
-        return f"{1.0 if everything else share:.2f}"
+        return f"{reduced_share(design.config, method, phase, plans):.2f}"
 
     shares = ", ".join(
         f"{phase.name} {sent(i, count)} ({sent(i, 1)})" for i, phase in enumerate(method.phases)

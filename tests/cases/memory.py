@@ -26,6 +26,9 @@ VOCABULARY, SEQUENCE, LAYERS = 1024, 128, 4
 _SIZES = dict(hidden_size=128, num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
 _HEADS = dict(num_attention_heads=4, max_position_embeddings=SEQUENCE)
 LLAMA = dict(model_type="llama", **_SIZES, **_HEADS, num_key_value_heads=2, intermediate_size=352)
+WIDE = {**LLAMA, "hidden_size": 384, "intermediate_size": 1056, "vocab_size": 256} | dict.fromkeys(
+    ("num_attention_heads", "num_key_value_heads"), 12
+)
 QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 48, "tie_word_embeddings": True}
 GPT2 = dict(
     model_type="gpt2", n_embd=128, n_layer=LAYERS, n_head=4, n_positions=SEQUENCE,
@@ -76,6 +79,7 @@ _MLM = {"objective": {"name": "mlm", "vocabulary": VOCABULARY}}
 _UL2 = {"objective": {"name": "ul2", "vocabulary": VOCABULARY}}
 _FROZEN = {"optimizer": {"lr": 1e-4, "inactive": "freeze"}}
 
+FEW = {"batch": {"global": 2, "micro": 1}, "data": {"sequence": 32}}
 _APART = {"data": {"documents": "separate"}}
 
 CASES = {
@@ -96,6 +100,8 @@ CASES = {
     "llama, est, bf16, pipe 2 x 2, ZeRO 1": MemoryCase(
         4, LLAMA, {**_zero(1, pipe=2), **_BF16, "method": EST}
     ),
+    # Few tokens: the most is there where gradients are reduced, of kept units alone.
+    "wide llama, est, fp32, ZeRO 1 of 2": MemoryCase(2, WIDE, {**_zero(1), "method": EST, **FEW}),
     "gpt2, fp32, pipe 2, ZeRO 0, checkpointing": MemoryCase(
         2, GPT2 | _KEPT, {**_zero(0, pipe=2), **_AGAIN}
     ),

@@ -92,6 +92,38 @@ def test_a_case_that_there_is_not_is_one_line():
     assert "no case is called 'nonsense'; known are llama, est, fp32, ZeRO 0; " in done.stderr
 
 
+BAD = {
+    "blocks.py --hidden 30": "blocks.py: error: --hidden=30: use a multiple of 4",
+    "blocks.py --layers 1": "keeps all 1 of 1 layers (counts are rounded); use 1.0.",
+    "step.py --zero 4": "argument --zero: invalid choice: 4",
+    "step.py --micro 3": "--micro 3 does not divide --batch 4",
+    "documents.py --documents 5000": "--documents 5000 is more than --sequence 2048",
+    "overhead.py --run nowhere.yaml": "does not exist; check the path",
+    "dense.py --hidden 30": "dense.py: error: --hidden=30: use a multiple of 4",
+    "dense.py --deepspeed 7": "argument --deepspeed: invalid json_section value: '7'",
+    "loader.py --tokens 10": "--tokens: two corpora, the second of half of them",
+    "packing.py --input nowhere --tokenizer nowhere": "No such file or directory: 'nowhere'",
+    "packing.py --input README.md --tokenizer nowhere": "every line must be JSON with a `text`",
+    "moved.py --steps 1": "--steps 1: use at least --kills + 2",
+    "gpu.py --tiny --backend none_such": "--backend none_such: use none, ",
+    "gpu.py --tiny --peak -1": "argument --peak: '-1' is not a number above 0",
+    "memory.py --gpu nowhere.yaml": "does not exist; check the path",
+    "steady.py --steps 1": "--steps 1: a stretch has at least 2 of them",
+    "estimates.py --gpu": "unrecognized arguments: --gpu",
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c if c.startswith("loader") else pytest.param(c, marks=pytest.mark.slow) for c in BAD],
+)
+def test_what_a_script_cannot_do_is_one_line(command):
+    script, *arguments = command.split()
+    done = run_command(sys.executable, FOLDER / script, *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert BAD[command] in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script, option", [("head.py", "--rounds"), ("ranks.py", "--ranks")])
 def test_counts_of_nothing_are_refused(script, option):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import CASES, alternate, fixed_method, model_section, ratios, timed, verdict
+from common import CASES, alternate, fixed_method, model_section, ratios, run_script, timed, verdict
 
 from est_ds.config.arguments import positive
 from est_ds.cost.flops import dense_flops, step_flops
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import atexit
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
+from est_ds.errors import UserError
 from est_ds.plans.methods import build_method
 from est_ds.plans.methods.base import Method
 from est_ds.plans.shape import ModelShape
@@ -31,9 +34,20 @@ CASES = {
 }
 
 
+def run_script(main: Callable[[], None]) -> None:
+    """A script's `main`; what it is asked and cannot do is said in a line, with exit code 2."""
+    try:
+        main()
+    except (UserError, FileNotFoundError) as e:
+        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
 def model_section(family: str, hidden: int, layers: int, vocabulary: int, sequence: int) -> dict:
     """A run file's `model`: heads of 64, and for Llama two query heads to a key/value head."""
     heads = max(2, hidden // 64)
+    if hidden % (2 * heads):
+        raise UserError(f"--hidden={hidden}: use a multiple of 4, and from 128 on one of 64.")
     if family == "gpt2":
         dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
         size = dict(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=sequence)

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import alternate, model_section, ratios, timed, verdict
+from common import alternate, model_section, ratios, run_script, timed, verdict
 from gate import Contender
 
 from est_ds.config.arguments import positive
@@ -50,6 +50,14 @@ def install_litgpt() -> None:
     subprocess.run([*install, *PACKAGES], check=True)
 
 
+def json_section(text: str) -> dict:
+    """A section `deepspeed` as JSON."""
+    found = json.loads(text)  # of an error argparse says which value it was
+    if not isinstance(found, dict):
+        raise ValueError
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hidden", type=positive, default=256)
@@ -60,10 +68,12 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument("--litgpt", action="store_true")
-    parser.add_argument("--deepspeed", type=json.loads, default={}, help="est_ds's section, JSON")
+    parser.add_argument("--deepspeed", type=json_section, default={}, help="est_ds's section, JSON")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
+    size = options.hidden, options.layers, options.vocabulary, options.sequence
+    model_section("llama", *size)  # says what is wrong of them, before others start
     names = ["bare", "est_ds_zero0", "est_ds_zero1", "trainer", "trainer_zero1"]
     if options.litgpt:
         install_litgpt()
@@ -122,4 +132,4 @@ def show(times: dict[str, list[float]], batch: int, options: argparse.Namespace)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

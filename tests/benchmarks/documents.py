@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, model_section, random_batch, ratios, run_config, timed, zero_engine
+from common import (
+    alternate,
+    model_section,
+    random_batch,
+    ratios,
+    run_config,
+    run_script,
+    timed,
+    zero_engine,
+)
 from torch import Tensor
 
 from est_ds.config.arguments import positive
@@ -109,9 +118,11 @@ def main() -> None:
     parser.add_argument("--sequence", type=positive, default=2048)
     parser.add_argument("--documents", type=positive, default=8)
     parser.add_argument("--equal", action="store_true", help="documents of one length")
-    parser.add_argument("--zero", type=int, default=1)
+    parser.add_argument("--zero", type=int, choices=range(4), default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     options = parser.parse_args()
+    if options.documents > options.sequence:
+        parser.error(f"--documents {options.documents} is more than --sequence {options.sequence}")
     torch.set_num_threads(1)
 
     scores = [computed(positions(options, round_)) for round_ in range(1, options.rounds + 1)]
@@ -136,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

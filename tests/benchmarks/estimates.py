@@ -9,9 +9,12 @@ estimates for more GPUs than were measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+
+from common import run_script
 
 from est_ds.config.run_file import load_run
 from est_ds.cost.gpus import gpu_of
@@ -104,6 +107,7 @@ def spread_row(processes: int, layout: str, time: RunTime) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print("step on an H200, ms: estimated, measured, ratio")
     for run, compiled in MEASURED:
         for kept, ours, theirs in measured_steps(run, compiled):
@@ -122,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

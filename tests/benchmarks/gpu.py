@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import fixed_method, model_section, random_batch, run_config, zero_engine
+from common import fixed_method, model_section, random_batch, run_config, run_script, zero_engine
 from torch._dynamo import config as dynamo
-from torch._dynamo import lookup_backend
+from torch._dynamo import list_backends, lookup_backend
 
-from est_ds.config.arguments import positive
+from est_ds.config.arguments import above_zero, natural, positive
 from est_ds.config.run_file import load_run
 from est_ds.cost.flops import dense_flops, step_flops
 from est_ds.cost.peaks import mfu, peak_flops
@@ -110,15 +110,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--run", default="configs/run/est_tinyllama.yaml", help="for its model")
-    parser.add_argument("--batch", type=positive, default=8)
-    parser.add_argument("--sequence", type=positive, default=2048)
-    parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=5, help="rounds that do not count")
+    parser.add_argument("--batch", type=positive, help="default: 8")
+    parser.add_argument("--sequence", type=positive, help="default: 2048")
+    parser.add_argument("--zero", type=int, choices=range(4), default=1)
+    parser.add_argument("--warmup", type=natural, default=5, help="rounds that do not count")
     parser.add_argument("--steps", type=positive, default=20, help="rounds that count")
     parser.add_argument("--backend", default="inductor", help="of torch.compile, or none")
-    parser.add_argument("--peak", type=float, help="FLOP/s in bf16; known GPUs have a default")
+    parser.add_argument("--peak", type=above_zero, help="FLOP/s; known GPUs have a default")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--profile", type=int, default=0, help="steps of a phase, afterwards")
+    parser.add_argument("--profile", type=natural, default=0, help="steps of a phase, afterwards")
     return parser
 
 
@@ -129,10 +129,15 @@ def main() -> None:
     if not on_gpu and not options.tiny:
         parser.error("no GPU is visible; --tiny runs a toy on the CPU")
 
+    backends = ("none", *list_backends())
+    if options.backend not in backends:
+        parser.error(f"--backend {options.backend}: use {', '.join(backends)}")
+    batch, sequence = (2, 32) if options.tiny else (8, 2048)
+    options.batch, options.sequence = options.batch or batch, options.sequence or sequence
     precision = "bf16"
     section = load_run(ROOT / options.run).model
     if options.tiny:
-        options.batch, options.sequence, precision = 2, 32, "fp32"
+        precision = "fp32"
         section = model_section("llama", 128, 10, 256, options.sequence)
     config = run_config(
         section,
@@ -243,4 +248,4 @@ def _profile(engine: Any, row: Row, batches: Iterator[Any], steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import timed
+from common import run_script, timed
 
 from est_ds.config.arguments import positive
 from est_ds.data.indexed import Corpus
@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--sequence", type=positive, default=2048)
     parser.add_argument("--steps", type=positive, default=3)
     options = parser.parse_args()
+    if options.tokens < 2 * (options.sequence + 1):
+        parser.error("--tokens: two corpora, the second of half of them, need a sequence each")
     size = {"global_batch": options.batch, "seed": 0}
     with tempfile.TemporaryDirectory() as folder:
         first = write_corpus(Path(folder, "first"), options.tokens, seed=1)
@@ -103,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common import zero_engine
+from common import run_script, zero_engine
 
 from est_ds.config.arguments import positive
 from est_ds.config.run_file import load_run
@@ -91,4 +91,4 @@ def show(lines: list[Measured]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import yaml
-from common import model_section
+from common import model_section, run_script
 from matplotlib.figure import Figure
 
 from data_prep.__main__ import main as data_prep
+from est_ds.config.arguments import above_zero, natural, positive
 from est_ds.plans.phases import Phase
 from est_ds.report import style
 from est_ds.run.metrics import read_metrics
@@ -216,13 +217,15 @@ def moved_figure(found: Moved, kills: list[int], bound: float) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0, help="of the steps at which it is killed")
-    parser.add_argument("--bound", type=float, default=1e-4, help="largest relative difference")
+    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--kills", type=positive, default=10)
+    parser.add_argument("--seed", type=natural, default=0, help="of the steps of the kills")
+    parser.add_argument("--bound", type=above_zero, default=1e-4, help="relative difference")
     parser.add_argument("--runs", type=Path, help="a new folder for the runs; default: not kept")
     parser.add_argument("--out", type=Path, help="the picture; default: none is drawn")
     options = parser.parse_args()
+    if options.kills > options.steps - 2:
+        parser.error(f"--steps {options.steps}: use at least --kills + 2")
     kills = drawn_kills(options.kills, options.steps, options.seed)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -249,4 +252,4 @@ def told(found: Moved, bound: float, took_s: float) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import model_section, random_batch, run_config, zero_engine
+from common import model_section, random_batch, run_config, run_script, zero_engine
 from torch.nn.functional import cross_entropy
 
 from est_ds.config.arguments import positive
@@ -150,4 +150,4 @@ def learnable_batch(step: int):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import alternate, model_section, random_batch, ratios, timed, verdict
+from common import alternate, model_section, random_batch, ratios, run_script, timed, verdict
 from torch.nn.functional import cross_entropy
 
 from est_ds.config.arguments import positive
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

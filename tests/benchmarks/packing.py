@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import run_script
+
 from data_prep.config import Preparation
 from data_prep.pack import pack
 from est_ds.config.arguments import positive
@@ -81,8 +83,11 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2])
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with options.input.open(encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+    try:
+        with options.input.open(encoding="utf-8") as file:
+            texts = [json.loads(line)["text"] for line in file]
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"--input {options.input}: every line must be JSON with a `text`")
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     encoder = load_encoder(options.tokenizer)
     print(f"{megabytes:.1f} MB of text in {len(texts):,} documents")
@@ -112,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import alternate, ratios, timed
+from common import alternate, ratios, run_script, timed
 from torch import Tensor
 
 from est_ds.config.arguments import positive
@@ -77,4 +77,4 @@ def products(tokens: int, shapes: list[tuple[int, int]]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import timed, verdict
+from common import run_script, timed, verdict
 from loader import write_corpus
 from safetensors.torch import save_file
 
@@ -363,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

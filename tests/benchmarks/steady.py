@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import run_script
+
 from est_ds.config.arguments import positive
 from est_ds.run.metrics import read_metrics
 from layouts import LAYOUTS, train_in, write_run
@@ -25,6 +27,8 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=400)
     parser.add_argument("--stretches", type=positive, default=4)
     parsed = parser.parse_args()
+    if parsed.steps < 2 * parsed.stretches:
+        parser.error(f"--steps {parsed.steps}: a stretch has at least 2 of them")
     overrides = [
         f"steps={parsed.steps}",
         "method={name: est, balance_groups: 4, phases: [{until: 1.0, layers: 0.5}]}",
@@ -48,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ from common import (
     random_batch,
     ratios,
     run_config,
+    run_script,
     timed,
     verdict,
     zero_engine,
@@ -43,10 +44,12 @@ def main() -> None:
         "--micro", type=positive, help="sequences of a micro-batch; all, if not given"
     )
     parser.add_argument("--sequence", type=positive, default=512)
-    parser.add_argument("--zero", type=int, default=1)
+    parser.add_argument("--zero", type=int, choices=range(4), default=1)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
+    if options.batch % (options.micro or options.batch):
+        parser.error(f"--micro {options.micro} does not divide --batch {options.batch}")
     torch.set_num_threads(1)
 
     section = model_section(
@@ -93,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -118,9 +118,9 @@ class _PhaseDraw:
         exact = self.settings.counts == "exact"
         count = exact_count(mean / n, n)
         if isinstance(layers, float) and layers < 1 and exact and count == n:
+            less = f", or at most {(n - 1) / n:.3g}" if n > 1 else ""
             raise UserError(
-                f"{field}={layers} keeps all {n} of {n} layers (counts are rounded); use 1.0, or "
-                f"at most {(n - 1) / n:.3g}."
+                f"{field}={layers} keeps all {n} of {n} layers (counts are rounded); use 1.0{less}."
             )
         always, floors = self.layer_draw.always, self.layer_draw.floors
         least = sum(floors) if exact else len(always)

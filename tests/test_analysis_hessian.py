@@ -295,7 +295,8 @@ def test_wrong_input_is_one_clear_error(run, tiny_run, tmp_path, capsys):
     ):
         assert named in refused(capsys, *at, *more)
     none = refused(capsys, "analyse", "hessian", tiny_run, f"run_dir={tmp_path / 'none'}")
-    assert "holds no checkpoint; train the run first" in none
+    train = f"est-ds train RUN_FILE run_dir={tmp_path / 'none'}"
+    assert f"holds no checkpoint; train the run first: {train}" in none
     address = refused(capsys, "analyse", "hessian", "s3://me:secret@bucket/run")
     assert "RUN='s3://...@bucket/run' is an address" in address
     study = tmp_path / "study.yaml"

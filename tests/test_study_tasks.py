@@ -150,6 +150,9 @@ def test_ranks_that_agree_throughout_and_too_few_have_no_interval():
     assert up.p == pytest.approx(2 / 24)
     assert rank_correlation([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) is None
     assert rank_correlation([1.0, 2.0, 3.0, 4.0], [0.5] * 4) is None
+    assert not up.is_least  # all permutations were tried
+    least = rank_correlation(range(10), range(10))
+    assert least.is_least and least.p == pytest.approx(2e-4)
     tied = rank_correlation([1, 2, 2, 3, 9, 5, 0, 7, 8], [2, 1, 4, 4, 5, 5, 6, 0, 9])
     assert tied.value == pytest.approx(
         stats.spearmanr([1, 2, 2, 3, 9, 5, 0, 7, 8], [2, 1, 4, 4, 5, 5, 6, 0, 9]).statistic

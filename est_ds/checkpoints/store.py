@@ -108,9 +108,11 @@ class Store:
         if step in steps:
             return step
         if not steps:
+            run = self.folder.parent
+            began = (run / "config.yaml").is_file()
             raise UserError(
-                f"{str(self.folder)!r} holds no checkpoint; train the run first: "
-                f"est-ds train {self.folder.parent}"
+                f"{str(self.folder)!r} holds no checkpoint; train the run first: est-ds train "
+                + (str(run) if began else f"RUN_FILE run_dir={run}")
             )
         raise UserError(
             f"checkpoint {wanted!r:.40} is not in {str(self.folder)!r}; use {LATEST}, {BEST} or "

@@ -24,7 +24,7 @@ def add_eval(sub: argparse.ArgumentParser) -> None:
         help=f"tasks: {_OWN}, every other one is lm-eval's: its name, or its YAML file",
     )
     sub.add_argument("--include", type=Path, metavar="DIR", help="a folder with tasks of lm-eval")
-    sub.add_argument("--limit", type=positive, metavar="N", help="ask N examples of each task only")
+    sub.add_argument("--limit", type=positive, metavar="N", help="examples of each task, at most")
     sub.add_argument(
         "--shots",
         type=natural,

@@ -90,10 +90,11 @@ def downstream_text(task: str, found: Downstream) -> str:
     ends = ""
     if correlation.low is not None and correlation.high is not None:
         ends = f" [{correlation.low:+.2f}, {correlation.high:+.2f}]"
+    p = f"p {'<= ' if correlation.is_least else ''}{correlation.p:.2g}"
     return (
         f"{task} against held-out loss: Spearman's rank correlation of {number} arms is "
-        f"{correlation.value:+.2f}{ends}, p {correlation.p:.2g} (-1: the lower an arm's loss, the "
-        f"higher its score)."
+        f"{correlation.value:+.2f}{ends}, {p} (-1: the lower an arm's loss, the higher "
+        f"its score)."
     )
 
 

@@ -128,6 +128,11 @@ class RankCorrelation:
     high: float | None
     p: float
 
+    @property
+    def is_least(self) -> bool:
+        """Whether so many random permutations can give no smaller p."""
+        return self.p <= 2 / (RESAMPLES + 1)
+
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> RankCorrelation | None:
     """Returns Spearman's correlation; None of fewer than four pairs, or of values that are equal.

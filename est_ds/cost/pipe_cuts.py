@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import le
 from typing import Any
 
@@ -112,32 +111,37 @@ def _cheapest(costs: list[list[float]], pipe: int) -> list[int]:
         costs: of every phase, of every layer.
     """
     before = [[0.0, *accumulate(phase)] for phase in costs]
-    known, _ = _search(before, pipe, math.inf, at_most=1)
-    # Not below the sum itself, whatever the rounding.
-    _, cuts = _search(before, pipe, sum(known[:-1]) * (1 + 1e-9))
-    return list(cuts)
+    num_layers = len(before[0]) - 1
+    even = [(i + 1) * num_layers // pipe for i in range(pipe)]
+    limit = sum(max(sums[b] - sums[a] for a, b in pairwise([0, *even])) for sums in before)
+    for at_most in (1, None):
+        # Not below the sum itself, whatever the rounding.
+        if (found := _search(before, pipe, limit * (1 + 1e-9), at_most)) is not None:
+            limit, cuts = sum(found[0][:-1]), list(found[1])
+    return cuts
 
 
 def _search(
-    before: list[list[float]], pipe: int, limit: float, at_most: int | None = None
-) -> Beginning:
-    """The best cut; with `at_most` beginnings kept for an end it may be another one."""
+    before: list[list[float]], pipe: int, limit: float, at_most: int | None
+) -> Beginning | None:
+    """The best cut that costs no more than `limit`, if there is one; with `at_most` beginnings
+    kept for an end it may be another one, or none."""
     num_layers = len(before[0]) - 1
     best: dict[int, list[Beginning]] = {0: [((0.0,) * (len(before) + 1), ())]}
     for left in reversed(range(pipe)):  # stages behind this one, each of a layer or more
         found: dict[int, list[Beginning]] = {}
         for end in range(pipe - left, num_layers - left + 1) if left else [num_layers]:
             rest = [(sums[-1] - sums[end]) / max(1, left) for sums in before]
-            longer = [
-                _lengthened(beginning, [sums[end] - sums[start] for sums in before], end)
-                for start, beginnings in best.items()
-                if start < end
-                for beginning in beginnings
-            ]
+            longer = []
+            for start in reversed(range(end)):
+                own = [sums[end] - sums[start] for sums in before]
+                if sum(own) > limit:  # and so do longer ranges
+                    break
+                longer += [_lengthened(b, own, end) for b in best.get(start, ())]
             within = [b for b in longer if sum(map(max, b[0], rest)) <= limit]
             found[end] = _unbeaten(within)[:at_most]
         best = found
-    return best[num_layers][0]
+    return next(iter(best[num_layers]), None)
 
 
 def _lengthened(beginning: Beginning, costs: list[float], end: int) -> Beginning:

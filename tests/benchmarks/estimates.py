@@ -14,8 +14,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import run_script
-
 from est_ds.config.run_file import load_run
 from est_ds.cost.gpus import gpu_of
 from est_ds.cost.time import PUBLISHED, Job, PublishedMfu, RunTime, estimated, step_seconds
@@ -126,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

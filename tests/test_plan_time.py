@@ -83,6 +83,7 @@ def test_other_systems_reached_the_same_within_a_quarter(row):
 
 
 TINYLLAMA = "est_tinyllama.yaml"
+WIDTH = "deepspeed.communication_data_type"
 
 
 def seconds_of(phase: int | None = None, count: int = 8, **parallel) -> StepSeconds:
@@ -106,8 +107,9 @@ def test_communication_is_that_of_the_layout_and_the_links():
     assert narrow == pytest.approx(one * (1 - 8 * left_out / 10 / 1_100_048_384), rel=1e-4)
     assert seconds_of(0).links_s < 0.75 * narrow and seconds_of(1, zero=2).links_s == two
     assert seconds_of(pipe=2).links_s > 0
+    layout = "parallel={pipe: 1, zero: 1, processes: 8}"
     half = [
-        step_seconds(job("h100-80g", TINYLLAMA, f"deepspeed.communication_data_type={of}"), None)
+        step_seconds(job("h100-80g", TINYLLAMA, layout, f"{WIDTH}={of}"), None)
         for of in ("fp16", "bf16", "fp32")
     ]
     assert half[0] == half[1] and half[0].links_s < half[2].links_s

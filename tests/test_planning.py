@@ -77,6 +77,18 @@ def test_layouts_show_only_replicas_by_which_the_batch_divides():
         plan_report(make_config(batch={"global": 7, "micro": 2}), as_json=False)
 
 
+@pytest.mark.parametrize(("whole", "micro", "replicas"), [(1024, 8, 256), (12, 5, 4), (10, 4, 3)])
+def test_what_is_advised_for_a_batch_that_does_not_divide_divides(whole, micro, replicas):
+    batch = make_config(batch={"global": whole, "micro": micro}).batch
+    with pytest.raises(UserError, match="is not a multiple of batch.micro") as refused:
+        batch.accumulation(replicas)
+    advised = re.findall(r"(?:use|or) batch\.(global|micro)=(\d+)", str(refused.value))
+    assert len(advised) == (2 if whole % replicas == 0 else 1)
+    for field, value in advised:
+        changed = {"global": whole, "micro": micro} | {field: int(value)}
+        assert make_config(batch=changed).batch.accumulation(replicas) > 0
+
+
 def test_a_plan_says_when_g_stack_would_stack():
     # log10 d = .88 x 9.8451 + 163.27 / 22.1004 - 5.74 = 10.3113 of 7 B parameters, 300 G tokens.
     assert g_stack_tokens(7e9, 6 * 7e9 * 300e9) == pytest.approx(2.048e10, rel=1e-3)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from est_ds.config.corpora import Data
 from est_ds.config.kinds import BucketUrl, PathText, Positive
@@ -75,9 +70,9 @@ class Batch(Strict):
         """
         share = self.micro * data_parallel
         if self.global_ % share:
-            up, of_replica = -(-self.global_ // share) * share, self.global_ / data_parallel
-            micro = next((m for m in range(self.micro, 0, -1) if of_replica % m == 0), None)
-            smaller = "" if micro is None else f" or batch.micro={micro}"
+            up, of_replica = -(-self.global_ // share) * share, self.global_ // data_parallel
+            divides = self.global_ % data_parallel == 0
+            smaller = f" or batch.micro={math.gcd(self.micro, of_replica)}" if divides else ""
             raise UserError(
                 f"batch.global={self.global_} is not a multiple of batch.micro={self.micro} x "
                 f"data_parallel={data_parallel} (global_batch = micro_batch x accumulation x "

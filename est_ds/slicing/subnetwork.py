@@ -126,9 +126,9 @@ class Subnetwork:
         return [p for i in sorted(idle) for p in self._family.idle_parameters(self._layers[i])]
 
     def kept_units(self) -> dict[nn.Parameter, KeptUnits]:
-        """Of the parameters of which the step reads some units alone, in any micro-batch, these.
+        """The parameters of which the step reads some units alone, and these.
 
-        What micro-batches with plans of their own read together is not sought.
+        None where micro-batches have plans of their own, which together may read all.
         """
         if self._plans is None or len(self._plans) > 1:
             return {}

@@ -38,7 +38,7 @@ def run_script(main: Callable[[], None]) -> None:
     """A script's `main`; what it is asked and cannot do is said in a line, with exit code 2."""
     try:
         main()
-    except (UserError, FileNotFoundError) as e:
+    except UserError as e:
         print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
 

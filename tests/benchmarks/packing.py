@@ -86,6 +86,8 @@ def main() -> None:
     try:
         with options.input.open(encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line in file]
+    except OSError as e:
+        parser.error(f"--input: {e}")
     except (ValueError, KeyError, TypeError):
         parser.error(f"--input {options.input}: every line must be JSON with a `text`")
     megabytes = sum(len(text.encode()) for text in texts) / 1e6

@@ -129,9 +129,9 @@ def main() -> None:
     if not on_gpu and not options.tiny:
         parser.error("no GPU is visible; --tiny runs a toy on the CPU")
 
-    backends = ("none", *list_backends())
-    if options.backend not in backends:
-        parser.error(f"--backend {options.backend}: use {', '.join(backends)}")
+    if options.backend not in ("none", *list_backends(exclude_tags=())):
+        named = ", ".join(("none", *list_backends()))
+        parser.error(f"--backend {options.backend}: use {named}, or one of torch's for debugging")
     batch, sequence = (2, 32) if options.tiny else (8, 2048)
     options.batch, options.sequence = options.batch or batch, options.sequence or sequence
     precision = "bf16"

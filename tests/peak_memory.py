@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +128,17 @@ def _measure(tree: dict[str, Any], world: World, folder: str) -> list[tuple[int,
             batches = list(micro_batches(design, accumulation, i))
             with record_function(f"{MARK}{i}"), engine.subnetwork.active(design.plans(step)):
                 engine.train_batch(iter(batches))
+        alive = _alive()
     engine.deepspeed.destroy()
-    steps = _steps(profiled)[SETTLED:]
+    steps = _steps(profiled, alive)[SETTLED:]
     return [_least(steps[i :: len(lasts)]) for i in range(len(lasts))]
+
+
+def _alive() -> set[int]:
+    """Where there is memory of a tensor that Python can reach."""
+    tensors = [thing for thing in gc.get_objects() if torch.is_tensor(thing)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _least(steps: list[tuple[int, int]]) -> tuple[int, int]:
@@ -156,8 +165,12 @@ def micro_batches(design: Design, accumulation: int, seed: int) -> Iterator[tupl
         yield inputs, labels
 
 
-def _steps(profiled: profile) -> list[tuple[int, int]]:
-    """Bytes held before every marked step, and the most within it."""
+def _steps(profiled: profile, alive: set[int]) -> list[tuple[int, int]]:
+    """Bytes held before every marked step, and the most within it.
+
+    gloo's threads are not profiled: what has no release though its place was taken anew, or though
+    it is not `alive` in the end, counts to the end of the step that made it.
+    """
     events: list[tuple[int, int | None, int]] = []
 
     def walk(nodes: list[Any]) -> None:
@@ -172,19 +185,42 @@ def _steps(profiled: profile) -> list[tuple[int, int]]:
 
     walk(profiled.profiler.kineto_results.experimental_event_tree())
     events.sort(key=lambda event: event[0])
-    live: dict[int, int] = {}
+    changes, unseen = _changes(events, alive)
     steps: list[tuple[int, int]] = []
     total, inside = 0, False
-    for _, pointer, size in events:
+    for i, (_, pointer, size) in enumerate(events):
         if pointer is None:
             inside = size == 1
             if inside:
                 steps.append((total, total))
-        elif size > 0:  # where something stood whose release was not seen, as by gloo's threads
-            total += size - live.get(pointer, 0)
-            live[pointer] = size
-        else:  # what was there before the profiler does not count
-            total -= live.pop(pointer, 0)
+            else:
+                total -= unseen[i]
+        total += changes[i]
         if inside and total > steps[-1][1]:
             steps[-1] = (steps[-1][0], total)
     return steps
+
+
+def _changes(
+    events: list[tuple[int, int | None, int]], alive: set[int]
+) -> tuple[list[int], list[int]]:
+    """Bytes that every event adds, and those that are gone unseen by the end of a step."""
+    changes, unseen = [0] * len(events), [0] * len(events)
+    live: dict[int, int] = {}  # where a block was made, by its place
+    gone = []
+    for i, (_, pointer, size) in enumerate(events):
+        if pointer is None:
+            continue
+        if size > 0:
+            gone += [live[pointer]] if pointer in live else []
+            live[pointer] = i
+            changes[i] = size
+        elif pointer in live:  # what was there before the profiler does not count
+            changes[i] = -events[live.pop(pointer)][2]
+    ends = [i for i, (_, pointer, size) in enumerate(events) if pointer is None and not size]
+    gone += [i for pointer, i in live.items() if pointer not in alive]
+    for i in gone:
+        after = bisect(ends, i)
+        if after < len(ends):
+            unseen[ends[after]] += events[i][2]
+    return changes, unseen

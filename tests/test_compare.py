@@ -184,6 +184,7 @@ def processes_about(text: str, limit_s: float = 20.0) -> list[str]:
 
 # What it refuses.
 
+FALLING = {"name": "est", "phases": [{"until": 0.5, "layers": 0.5, "lr": 4.0}, {"until": 1.0}]}
 REFUSED = {
     "no baseline": ({"baseline": "dens"}, "baseline='dens' is not among the arms; did you mean"),
     "unknown field": ({"arm": {}}, "unknown key 'arm'; did you mean 'arms'?"),
@@ -209,6 +210,14 @@ REFUSED = {
     "not decayed": (
         {"arms": {"dense": DENSE, "flat": {**DENSE, "schedule": {"name": "wsd", "decay": 0}}}},
         "arm 'flat': schedule=wsd ends at 100% of its highest rate",
+    ),
+    "a phase's factor is no decay": (
+        {"arms": {"dense": DENSE, "flat": {"method": FALLING, "schedule.final": 0.9}}},
+        "arm 'flat': schedule=cosine ends at 9",
+    ),
+    "the baseline's shorter runs not decayed": (
+        {"set": {"steps": 8, "schedule.warmup": 4}, "dense_curve": [0.5, 1.0]},
+        "arm 'dense': schedule=cosine ends at 100% of its highest rate after 4 steps",
     ),
     "method": (
         {"arms": {"dense": DENSE, "odd": {"method": {"name": "est"}}}},

@@ -31,6 +31,20 @@ def test_arms_are_compared_with_the_baseline_at_equal_tokens_and_at_equal_flops(
         assert run.config.schedule == runs.run("dense", 0, ()).config.schedule
 
 
+def test_at_equal_tokens_the_baseline_trains_exactly_as_many_steps(write_study):
+    """Budgets of FLOPs are rounded to a 200th; a study of 401 steps has none of its own length."""
+    arms = {"dense": DENSE, "same": DENSE, "layers": {"method": LAYERS}}
+    sizes = {"set": {"steps": 401}, "budgets": ["tokens", "flops"], "dense_curve": [0.5, 1.0]}
+    runs, wanted, results, answers = answered(write_study(arms=arms, **sizes), dense_loss)
+    assert wanted.matched["same"] == {"tokens": 401, "flops": 401}
+    assert wanted.matched["layers"]["tokens"] == 401
+    assert wanted.matched["layers"]["flops"] % 2 == 0
+    assert {r.steps for r in wanted.runs if r.arm == "layers"} == {401}
+    assert 400 not in {r.steps for r in wanted.runs}
+    [same] = [arm for arm in answers.arms if arm.name == "same"]
+    assert {compared.verdict for compared in same.budgets.values()} == {"no difference"}
+
+
 def test_a_grid_is_tried_on_the_first_seed_and_its_best_is_that_of_the_others(write_study):
     file = write_study(tune={"optimizer.lr": [1e-3, 2e-3, 4e-3]})
     best = {"dense": "0.002", "layers": "0.004"}

@@ -7,6 +7,7 @@ from typing import Any
 from est_ds.config.sections import RunConfig
 from est_ds.design import Design
 from est_ds.errors import UserError
+from est_ds.plans.lr import learning_rate
 from est_ds.studies.runs import Chooser, Runs, wanted_runs
 from est_ds.studies.study_file import StudyFile
 
@@ -33,8 +34,11 @@ def check_study(runs: Runs) -> None:
     _check_seeds(runs)
     if "seconds" in file.study.budgets:
         _check_grids(file)
+    values, usual = file.baseline.grid[0], base.config.steps
     try:
-        wanted_runs(runs, Chooser({}, {}, guess=True))
+        wanted = wanted_runs(runs, Chooser({}, {}, guess=True)).runs
+        for steps in sorted({r.steps for r in wanted if r.arm == file.baseline.name} - {usual}):
+            _check_decayed(file.baseline.name, runs.design(file.baseline.name, values, steps))
     except UserError as e:
         raise UserError(
             f"{e} (The baseline also trains fewer steps, for equal FLOPs and for dense_curve: give "
@@ -95,12 +99,20 @@ def _shown(value: Any) -> str:
 
 
 def _check_decayed(arm: str, design: Design) -> None:
-    steps = design.config.steps
-    last = design.learning_rate(steps - 1)
-    highest = max(design.learning_rate(step) for step in range(0, steps, max(1, steps // 200)))
-    if steps > 1 and last > DECAYED * highest:
-        raise UserError(
-            f"arm {arm!r}: schedule={design.config.schedule.name} ends at {last / highest:.0%} of "
-            f"its highest rate; losses of runs that are not decayed cannot be compared (allowed: "
-            f"{DECAYED:.0%}). Use cosine, linear, or wsd with a decay, and a lower final."
-        )
+    """Refuses a rate that ends high: of the schedule alone, since a phase's factor is no decay of
+    it, and with the phases' factors."""
+    config, phases = design.config, design.method.phases
+    steps, stride = config.steps, max(1, config.steps // 200)
+    for factors in ((), phases):
+        rates = [
+            learning_rate(config.schedule, config.optimizer.lr, step, steps, factors)
+            for step in (*range(0, steps, stride), steps - 1)
+        ]
+        last = rates[-1] / max(rates)
+        if steps > 1 and last > DECAYED:
+            raise UserError(
+                f"arm {arm!r}: schedule={config.schedule.name} ends at {last:.0%} of its highest "
+                f"rate after {steps:,} steps; losses of runs that are not decayed cannot be "
+                f"compared (allowed: {DECAYED:.0%}). Use cosine, linear, or wsd with a decay, and "
+                f"a lower final."
+            )

@@ -21,8 +21,8 @@ from est_ds.errors import UserError
 from est_ds.run.directory import fixed_fields
 from est_ds.studies.study_file import DEFAULTS, Arm, StudyFile, Values, override_texts
 
-# The baseline's budgets are multiples of a 200th of its steps, so that arms of nearly equal cost
-# are compared with the same runs: at most a quarter of a percent off.
+# Budgets of FLOPs and seconds are multiples of a 200th of the baseline's steps, or all of them, so
+# that arms of nearly equal cost are compared with the same runs: at most a quarter of a percent off.
 GRAIN = 200
 # What a held-out loss depends on, beside the fields that a run never changes.
 OF_EVALUATION = ("sequences", "choice")
@@ -297,15 +297,17 @@ def _matched(
     file: StudyFile, run: StudyRun, dense: StudyRun, time_ratios: Mapping[str, float]
 ) -> dict[str, int]:
     """Steps of the baseline that equal an arm's run, by budget."""
-    steps = {"tokens": run.tokens / dense.config.tokens_per_step}
-    steps["flops"] = run.flops.model / (dense.flops.model / dense.steps)
+    found = {"tokens": round(run.tokens / dense.config.tokens_per_step)}
+    found["flops"] = _grained(run.flops.model / (dense.flops.model / dense.steps), dense)
     if run.arm in time_ratios:
-        steps["seconds"] = run.steps * time_ratios[run.arm]
-    return {b: _grained(steps[b], dense) for b in file.study.budgets if b in steps}
+        found["seconds"] = _grained(run.steps * time_ratios[run.arm], dense)
+    return {budget: found[budget] for budget in file.study.budgets if budget in found}
 
 
 def _grained(steps: float, dense: StudyRun) -> int:
     grain = max(1, dense.steps // GRAIN)
+    if abs(steps - dense.steps) <= grain / 2:
+        return dense.steps
     return max(1, round(steps / grain) * grain)
 
 

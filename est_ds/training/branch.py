@@ -188,6 +188,8 @@ def _text(trunk: Trunk, run: Run, positions: list[Position], first: First, links
     phase, num_files = run.method.phase_of(step), len(first.index.files)
     changed = [f"{k}: {_shown(a)} -> {_shown(b)}" for k, (a, b) in first.parent.changed.items()]
     before = f"{trunk.design.learning_rate(step - 1):.4g} before it" if step else "none before it"
+    if step and step == trunk.config.first_step:
+        before = f"the one before it is of {first.parent.parent.run_dir}"
     compared = len(state.divergence.losses)
     size = gigabytes(sum(file.bytes for file in first.index.files.values()))
     rows = [

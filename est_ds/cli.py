@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from est_ds.config.sections import RunConfig
 
 
+# No fault of the program, whatever it was about to write.
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a verb and exits."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -43,6 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as e:
+        if e.errno not in OF_THE_DISK:
+            raise
+        _complain("failed", e)
+        _leave(1)
 
 
 def _leave(code: int) -> NoReturn:

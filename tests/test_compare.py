@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +23,15 @@ from est_ds.errors import UserError
 from est_ds.launch.signals import Signals
 from est_ds.run.metrics import read_metrics
 from est_ds.run.windows import read_windows
+from est_ds.studies import queue
+from est_ds.studies.collect import collect
 from est_ds.studies.compare import Wish, open_study
-from est_ds.studies.queue import Places, Watcher, on_gpus, train_all
-from est_ds.studies.results import Header, read_results
+from est_ds.studies.queue import Places, Running, Watcher, on_gpus, train_all
+from est_ds.studies.results import Header, _text, read_results
 from est_ds.studies.runs import Chooser, Runs, StudyRun, key_of, wanted_runs
 from est_ds.studies.study_file import load_study
-from made_studies import DENSE, HALF_LAYERS, LAYERS, dense_loss, result_of
+from est_ds.studies.todo import START_S
+from made_studies import DENSE, HALF_LAYERS, LAYERS, answered, dense_loss, result_of
 
 STUDIES = [
     file
@@ -43,7 +48,10 @@ def test_results_alone_redraw_everything_and_seeds_that_were_added_stay(write_st
     done = est_ds("compare", file, "--dry-run")
     assert "9 runs, 0 of them done" in done.stdout and not results.file.parent.exists()
     left = json.loads(est_ds("compare", file, "--dry-run", "--json").stdout)
-    assert len(left["to_train"]) == 9 and left["seconds"] is None and left["done"] == 0
+    assert len(left["to_train"]) == 9 and left["done"] == 0
+    # So small a study takes the time of its starts.
+    starts = 9 * START_S / left["jobs"]
+    assert starts < left["seconds"] < 1.1 * starts
     assert left["flops"] == pytest.approx(sum(run["flops"] for run in left["to_train"]))
     header = json.loads(identity_of(file))
     results.begin(Header(**header))
@@ -121,6 +129,82 @@ def test_trained_runs_without_a_result_are_all_collected(trained):
     with Signals() as signals:
         assert train_all(Places(1, ({},)), watcher, signals) == 0
     assert collected == [True, True]
+
+
+def test_damaged_directories_and_a_full_disk_are_failures_of_their_runs(trained, tmp_path):
+    """The others are collected."""
+    whole = load_run(trained)
+    empty, cut = tmp_path / "empty", tmp_path / "cut"
+    empty.mkdir()
+    (empty / "config.yaml").write_text("")
+    shutil.copytree(trained, cut)
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(line for line in lines if "eval_loss" not in line))
+    configs = {
+        name: whole.model_copy(update={"run_dir": str(place)})
+        for name, place in {"empty": empty, "cut": cut, "full": trained, "fine": trained}.items()
+    }
+    runs = [
+        StudyRun(name, 0, (), config, Flops(1.0, 1.0), key_of(config), name)
+        for name, config in configs.items()
+    ]
+    failed, collected = {}, []
+
+    def done(run: StudyRun, whole: bool) -> None:
+        if run.arm == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "results.jsonl")
+        collected.append(collect(run, 1, diverged=not whole).arm)
+
+    def todo() -> list[StudyRun]:
+        return [run for run in runs if run.arm not in {*failed, *collected}]
+
+    watcher = Watcher(todo, done, lambda run, why: failed.update({run.arm: why}), lambda _: None)
+    with Signals() as signals:
+        assert train_all(Places(1, ({},)), watcher, signals) == 0
+    assert collected == ["fine"] and failed.keys() == {"empty", "cut", "full"}
+    assert "must hold a mapping" in failed["empty"]
+    assert "no evaluation after step" in failed["cut"]
+    assert "No space left" in failed["full"]
+
+
+def test_results_on_a_full_disk_have_no_half_line(write_study, monkeypatch):
+    runs, _, results, _ = answered(write_study(), dense_loss)
+    before = results.file.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="results.jsonl"):
+        patched.setattr(os, "fsync", full)
+        results.add(result_of(runs.run("layers", 0, ()), 1.0))
+    assert results.file.read_text() == before
+
+
+def test_time_left_counts_what_is_under_way(write_study, monkeypatch):
+    """Two runs of 8 steps beside each other, of four: one has ended after 10 s, the other is half
+    done. So 12 steps took 10 s, and 20 are left."""
+    file = write_study(arms={"dense": DENSE}, seeds=[0, 1, 2, 3], budgets=["tokens"])
+    session = open_study(str(file), Wish())
+    session.results.begin(session.header)
+    runs, logged = session.todo(), {0: 8, 1: 4}
+    session.running = [Running(run, None, i, None) for i, run in enumerate(runs[:2])]
+    monkeypatch.setattr(queue, "steps_logged", lambda place: logged[int(place.name[5:])])
+    session.began = time.monotonic() - 10.0
+    session._ended(runs[0])
+    session.results.add(result_of(runs[0], 3.0))
+    assert session._left() == "; about 0:17 left"
+
+
+@pytest.mark.slow
+def test_a_notice_ends_measuring_at_once(write_study, tmp_path):
+    file = write_study(arms={"dense": DENSE, "half": {"method": HALF_LAYERS}})
+    command = [sys.executable, "-m", "est_ds.cli", "compare", str(file), "--time-only"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "study" / "times.log"
+    wait_until(lambda: log.exists() and b"in turns" in log.read_bytes())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+    assert process.returncode == 75 and not processes_about(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -314,6 +398,11 @@ def test_bad_command_lines_and_results_are_one_clear_error(write_study, tmp_path
     ):
         results.write_text(json.dumps({"study": wrong}) + "\n")
         assert expected in refused(capsys, "compare", file)
+    run = json.loads(_text("run", result_of(Runs(load_study(file)).run("layers", 0, ()), 3.0)))
+    for field, wrong in (("loss", "NaN"), ("loss", "-1"), ("loss", '"3.1"'), ("flops", "Infinity")):
+        line = json.dumps({"run": {**run["run"], field: "WRONG"}}).replace('"WRONG"', wrong)
+        results.write_text(json.dumps({"study": header}) + f"\n{line}\n")
+        assert "line 2 is no result of a study" in refused(capsys, "compare", file)
     results.write_text("text")
     assert "is no file of results" in refused(capsys, "compare", file)
     results.write_bytes(b"\xff\n")

@@ -190,6 +190,8 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
     ratios = (None, None)
     if run and base:
         ratios = (run.flops.model / base.flops.model, run.flops.blocks / base.flops.blocks)
+    # Of the baseline's own config: it takes as long, and costs as much, whatever was measured.
+    is_same = run is not None and base is not None and run.key == base.key
     budgets = {}
     if name != file.baseline.name:
         for budget, steps in found.wanted.matched[name].items():
@@ -202,12 +204,16 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
         flops_ratio=ratios[0],
         blocks_ratio=ratios[1],
         time_ratio=times,
-        time_spread=measured.arms[name].spread if times and measured else None,
+        time_spread=measured.arms[name].spread if times and measured and not is_same else None,
         budgets=budgets,
         tasks=task_answers(file.study.evaluate, results),
     )
-    if name == file.baseline.name or not (curves.keys() & losses.keys()) or not run or not base:
+    shared = curves.keys() & losses.keys()
+    if name == file.baseline.name or not shared or not run or not base:
         return known
+    if is_same:
+        one = Gain(Interval(1.0, 1.0, 1.0), "", len(shared))
+        return replace(known, gain=one, gain_seconds=one if times else None)
     costs = {seed: run.flops.model for seed in losses}
     gains = {"gain": compute_gain(curves, losses, costs)}
     if times:
@@ -354,7 +360,9 @@ def _of_data(found: _Found, names: list[str]) -> list[str]:
     for name in names[1:]:
         for seed, result in found.of_seeds(name).items():
             other = baseline.get(seed)
-            if other and result.steps == other.steps and result.data != other.data:
+            if other is None or result.loss is None or other.loss is None:
+                continue  # one that diverged was cut short
+            if result.steps == other.steps and result.data != other.data:
                 wrong.append(
                     f"arm {name}, seed {seed}: it has read other batches than the baseline; the "
                     f"difference is not paired"

@@ -124,7 +124,7 @@ def open_study(path: str, wish: Wish) -> Session:
             "--add-seeds has no effect on a pilot; remove intervals=false, and list two seeds."
         )
     own, added = max(file.seeds), {r.seed for r in results.runs.values() if r.arm in arms}
-    # Seeds of the results that the file does not list any more are left out.
+    # Those that --add-seeds has trained; to leave some out would choose by what they show.
     file = file.with_seeds({seed for seed in added if seed > own})
     file = file.with_seeds(set(range(own + 1, own + 1 + wish.add_seeds)))
     runs = Runs(file)
@@ -160,7 +160,8 @@ class Session:
     header: Header
     failed: dict[str, tuple[StudyRun, str]] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
-    spent_flops: float = 0.0  # of the runs that ended since
+    running: list[Running] = field(default_factory=list)
+    ended_flops: float = 0.0  # computed by this call, of the runs that have ended
     _last_beat: float = field(default_factory=time.monotonic)
 
     def wanted(self, guess: bool = False) -> Wanted:
@@ -190,9 +191,8 @@ class Session:
 
     def list_todo(self) -> Todo:
         """What is to be trained, and what it costs."""
-        places = len(self.places.environments)
         todo = self.todo(guess=True)
-        return make_todo(self.runs, todo, self._done_so_far, self.results, places)
+        return make_todo(self.runs, todo, self.results, self.places, self._done_so_far)
 
     @property
     def needs_times(self) -> bool:
@@ -239,7 +239,13 @@ class Session:
             self.say("stopped; start it again to go on")
         return code or (1 if self.failed else 0)
 
+    def _ended(self, run: StudyRun) -> None:
+        """Counts what a run has computed that is not under way any more."""
+        self.ended_flops += sum(r.flops[0] for r in self.running if r.run.key == run.key)
+        self.running = [r for r in self.running if r.run.key != run.key]
+
     def _done(self, run: StudyRun, whole: bool) -> None:
+        self._ended(run)
         result = collect(run, self.runs.parameters(run), diverged=not whole)
         if (asked := self.file.study.evaluate) and result.loss is not None:
             try:
@@ -251,11 +257,11 @@ class Session:
         self.results.add(result)
         if not self.file.study.keep_checkpoints:
             clear(run)
-        self.spent_flops += run.flops.model
         said = "diverged" if result.loss is None else f"held-out loss {result.loss:.4f}"
         self.say(f"{self._count()} {run.name}: {said}{self._left()}")
 
     def _failed(self, run: StudyRun, why: str) -> None:
+        self._ended(run)
         self.failed[run.key] = (run, why)
         self.say(f"{self._count()} {run.name}: failed: {why}")
 
@@ -269,14 +275,19 @@ class Session:
         return len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
 
     def _left(self) -> str:
-        """The time left, by what this call has trained so far."""
-        left = sum(run.flops.model for run in self.todo(guess=True))
-        if not left:
+        """The time left, by what this call has computed so far, all runs together."""
+        spent, left = self.ended_flops, 0.0
+        for computed, rest in (r.flops for r in self.running):
+            spent, left = spent + computed, left + rest
+        under_way = {r.run.key for r in self.running}
+        left += sum(r.flops.model for r in self.todo(guess=True) if r.key not in under_way)
+        if not left or not spent:
             return ""
         spent_s = time.monotonic() - self.began
-        return f"; about {clock(spent_s * left / self.spent_flops)} left"
+        return f"; about {clock(spent_s * left / spent)} left"
 
     def _beat(self, running: list[Running]) -> None:
+        self.running = list(running)
         if time.monotonic() - self._last_beat < BEAT_S:
             return
         self._last_beat = time.monotonic()

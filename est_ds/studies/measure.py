@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import median, quantiles
 from typing import TextIO
 
+import torch
+
+from est_ds.cost.flops import dense_flops
+from est_ds.errors import Failure
 from est_ds.run.step_times import StepTimes
 from est_ds.studies.results import ArmTimes, Times
 from est_ds.studies.runs import Runs
 from est_ds.training.time_runs import TimedRun, measure_runs
+
+TRY_S = 4.0  # rounds of `try_steps`
+MOST_FLOPS = {"cpu": 2e11, "cuda": 1e14}  # of a step that is tried
 
 
 def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
@@ -37,6 +45,29 @@ def measure(runs: Runs, processes: int, log: TextIO | None = None) -> Times:
         busy=max(t.others for t in found.values()),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def try_steps(runs: Runs, processes: int) -> float | None:
+    """A few full steps of the baseline on this machine, for who asks how long a study takes.
+
+    Args:
+        processes: of a run.
+
+    Returns:
+        Seconds per model FLOP; None where a step is too long to be tried, or cannot be taken.
+    """
+    name = runs.file.baseline.name
+    design = runs.design(name, runs.file.baseline.grid[0])
+    size = design.flops_size(design.config.batch.global_)
+    flops = dense_flops(design.method.shape, **size).model
+    if flops > MOST_FLOPS["cuda" if torch.cuda.is_available() else "cpu"]:
+        return None
+    try:
+        with open(os.devnull, "w") as log:
+            [times] = measure_runs([_timed(runs, name)], processes, TRY_S, log).values()
+    except Failure:
+        return None
+    return median(times.baseline.step_s) / flops
 
 
 def _timed(runs: Runs, arm: str, name: str | None = None) -> TimedRun:

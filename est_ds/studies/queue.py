@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +27,7 @@ from est_ds.launch.signals import Signals
 from est_ds.ranks import preempt
 from est_ds.ranks.world import STARTER
 from est_ds.run.directory import LOCK, write_config
+from est_ds.run.metrics import steps_logged
 from est_ds.studies.runs import StudyRun, key_of
 
 LOG = "train.log"
@@ -35,6 +36,8 @@ POLL_S = 0.2
 # For what a killed study has left running to notice that, and to end.
 LEFT_OVER_S = 30.0
 
+# Of one run or its files: the others go on.
+FAULTS = (UserError, Failure, OSError)
 # Exit codes of a run that was asked to end by others than the study.
 ENDED = (preempt.EXIT_CODE, 130, -signal.SIGINT, 128 + signal.SIGHUP)
 
@@ -120,13 +123,25 @@ def processes_of(run: StudyRun) -> int:
 
 @dataclass
 class Running:
-    """A run that trains."""
+    """A run that trains.
+
+    Attributes:
+        place: of `Places.environments`.
+        begun_at: steps that were logged before.
+    """
 
     run: StudyRun
     process: subprocess.Popen
     place: int
     log: TextIO
-    began: float = field(default_factory=time.monotonic)
+    begun_at: int = 0
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """What it has computed since it was started, and what is left of it."""
+        done, per_step = steps_logged(Path(self.run.config.run_dir)), self.run.flops.model
+        per_step /= self.run.steps
+        return per_step * max(0, done - self.begun_at), per_step * max(0, self.run.steps - done)
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,8 @@ class Watcher:
 
     Attributes:
         todo: the runs that can start now, the next one first; asked again after every end.
-        done: takes a run that is trained (False: it diverged).
+        done: takes a run that is trained (False: it diverged). An error of the user, a failure or
+            one of the disk is then one of this run.
         failed: takes a run that failed, and why.
         beat: called several times a second with the runs under way.
     """
@@ -188,14 +204,14 @@ def _fill(places: Places, running: list[Running], watcher: Watcher) -> bool:
         if run.key in under_way:
             continue
         under_way.add(run.key)
-        if finished(run):
-            watcher.done(run, True)
-            ended = True
-            continue
         try:
-            running.append(_start(run, free[0], places))
-            free.pop(0)
-        except (UserError, OSError) as e:
+            if finished(run):
+                watcher.done(run, True)
+                ended = True
+            else:
+                running.append(_start(run, free[0], places))
+                free.pop(0)
+        except FAULTS as e:
             watcher.failed(run, str(e))
             ended = True
     return ended
@@ -229,7 +245,7 @@ def _start(run: StudyRun, place: int, places: Places) -> Running:
     _wait_for(directory / LOCK)
     command = [sys.executable, "-m", "est_ds.cli", "train", str(directory)]
     command += ["--processes", str(places.processes)]
-    log = (directory / LOG).open("a")
+    begun_at, log = steps_logged(directory), (directory / LOG).open("a")
     process = subprocess.Popen(
         command,
         env={**os.environ, STARTER: str(os.getpid()), **places.environments[place]},
@@ -238,7 +254,7 @@ def _start(run: StudyRun, place: int, places: Places) -> Running:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    return Running(run, process, place, log)
+    return Running(run, process, place, log, begun_at)
 
 
 def _wait_for(lock: Path) -> None:
@@ -266,14 +282,9 @@ def _ended(running: Running, watcher: Watcher, signalled: bool) -> bool:
     if code in (0, DIVERGED):
         try:
             watcher.done(running.run, code == 0)
-        except (UserError, Failure) as e:
+        except FAULTS as e:
             watcher.failed(running.run, str(e))
-    elif not signalled and code not in (
-        preempt.EXIT_CODE,
-        130,
-        -signal.SIGINT,
-        128 + signal.SIGHUP,
-    ):
+    elif not signalled and code not in ENDED:
         watcher.failed(running.run, f"exit code {code}; {_last_line(running.run)}")
     return True
 

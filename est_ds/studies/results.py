@@ -12,9 +12,9 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from est_ds.config.strict import Stored
 from est_ds.disk import replace_text
@@ -23,6 +23,10 @@ from est_ds.run.scores import TaskScore
 
 FORMAT = 1
 _RESTORE = "restore the file, or choose another study_dir (or results)."
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 
 
 class Header(Stored):
@@ -63,17 +67,17 @@ class RunResult(Stored):
     steps: int
     tokens: int
     parameters: int
-    flops: float
-    blocks_flops: float
-    loss: float | None
-    losses: dict[str, float] = {}
-    bits_per_byte: float | None = None
-    curve: list[tuple[int, float]] = []
-    first_loss: float | None = None
+    flops: Positive
+    blocks_flops: NotNegative
+    loss: NotNegative | None
+    losses: dict[str, NotNegative] = {}
+    bits_per_byte: NotNegative | None = None
+    curve: list[tuple[int, NotNegative]] = []
+    first_loss: NotNegative | None = None
     data: tuple[str, str] | None = None
     boundaries: list[dict[str, Any]] = []
     tasks: dict[str, TaskScore] = {}
-    step_s: float | None = None
+    step_s: NotNegative | None = None
     device: str = ""
     versions: dict[str, str] = {}
     finished: str = ""
@@ -91,10 +95,10 @@ class ArmTimes(Stored):
     """
 
     run: str
-    ratio: float
-    cpu_ratio: float | None
-    step_s: float
-    spread: float | None
+    ratio: Positive
+    cpu_ratio: Positive | None
+    step_s: Positive
+    spread: NotNegative | None
 
 
 class Times(Stored):
@@ -171,9 +175,14 @@ class Results:
 
     def _append(self, kind: str, line: Stored) -> None:
         with naming(self.file), self.file.open("a") as f:
-            f.write(_text(kind, line))
-            f.flush()
-            os.fsync(f.fileno())
+            whole = os.fstat(f.fileno()).st_size
+            try:
+                f.write(_text(kind, line))
+                f.flush()
+                os.fsync(f.fileno())
+            except OSError:  # as of a full disk: no half line is left for the next one
+                os.truncate(self.file, whole)
+                raise
 
 
 def read_results(file: Path, repair: bool = False) -> Results:
@@ -209,7 +218,7 @@ def read_results(file: Path, repair: bool = False) -> Results:
 
 def _read_line(results: Results, number: int, line: str) -> None:
     try:
-        tree = json.loads(line)
+        tree = json.loads(line, parse_constant=_refuse_constant)
         [(kind, value)] = tree.items()
         if kind == "study" and number == 1:
             if value.get("format") != FORMAT:
@@ -232,6 +241,10 @@ def _read_line(results: Results, number: int, line: str) -> None:
         raise UserError(
             f"{results.file}: line {number} is no result of a study ({why}); {_RESTORE}"
         ) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def _text(kind: str, line: Stored) -> str:

@@ -21,8 +21,8 @@ from est_ds.errors import UserError
 from est_ds.run.directory import fixed_fields
 from est_ds.studies.study_file import DEFAULTS, Arm, StudyFile, Values, override_texts
 
-# Budgets of FLOPs and seconds are multiples of a 200th of the baseline's steps, or all of them, so
-# that arms of nearly equal cost are compared with the same runs: at most a quarter of a percent off.
+# Budgets of FLOPs and seconds are all of the baseline's steps or multiples of a 200th, so that arms
+# of nearly equal cost are compared with the same runs: at most a quarter of a percent off.
 GRAIN = 200
 # What a held-out loss depends on, beside the fields that a run never changes.
 OF_EVALUATION = ("sequences", "choice")

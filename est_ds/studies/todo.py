@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from est_ds.report.text import seconds
+from est_ds.studies.measure import try_steps
+from est_ds.studies.queue import Places
 from est_ds.studies.results import Results
-from est_ds.studies.runs import Runs, StudyRun
+from est_ds.studies.runs import Runs, StudyRun, fingerprints
 from est_ds.training.record import device_name
 
 START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
+# Of a study of fewer FLOPs the starts take the time, on any machine.
+TINY_FLOPS, S_PER_FLOP = 1e12, 1e-10
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,7 @@ class Todo:
         done: runs of the study that are done.
         runs: those to train. Of an arm whose grid is not finished those of its first values.
         places: runs beside each other.
-        wall_s: seconds that they take; None where neither a run is done nor step times are
-            measured.
+        wall_s: seconds that they take; None where that is not known.
         disk_bytes: of checkpoints while they train.
     """
 
@@ -50,19 +53,25 @@ class Todo:
 
 
 def make_todo(
-    runs: Runs, todo: Iterable[StudyRun], done: int, results: Results, places: int
+    runs: Runs, todo: Iterable[StudyRun], results: Results, places: Places, done: int
 ) -> Todo:
-    """Adds up what runs cost.
+    """Adds up what runs cost: by the step times measured, by the runs that are done, or, where
+    there are neither, by a few steps of the baseline on this machine.
 
     Args:
         todo: the runs that are to be trained.
         done: how many are done.
-        places: runs beside each other.
     """
-    todo = tuple(todo)
+    todo, beside = tuple(todo), len(places.environments)
     needed_s = expected_s(todo, results)
-    wall_s = None if needed_s is None else needed_s / places
-    return Todo(str(runs.file.folder), done, todo, places, wall_s, _disk_bytes(runs, todo, places))
+    if needed_s is None:
+        per_flop: float | None = S_PER_FLOP
+        if sum(run.flops.model for run in todo) > TINY_FLOPS:
+            is_there = fingerprints(runs.first.config) is not None
+            per_flop = try_steps(runs, places.processes) if is_there else None
+        needed_s = expected_s(todo, results, per_flop)
+    wall_s = None if needed_s is None else needed_s / beside
+    return Todo(str(runs.file.folder), done, todo, beside, wall_s, _disk_bytes(runs, todo, beside))
 
 
 def todo_text(todo: Todo) -> str:
@@ -72,7 +81,7 @@ def todo_text(todo: Todo) -> str:
         shown = ", ".join(f"{n:,}" for n in sorted(set(steps)))
         lines.append(f"  {arm}: {len(steps)} runs to train, of {shown} steps")
     if todo.wall_s is None:
-        time = "hours not known before a run is done, or step times are measured (--time-only)"
+        time = "hours not known before the corpora are there, or a run is done"
     else:
         beside = f", {todo.places} runs beside each other" if todo.places > 1 else ""
         time = f"about {seconds(todo.wall_s)}{beside}"
@@ -98,11 +107,17 @@ def todo_json(todo: Todo) -> str:
     return json.dumps(document, indent=1)
 
 
-def expected_s(todo: Iterable[StudyRun], results: Results) -> float | None:
+def expected_s(
+    todo: Iterable[StudyRun], results: Results, per_flop: float | None = None
+) -> float | None:
     """How long runs take one after the other, with their starts: by the step times measured, or
-    by those of the runs that are done, on this device; None where neither are there."""
+    by those of the runs that are done, on this device; None where neither are there.
+
+    Args:
+        per_flop: seconds, where neither are there.
+    """
     device = device_name()
-    total, per_flop = 0.0, _s_per_flop(results, device)
+    total, per_flop = 0.0, _s_per_flop(results, device) or per_flop
     times = results.times.arms if results.times and results.times.device == device else {}
     for run in todo:
         if run.arm in times:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from est_ds.engine.start import leave_processes, start_processes
 from est_ds.errors import Failure, UserError
 from est_ds.launch.launcher import launch
 from est_ds.launch.placement import this_machine
+from est_ds.ranks import preempt
 from est_ds.ranks.watchdog import Watchdog
 from est_ds.ranks.world import World, end_with_starter, say
 from est_ds.run.prepare import check_run, prepare
@@ -71,6 +73,7 @@ def measure_runs(
     Raises:
         UserError: a run file is wrong.
         Failure: they could not be measured; what the processes say tells why.
+        SystemExit: a signal has ended it.
     """
     where = this_machine(load_run(runs[0].run, list(runs[0].overrides)), processes)
     for run in runs:
@@ -81,6 +84,8 @@ def measure_runs(
         wanted.write_text(json.dumps({"runs": given, "limit_s": limit_s, "found": str(found)}))
         where = replace(where, module=MODULE)
         code = launch([str(wanted)], where, GAVE_UP_S, log)
+        if code == preempt.EXIT_CODE or code > 128:
+            sys.exit(code)
         if code or not found.exists():
             raise Failure(f"step times could not be measured (exit code {code}).")
         by_name = json.loads(found.read_text())
@@ -93,6 +98,7 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: the file that `measure_runs` has written; the rest is for the launcher.
     """
+    signal.signal(signal.SIGUSR1, lambda *_: preempt.end(None))  # there is nothing to save
     world = World.from_environment()
     end_with_starter()
     try:

@@ -136,6 +136,9 @@ def test_branch_of_a_branch_knows_both_parents(branches, tmp_path):
     assert parent.parent.changed == {"schedule.decay": (0, 0.25)}
     config = load_run(tmp_path / "b")
     assert (config.start.step, config.start.tokens, config.start.reading) == (8, 4096, None)
+    # Its own schedule never gave a step its rate: the one before is another run's.
+    text = branch(str(tmp_path / "b"), "latest", str(tmp_path / "c"), ["steps=12"])
+    assert f"the one before it is of {branches['anneal']}" in " ".join(text.split())
 
 
 def test_what_is_kept_is_said_with_the_next_command(trunk, tmp_path, capsys):

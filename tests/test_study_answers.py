@@ -141,6 +141,25 @@ def test_step_times_that_spread_give_no_verdict_at_equal_seconds(write_study):
     assert any("its step times spread by 46%" in warning for warning in answers.warnings)
 
 
+def test_a_baseline_that_is_better_after_fewer_steps_is_told(write_study, tmp_path):
+    """As of little text that is read often: dense is best after half of its steps."""
+    arms = {"dense": DENSE, "half": {"method": HALF_LAYERS}, "better": {"method": LAYERS}}
+    file = write_study(arms=arms, budgets=["tokens"], dense_curve=[0.25, 0.5, 0.75, 1.0])
+    losses = {"half": 4.2, "better": 3.8, 2: 4.4, 4: 4.0, 6: 4.2, 8: 4.5}
+
+    def loss(run: StudyRun) -> float:
+        noise = 0.01 * ((run.seed + len(run.arm)) % 3)
+        return losses[run.steps if run.arm == "dense" else run.arm] + noise
+
+    _, _, _, answers = answered(file, loss)
+    assert not answers.curves and {arm.gain for arm in answers.arms} == {None}
+    told = [w for w in answers.warnings if "better after" in w]
+    assert len(told) == 1 and told[0].startswith("dense is better after 4 steps than after 8 ")
+    assert told[0].endswith("Better than its best with each seed: better")
+    falling = write_study(study_dir=str(tmp_path / "falling"), dense_curve=[0.5, 1.0])
+    assert not [w for w in answered(falling, dense_loss)[3].warnings if "better after" in w]
+
+
 def test_an_arm_of_the_baselines_own_config_makes_no_difference_on_a_busy_machine(write_study):
     file = write_study(
         arms={"dense": DENSE, "same": DENSE}, budgets=["seconds"], dense_curve=[0.5, 0.75, 1.0]

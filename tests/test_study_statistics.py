@@ -112,7 +112,10 @@ def test_curve_refuses_what_is_none():
     with pytest.raises(ValueError, match="three budgets"):
         st.fit_curve([1.0, 2.0, 2.0], [3.0, 2.0, 2.0])
     with pytest.raises(ValueError, match="does not fall"):
-        st.fit_curve([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+        st.fit_curve([1.0, 2.0, 3.0], [2.0, 2.0, 2.0])
+    with pytest.raises(ValueError, match="rises at its end"):  # the text is learnt by heart
+        st.fit_curve([1.0, 2.0, 3.0, 4.0], [4.4, 4.0, 4.2, 4.5])
+    assert st.fit_curve([1.0, 2.0, 3.0, 4.0], [4.4, 4.0, 3.9, 3.92]).loss(4.0) < 4.0  # noise
 
 
 def test_gain_by_hand():

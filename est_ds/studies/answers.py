@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun, Wanted
@@ -120,6 +121,7 @@ def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
         *_unsure(arms[1:]),
         *unasked(file.study.evaluate, found.done),
         *_of_curves(file.study.dense_curve, curves, dense),
+        *_of_shorter(found, dense, names),
     )
     return Answers(tuple(arms), curves, tuple(dense), file.study.budgets[-1], warnings)
 
@@ -306,6 +308,36 @@ def _of_curves(
     return [
         f"no gain: no curve fits the baseline's runs of {budgets} budgets (it takes three, whose "
         f"loss falls)"
+    ]
+
+
+def _of_shorter(found: _Found, dense: list[RunResult], names: list[str]) -> list[str]:
+    """Warns where the baseline is better when it is trained for less, as of little text that is
+    read often: an arm that is better than its longer runs may be no better than that."""
+    by_steps: dict[int, dict[int, RunResult]] = {}
+    for result in dense:
+        by_steps.setdefault(result.steps, {})[result.seed] = result
+    usual = _losses(found.of_seeds(names[0]))
+    better = {}
+    for steps, results in by_steps.items():
+        losses = _losses(results)
+        shared = losses.keys() & usual.keys()
+        shorter = all(losses[seed] < usual[seed] for seed in shared)
+        if shared and shorter and steps < found.runs.first.steps:
+            better[steps] = losses
+    if not better:
+        return []
+    steps = min(better, key=lambda steps: fmean(better[steps].values()))
+    best, ahead = better[steps], []
+    for name in names[1:]:
+        losses = _losses(found.of_seeds(name))
+        if (shared := losses.keys() & best.keys()) and all(losses[s] < best[s] for s in shared):
+            ahead.append(name)
+    least = f"held-out loss {fmean(best.values()):.4f}, with each seed"
+    return [
+        f"{names[0]} is better after {steps:,} steps than after {found.runs.first.steps:,} "
+        f"({least}): what is better than its longer runs need not pay. Better than its best with "
+        f"each seed: {', '.join(ahead) or 'no arm'}"
     ]
 
 

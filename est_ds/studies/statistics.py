@@ -24,6 +24,8 @@ MOST_SEEDS = 1000  # more are not asked for
 RESAMPLES = 9999
 EXPONENTS = (0.01, 5.0)
 ROUNDING = 1e-9
+# A loss that rises again by more than this part of its range is not that of a curve that falls.
+RISE = 0.25
 LEAST_PAIRS = 4  # of a rank correlation
 
 Verdict = Literal["pays", "costs", "no difference", "undecided"]
@@ -271,11 +273,13 @@ def fit_curve(costs: Sequence[float], losses: Sequence[float]) -> Curve:
         losses: their held-out losses at the end of their own schedules.
 
     Raises:
-        ValueError: too few costs, or the loss does not fall with them.
+        ValueError: too few costs, the loss does not fall with them, or it rises again.
     """
     x, y = np.asarray(costs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if len(set(costs)) < 3:
         raise ValueError("a curve needs baseline runs of at least three budgets")
+    if y[x.argmax()] - y.min() > RISE * np.ptp(y):
+        raise ValueError("the baseline's loss rises at its end: no curve that falls fits it")
     unit = float(np.exp(np.log(x).mean()))
 
     def fit(log_exponent: float) -> tuple[np.ndarray, float]:

@@ -9,7 +9,7 @@ from scipy import stats
 from est_ds.studies.answers import answer
 from est_ds.studies.runs import Chooser, Runs, StudyRun, wanted_runs
 from est_ds.studies.study_file import load_study
-from est_ds.studies.text import answers_text
+from est_ds.studies.text import answers_text, p_text
 from est_ds.studies.times import known_ratios
 from made_studies import DENSE, HALF_LAYERS, LAYERS, answered, dense_loss, result_of, times_of
 
@@ -266,3 +266,47 @@ def test_arms_that_read_other_batches_are_told(write_study):
     results.add(result_of(run, 3.0, data=("a", "other")))
     warnings = answer(runs, wanted, results).warnings
     assert [w for w in warnings if "layers, seed 2" in w and "other batches" in w]
+
+
+def test_a_verdict_stands_in_the_row_of_its_arm_in_100_columns(write_study):
+    name, noise = "decay_drop_often", {0: 0.0100, 1: -0.0101, 2: 0.0240}
+    file = write_study(arms={"dense": DENSE, name: {"method": LAYERS}})
+    runs, _, _, answers = answered(
+        file, lambda run: 3.0 + 0.1 * run.seed + noise[run.seed] * (run.arm == name)
+    )
+    more = answers.arms[1].budgets["flops"].more_seeds
+    assert more and more > 9
+    text = answers_text(runs, answers).partition("Below 0")[0]
+    rows = [line for line in text.splitlines() if name in line and "undecided" in line]
+    assert len(rows) == 2 and all(row.endswith(f"undecided ({more} more seeds)") for row in rows)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_what_a_row_has_no_room_for_goes_on_below_it(write_study):
+    name = "an_arm_with_a_name_that_is_longer_than_others"
+    file = write_study(arms={"dense": DENSE, name: {"method": LAYERS}})
+    noise = {0: 0.0100, 1: -0.0101, 2: 0.0240}
+    runs, _, _, answers = answered(
+        file, lambda run: 3.0 + 0.1 * run.seed + noise[run.seed] * (run.arm == name)
+    )
+    text = answers_text(runs, answers).partition("Below 0")[0]
+    lines = text.partition("At equal FLOPs")[2].splitlines()
+    [row] = [i for i, line in enumerate(lines) if name in line]
+    assert "undecided" in lines[row] and "undecided" not in lines[row - 1]
+    assert "seeds)" in lines[row] + lines[row + 1] + lines[row + 2]
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.0497, "0.0497"),
+        (0.049996, "0.049996"),
+        (0.05, "0.050"),
+        (0.0503, "0.0503"),
+        (0.0323, "0.032"),
+        (0.0001, "<0.001"),
+        (1.0, "1.000"),
+    ],
+)
+def test_a_rounded_p_never_says_other_than_the_verdict(p, text):
+    assert p_text(p) == text

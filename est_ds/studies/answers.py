@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+from est_ds.studies.by_window import ByWindow, OverWindows
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun, Wanted
 from est_ds.studies.statistics import (
@@ -45,6 +46,7 @@ class Compared:
             the true one, with a chance of 80 %; None: over 1,000.
         diverged: seeds of the arm that diverged where the baseline did not.
         unsure: why there is no verdict though there are several seeds; empty otherwise.
+        windows: of the difference, over the choice of held-out text; None without losses by window.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class Compared:
     more_seeds: int | None = None
     diverged: tuple[int, ...] = ()
     unsure: str = ""
+    windows: OverWindows | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class Answers:
 def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
     """Compares what is finished; what is missing is None."""
     file, baseline = runs.file, runs.file.baseline.name
-    found = _Found(runs, wanted, results)
+    found = _Found(runs, wanted, results, ByWindow(results))
     dense = found.baseline_runs()
     curves = _curves(dense) if file.study.dense_curve else {}
     names = [baseline, *(name for name in file.arms if name != baseline)]
@@ -119,6 +122,7 @@ def answer(runs: Runs, wanted: Wanted, results: Results) -> Answers:
         *_warnings(runs, wanted, results),
         *_of_data(found, names),
         *_unsure(arms[1:]),
+        *_of_windows(found, arms[1:]),
         *unasked(file.study.evaluate, found.done),
         *_of_curves(file.study.dense_curve, curves, dense),
         *_of_shorter(found, dense, names),
@@ -133,6 +137,7 @@ class _Found:
     runs: Runs
     wanted: Wanted
     results: Results
+    by_window: ByWindow
 
     @property
     def time_ratios(self) -> dict[str, float]:
@@ -197,7 +202,9 @@ def _arm(found: _Found, name: str, curves: Mapping[int, Curve]) -> ArmAnswer:
     budgets = {}
     if name != file.baseline.name:
         for budget, steps in found.wanted.matched[name].items():
-            budgets[budget] = _compared(results, found.of_seeds(file.baseline.name, steps), steps)
+            there = found.of_seeds(file.baseline.name, steps)
+            compared = _compared(results, there, steps)
+            budgets[budget] = replace(compared, windows=found.by_window.compare(results, there))
     known = ArmAnswer(
         name=name,
         values=found.wanted.chosen[name],
@@ -296,6 +303,29 @@ def _unsure(arms: list[ArmAnswer]) -> list[str]:
         for budget, compared in arm.budgets.items()
         if compared.unsure
     ]
+
+
+def _of_windows(found: _Found, arms: list[ArmAnswer]) -> list[str]:
+    """Arms whose difference may be of the held-out text, and runs of which that is not known."""
+    config, said = found.runs.first.config, []
+    for budget in found.runs.file.study.budgets:
+        at = {arm.name: arm.budgets[budget] for arm in arms if budget in arm.budgets}
+        turned = [
+            name for name, c in at.items() if c.windows and c.windows.could_turn(c.difference)
+        ]
+        if turned:
+            said.append(
+                f"at equal {budget} other held-out text could turn the sign of the difference of "
+                f"{', '.join(turned)}; raise evaluate.sequences ({config.evaluate.sequences}) in a "
+                f"study of its own"
+            )
+    if config.evaluate.windows and (missing := found.by_window.missing):
+        folder = found.results.windows("").parent
+        said.append(
+            f"{missing} of the {found.by_window.asked} runs compared have no held-out losses by "
+            f"window in {folder}; differences have no interval over windows where a pair lacks them"
+        )
+    return said
 
 
 def _of_curves(

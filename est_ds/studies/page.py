@@ -31,6 +31,7 @@ from est_ds.studies.text import (
     task_heads,
     values_text,
     verdict_text,
+    windows_text,
 )
 
 FILE = "study.html"
@@ -49,7 +50,8 @@ NO_FIT = "no line is fitted, which takes finished runs of three budgets (dense_c
 DIFFERENCES = (
     "Loss of an arm less that of {baseline} with the same seed: left of the line the arm is "
     "better. Open points are seeds, filled ones their mean with its 95 % interval (Student's t, "
-    "not corrected for the number of arms; the verdicts are, by Holm)."
+    "not corrected for the number of arms; the verdicts are, by Holm). The pointer also shows the "
+    "interval over held-out windows, where it is known."
 )
 GAINS = (
     "How many times an arm's cost {baseline} needs for the arm's loss, read from its fitted curve: "
@@ -161,7 +163,14 @@ def _verdicts(snapshot: Snapshot) -> tuple[list[str], list[list[str]]]:
         "held-out loss",
         *(f"difference at equal {BUDGETS[b]}" for b in budgets),
     ]
-    heads += ["verdict", "could see", "gain in FLOPs", "gain in seconds", "step time"]
+    heads += [
+        "over windows",
+        "verdict",
+        "could see",
+        "gain in FLOPs",
+        "gain in seconds",
+        "step time",
+    ]
     return heads, [_verdict(snapshot, arm) for arm in snapshot.answers.arms]
 
 
@@ -172,7 +181,9 @@ def _verdict(snapshot: Snapshot, arm: ArmAnswer) -> list[str]:
         known = compared and compared.difference
         cells.append(interval_text(compared.difference.interval) if known else "-")
     decides = arm.budgets.get(snapshot.answers.decides)
-    seen_by = decides.difference.detectable if decides and decides.difference else None
+    difference = decides.difference if decides else None
+    seen_by = difference.detectable if difference else None
+    cells += [windows_text(decides.windows, difference.pairs) if decides and difference else "-"]
     cells += ["baseline" if arm is snapshot.baseline else verdict_text(decides)]
     cells += ["-" if seen_by is None else f"{seen_by:.4f}"]
     cells += [gain_text(arm.gain), gain_text(arm.gain_seconds), ratio_text(arm.time_ratio)]

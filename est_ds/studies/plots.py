@@ -23,7 +23,14 @@ from est_ds.report.style import BLACK
 from est_ds.studies.answers import ArmAnswer, Compared
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.statistics import Gain, Interval, t_interval
-from est_ds.studies.text import BUDGETS, gain_text, interval_text, verdict_text
+from est_ds.studies.text import (
+    BUDGETS,
+    gain_text,
+    interval_text,
+    p_text,
+    verdict_text,
+    windows_text,
+)
 
 LOSS = "held-out loss, nats a token"
 ROW, FRAME = 30, 110  # pixels of an arm's row, and of what is around the rows
@@ -240,7 +247,10 @@ def _difference_text(name: str, budget: str, compared: Compared) -> str:
         f"{interval_text(difference.interval)} nats a token, {difference.pairs} seeds",
     ]
     if compared.corrected is not None:
-        lines.append(f"p (Holm) {compared.corrected:.3f}: {verdict_text(compared)}")
+        lines.append(f"p (Holm) {p_text(compared.corrected)}: {verdict_text(compared)}")
+    if compared.windows:
+        over = windows_text(compared.windows, difference.pairs)
+        lines.append(f"over {compared.windows.count:,} held-out windows: {over}")
     return "<br>".join(lines)
 
 

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from est_ds.report.text import PLAIN, rendered
 from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
+from est_ds.studies.by_window import OverWindows
 from est_ds.studies.downstream import downstream, downstream_text, downstream_texts
 from est_ds.studies.results import Results, Times
 from est_ds.studies.runs import Runs
-from est_ds.studies.statistics import Gain, Interval
+from est_ds.studies.statistics import ALPHA, Gain, Interval
 from est_ds.studies.study_file import Values
 from est_ds.studies.tasks import TaskAnswer
 
@@ -33,6 +34,24 @@ def interval_text(interval: Interval, sign: str = "+") -> str:
     if interval.low is None or interval.high is None:
         return text
     return f"{text} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
+
+
+def windows_text(over: OverWindows | None, pairs: int) -> str:
+    """A difference and its interval over held-out windows, and of which seeds where not of all."""
+    if over is None:
+        return "-"
+    few = "" if len(over.seeds) == pairs else f" (seed {', '.join(map(str, over.seeds))})"
+    return f"{interval_text(over.interval)}{few}"
+
+
+def p_text(p: float) -> str:
+    """A p value, never rounded to the limit that it is below or above."""
+    if p < 0.0005:
+        return "<0.001"
+    digits = 3
+    while float(f"{p:.{digits}f}") == ALPHA != p:
+        digits += 1
+    return f"{p:.{digits}f}"
 
 
 def gain_text(gain: Gain | None) -> str:
@@ -56,7 +75,7 @@ def verdict_text(compared: Compared | None) -> str:
     if compared.verdict != "undecided":
         return compared.verdict
     more = "over 1,000" if compared.more_seeds is None else compared.more_seeds
-    return f"undecided ({more} more seeds)"
+    return f"undecided ({more} more seed{'s' * (more != 1)})"
 
 
 def answers_text(runs: Runs, answers: Answers) -> str:
@@ -79,10 +98,10 @@ def _arms_table(answers: Answers) -> Table:
     timed = any(arm.gain_seconds for arm in answers.arms)
     tuned = {tuple(field for field, _ in arm.values) for arm in answers.arms if arm.values}
     one = len(tuned) == 1 and len(next(iter(tuned))) == 1  # field, which its head names
-    table.add_column("gain in FLOPs", vertical="bottom", no_wrap=True)
+    table.add_column("\ngain in FLOPs", no_wrap=True)
     if timed:
-        table.add_column("gain in seconds", vertical="bottom", no_wrap=True)
-    table.add_column(next(iter(tuned))[0] if one else "tuned", vertical="bottom", overflow="fold")
+        table.add_column("\ngain in seconds", no_wrap=True)
+    table.add_column(f"\n{next(iter(tuned))[0] if one else 'tuned'}", overflow="fold")
     for arm in answers.arms:
         loss = f"{arm.loss.mean:.4f}" if arm.loss else "-"
         ratios = (arm.flops_ratio, arm.blocks_ratio, arm.time_ratio)
@@ -96,14 +115,15 @@ def _arms_table(answers: Answers) -> Table:
 def _budget_table(answers: Answers, budget: str) -> Table:
     table = _table(
         "arm",
-        "baseline's\nsteps",
+        "steps of\nbaseline",
         "pairs",
-        "difference",
+        "differ-\nence",
         "95 % interval",
         "p\n(Holm)",
         "could\nsee",
     )
-    table.add_column("verdict", vertical="bottom")
+    table.padding = 0  # the box has a space of its own between columns; verdicts need room
+    table.add_column("\nverdict")
     for arm in answers.arms[1:]:
         compared = arm.budgets.get(budget)
         if compared is None:
@@ -114,7 +134,7 @@ def _budget_table(answers: Answers, budget: str) -> Table:
             cells = ("0", "-", "-", "-", "-")
         else:
             seen = "-" if difference.detectable is None else f"{difference.detectable:.4f}"
-            p = "-" if compared.corrected is None else f"{compared.corrected:.3f}"
+            p = "-" if compared.corrected is None else p_text(compared.corrected)
             ends = difference.interval
             between = "-" if ends.low is None else f"{ends.low:+.4f} to {ends.high:+.4f}"
             cells = (str(difference.pairs), f"{ends.mean:+.4f}", between, p, seen)
@@ -146,11 +166,13 @@ WHOLE = ("arm", "95 % interval")  # columns whose cells stay on one line
 
 
 def _table(*columns: str) -> Table:
+    """A table of heads of at most two lines; what a cell has no room for goes on below its row."""
     table = Table(box=PLAIN, pad_edge=False, padding=(0, 1, 0, 0))
+    lines = max(name.count("\n") for name in columns)
     for i, name in enumerate(columns):
+        head = "\n" * (lines - name.count("\n")) + name
         justify = "right" if i else "left"
-        whole = name in WHOLE
-        table.add_column(name, justify=justify, vertical="bottom", overflow="fold", no_wrap=whole)
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=name in WHOLE)
     return table
 
 
@@ -159,12 +181,20 @@ def ratio_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+OVER_WINDOWS = (
+    "Over windows (page, --json): the same runs on other held-out text, by a bootstrap of windows.",
+    "Intervals over seeds hold the text fixed, those over windows the runs.",
+)
+
+
 def notes(answers: Answers) -> list[str]:
     """What explains the tables."""
+    compared = [c for arm in answers.arms for c in arm.budgets.values()]
     return [
         "Below 0 the arm is better. Intervals are of 95 %, by Student's t over the seeds.",
         "Could see: the true difference that this number of seeds detects with a chance of 80 %.",
         "Verdicts, p and could see are by the number of arms (Holm), intervals and gains are not.",
+        *(OVER_WINDOWS if any(c.windows for c in compared) else ()),
         "A gain of 1.1: the baseline needs 1.1 times as much for that loss.",
         f"The verdict of the study is that at equal {BUDGETS[answers.decides]}.",
     ]

@@ -284,16 +284,17 @@ def test_a_verdict_stands_in_the_row_of_its_arm_in_100_columns(write_study):
 
 def test_what_a_row_has_no_room_for_goes_on_below_it(write_study):
     name = "an_arm_with_a_name_that_is_longer_than_others"
-    file = write_study(arms={"dense": DENSE, name: {"method": LAYERS}})
+    file = write_study(arms={"dense": DENSE, name: {"method": LAYERS}}, budgets=["tokens"])
     noise = {0: 0.0100, 1: -0.0101, 2: 0.0240}
     runs, _, _, answers = answered(
         file, lambda run: 3.0 + 0.1 * run.seed + noise[run.seed] * (run.arm == name)
     )
     text = answers_text(runs, answers).partition("Below 0")[0]
-    lines = text.partition("At equal FLOPs")[2].splitlines()
-    [row] = [i for i, line in enumerate(lines) if name in line]
-    assert "undecided" in lines[row] and "undecided" not in lines[row - 1]
-    assert "seeds)" in lines[row] + lines[row + 1] + lines[row + 2]
+    table = text.partition("At equal tokens")[2].splitlines()
+    [row] = [i for i, line in enumerate(table) if name[:10] in line]
+    assert table[row].split()[1:7] == ["8", "3", "+0.0080", "-0.0346", "to", "+0.0505"]
+    assert "undecided" in table[row] and "---" in table[row - 1]
+    assert "".join(line.split()[0] for line in table[row:] if line.startswith(" ")).startswith(name)
 
 
 @pytest.mark.parametrize(

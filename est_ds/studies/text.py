@@ -123,6 +123,8 @@ def _budget_table(answers: Answers, budget: str) -> Table:
         "could\nsee",
     )
     table.padding = 0  # the box has a space of its own between columns; verdicts need room
+    for i, column in enumerate(table.columns):
+        column.no_wrap = i > 0  # what has no room for a long name folds it, and not a number
     table.add_column("\nverdict")
     for arm in answers.arms[1:]:
         compared = arm.budgets.get(budget)

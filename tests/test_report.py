@@ -13,6 +13,8 @@ from est_ds.cli import main
 from est_ds.config.run_file import load_run
 from est_ds.data.manifest import read_manifest
 from est_ds.errors import UserError
+from est_ds.report.curves import GUESS, Line, curves_figure
+from est_ds.report.interactive import look
 from est_ds.report.page import write_report
 from est_ds.report.summary import summarise
 from est_ds.report.text import print_summary
@@ -201,6 +203,43 @@ def test_several_runs_stand_on_one_page_over_what_they_cost(tmp_path, capsys):
     seconds = [[pytest.approx(9.0 + 1.0 + 1.2 + 1.1 + 2.0), pytest.approx(sum(STEP_S))]] * 2
     assert plot.button("seconds")[0]["x"] == seconds
     assert len(page.plot("training").traces[0]["y"]) == 10
+
+
+def shown(*curves: list[float]) -> tuple[float, float]:
+    """What of these curves is in sight at first."""
+    lines = [
+        Line(f"{i}", "", look(i), {"tokens": list(range(len(y)))}, y) for i, y in enumerate(curves)
+    ]
+    return curves_figure(lines, ["tokens"], "").layout.yaxis.range
+
+
+FALLING = [10.0, 6.0, 5.0, 4.0, 3.5, 3.3, 3.2, 3.1, 3.05, 3.0]
+
+
+@pytest.mark.parametrize("other", [[8.9, 8.8, 8.7], [9.0], [2.0, 1.0, 0.5]])
+def test_no_run_is_wholly_out_of_sight_at_first(other):
+    for curves in ([FALLING, other], [other, FALLING], [FALLING, FALLING, other]):
+        low, high = shown(*curves)
+        assert all(low < curve[-1] < high for curve in curves)
+        assert high < 10.0
+
+
+@pytest.mark.parametrize("last", [400.0, 1e30, float("inf"), float("nan")])
+def test_a_run_that_diverged_leaves_the_others_readable(last):
+    lost = [10.0, 7.0, 300.0, last]
+    for curves in ([FALLING, lost], [lost, FALLING], [lost, FALLING, lost]):
+        low, high = shown(*curves)
+        assert low < 3.0 and 4.0 < high < GUESS
+
+
+def test_each_of_56_things_looks_its_own():
+    looks = [look(i) for i in range(56)]
+    assert len({(of.colour, of.marker) for of in looks}) == 56
+    for first in range(29):  # lines have no marker where they have many points
+        assert len({(of.colour, of.dash) for of in looks[first : first + 28]}) == 28
+    for one, other in zip(looks, looks[1:]):
+        assert one.colour != other.colour and one.marker != other.marker
+    assert look(None).colour not in {of.colour for of in looks}
 
 
 @pytest.mark.parametrize(

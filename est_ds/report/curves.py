@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,13 @@ from est_ds.report.interactive import COST, NATS, By, Look, OverCosts, line_of, 
 
 # Of a run: what is above the loss at this part of it is not shown at first.
 BEGIN = 0.2
+# Nats: a model that guesses among 268,000 tokens. A run that ends above it has learnt nothing.
+GUESS = 12.5
+SHOWN = (
+    f"At first the plot reaches up to the losses after the first fifth, and to the end of every "
+    f"curve that ends below {GUESS} nats; a run that ends above has diverged. A double click shows "
+    f"all."
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ def curves_figure(lines: Sequence[Line], costs: Sequence[str], ylabel: str) -> g
             legendgroup=line.name,
             showlegend=line.bold,
             mode="lines+markers" if line.bold and len(shown) <= 40 else "lines",
-            marker={"size": 5},
+            marker={"size": 6, "symbol": line.look.marker},
             line=line_of(line.look, 2.4 if line.bold else 0.9),
             opacity=1.0 if line.bold else 0.5,
         )
@@ -56,11 +64,16 @@ def curves_figure(lines: Sequence[Line], costs: Sequence[str], ylabel: str) -> g
 
 
 def _opened(lines: Sequence[Line]) -> tuple[float, float] | None:
-    """What is shown at first: from the lowest loss to where most curves are after a fifth."""
-    bold = [line.y for line in lines if line.bold and len(line.y) > 1]
-    if not bold:
+    """What is shown at first: from the lowest loss to where most curves are after a fifth, and to
+    the end of every one that has not diverged."""
+    bold = [[loss for loss in line.y if math.isfinite(loss)] for line in lines if line.bold]
+    bold = [y for y in bold if y]
+    bold = [y for y in bold if y[-1] <= GUESS] or bold
+    begun = sorted(y[int(BEGIN * len(y))] for y in bold if len(y) > 1)
+    if not begun:
         return None
-    begun = sorted(y[int(BEGIN * len(y))] for y in bold)
-    top, bottom = begun[(len(begun) - 1) // 2], min(min(y) for y in bold)
+    most = begun[(len(begun) - 1) // 2]
+    top = max([most, *(y[-1] for y in bold if y[-1] <= GUESS)])
+    bottom = min(min(y) for y in bold)
     room = 0.06 * (top - bottom)
     return (bottom - room, top + room) if top > bottom else None

@@ -15,6 +15,8 @@ from est_ds.report import frame
 from est_ds.report.figures import PHASE_COLOURS
 from est_ds.report.style import BLACK, GREY
 
+# Beside black; seven of them and eight markers come together again after 56 things.
+COLOURS = (*PHASE_COLOURS, "#882255")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot")
 # Of a line; between more of them nobody sees a difference.
@@ -60,12 +62,15 @@ class Look:
 
 
 def look(index: int | None) -> Look:
-    """That of one of many; None: of what they are compared with, which is black."""
+    """That of one of many; None: of what they are compared with, which is black.
+
+    Of 56 in a row all differ in colour or marker, and of 28 in colour or dash.
+    """
     if index is None:
         return Look(BLACK, "circle", "solid")
-    number = len(PHASE_COLOURS)
+    number = len(COLOURS)
     dash = DASHES[index // number % len(DASHES)]
-    return Look(PHASE_COLOURS[index % number], MARKERS[(1 + index) % len(MARKERS)], dash)
+    return Look(COLOURS[index % number], MARKERS[(1 + index) % len(MARKERS)], dash)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from est_ds.errors import UserError
-from est_ds.report.curves import Line, curves_figure
+from est_ds.report.curves import SHOWN, Line, curves_figure
 from est_ds.report.figures import cumulative, running_median
 from est_ds.report.files import RunFiles, read_run
 from est_ds.report.frame import write_whole
@@ -43,8 +43,7 @@ TRAINING = "Loss of each logged step's subnetwork, as a running median."
 OVER = (
     "FLOPs and seconds are those of the training steps; a branch counts from where it began. "
     "Seconds are as logged: of runs that had other hardware, layouts or neighbours they say "
-    "nothing of the methods. What is above the losses of the first fifth is not shown at first; a "
-    "double click shows it."
+    f"nothing of the methods. {SHOWN}"
 )
 NO_VERDICT = (
     "One run of each says little: seeds differ, learning rates fit one better than another, and "

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from est_ds.report.analyses import analyses
+from est_ds.report.curves import SHOWN
 from est_ds.report.frame import row, write_whole
 from est_ds.report.interactive import figure_html, page, warnings_html, wide_table
 from est_ds.report.text import seconds
@@ -73,8 +74,7 @@ DOWNSTREAM = (
 CURVES = (
     "The full model's held-out loss while it trains; of one that grows, as deep as it was then. "
     "Bold: mean of the seeds; thin: seeds. Only the ends can be compared, since before them the "
-    "learning rate has not decayed, and subnetworks are trained. What is above the losses of the "
-    "first fifth is not shown at first."
+    f"learning rate has not decayed, and subnetworks are trained. {SHOWN}"
 )
 SECONDS = (
     "Seconds are steps times the step time measured in turns, on one machine; within a run they "

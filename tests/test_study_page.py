@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import combinations
 from statistics import fmean
 
 import pytest
@@ -241,6 +243,33 @@ def test_picture_shows_the_differences_and_the_curve(done, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="'.xyz' is no picture format"):
         write_study_figure(snapshot, tmp_path / "study.xyz")
+
+
+def test_names_in_the_picture_lie_on_nothing(done):
+    """Twenty arms that come to nearly the same."""
+    answers = answers_of(done)
+    base, first = answers.arms[:2]
+    arms = [
+        replace(
+            first,
+            name=f"crowded_{i:02d}",
+            flops_ratio=first.flops_ratio + 0.004 * (i % 3),
+            losses={seed: loss + 0.001 * i for seed, loss in first.losses.items()},
+        )
+        for i in range(20)
+    ]
+    crowded = replace(answers, arms=(base, *arms))
+    figure = study_figure(Snapshot(done.runs, crowded, done.results))
+    figure.draw_without_rendering()
+    ends = figure.axes[0]
+    names = [text for text in ends.texts if text.get_text()]
+    assert [text.get_text() for text in names] == [arm.name for arm in arms]
+    boxes = [text.get_window_extent().shrunk(0.98, 0.9) for text in names]
+    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    points = [ends.transData.transform(line.get_xydata()[0]) for line in ends.get_lines()[1:]]
+    assert not [box for box in boxes for point in points if box.contains(*point)]
+    frame = ends.get_window_extent()
+    assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
 
 
 def test_page_that_cannot_be_written_is_one_clear_error(tmp_path):

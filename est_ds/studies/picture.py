@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from est_ds.report import style
+from est_ds.report.labels import Label, place_labels
 from est_ds.report.style import BLACK, BLUE, GREY, ORANGE, RED
 from est_ds.studies.answers import ArmAnswer, Compared
 from est_ds.studies.snapshot import Snapshot
@@ -34,8 +36,9 @@ def study_figure(snapshot: Snapshot) -> Figure:
     compared = _compared(snapshot)
     figure = Figure(figsize=(9.6, max(3.6, 1.2 + 0.2 * len(compared))), layout="constrained")
     ends, differences = figure.subplots(1, 2)
-    _draw_ends(ends, snapshot)
+    labels, curve = _draw_ends(ends, snapshot)
     _draw_differences(differences, snapshot, compared)
+    place_labels(ends, labels, np.array(curve))
     return figure
 
 
@@ -50,14 +53,18 @@ def _compared(snapshot: Snapshot) -> list[tuple[ArmAnswer, Compared]]:
     return sorted(found, key=lambda pair: pair[1].difference.interval.mean)
 
 
-def _draw_ends(axes: Axes, snapshot: Snapshot) -> None:
-    """Every mean over the seeds, of the baseline at several budgets."""
+def _draw_ends(axes: Axes, snapshot: Snapshot) -> tuple[list[Label], list[tuple[float, float]]]:
+    """Every mean over the seeds, of the baseline at several budgets.
+
+    Returns:
+        The names of the arms, which are not written yet, and the points of the baseline.
+    """
     axes.set_title("Loss at the end of a run")
     axes.set_xlabel(f"model FLOPs, over those of {snapshot.baseline.name}")
     axes.set_ylabel("held-out loss, nats a token")
     run = snapshot.run(snapshot.baseline)
     if run is None:
-        return
+        return [], []
     dense = [r for r in snapshot.answers.dense if r.loss is not None]
     by_cost: dict[float, dict[int, float]] = {}
     for result in dense:
@@ -67,22 +74,16 @@ def _draw_ends(axes: Axes, snapshot: Snapshot) -> None:
     curve = [(cost, _mean(losses, shared)) for cost, losses in sorted(by_cost.items())]
     if curve:
         axes.plot(*zip(*curve), color=BLACK, marker="o", ms=3, label=snapshot.baseline.name)
+    labels = []
     for arm in snapshot.answers.arms[1:]:
         if not arm.losses:
             continue
         loss = _mean(arm.losses, shared)
         colour = _colour(arm.budgets.get(snapshot.answers.decides))
         axes.plot(arm.flops_ratio, loss, "o", color=colour, ms=4)
-        axes.annotate(
-            arm.name,
-            (arm.flops_ratio, loss),
-            (4, 2),
-            textcoords="offset points",
-            fontsize=6,
-            color=colour,
-            parse_math=False,
-        )
+        labels.append(Label(arm.name, arm.flops_ratio, loss, colour))
     axes.legend(loc="upper right")
+    return labels, curve
 
 
 def _draw_differences(

@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -28,7 +29,9 @@ class Label:
     colour: str
 
 
-def place_labels(axes: Axes, labels: Sequence[Label], curve: np.ndarray, size: float = 6) -> None:
+def place_labels(
+    figure: Figure, axes: Axes, labels: Sequence[Label], curve: np.ndarray, size: float = 6
+) -> None:
     """Writes names right or left of their points, each as near as it has room.
 
     It keeps them off each other, off all points, the curve and the legend. Call it last, once the
@@ -38,7 +41,6 @@ def place_labels(axes: Axes, labels: Sequence[Label], curve: np.ndarray, size: f
         curve: points of a line, [n, 2].
         size: of the letters, in points.
     """
-    figure = axes.figure
     texts = [_write(axes, label, size) for label in labels]
     figure.draw_without_rendering()  # now the size of everything is known
     frame, to_pixels = axes.get_window_extent(), axes.transData.transform
@@ -80,7 +82,7 @@ def _lead(axes: Axes, label: Label, offset: np.ndarray) -> None:
     line = axes.annotate(
         "",
         (label.x, label.y),
-        offset,
+        tuple(offset),
         textcoords="offset points",
         arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.5, "shrinkA": 0},
     )

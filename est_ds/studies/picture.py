@@ -38,7 +38,7 @@ def study_figure(snapshot: Snapshot) -> Figure:
     ends, differences = figure.subplots(1, 2)
     labels, curve = _draw_ends(ends, snapshot)
     _draw_differences(differences, snapshot, compared)
-    place_labels(ends, labels, np.array(curve))
+    place_labels(figure, ends, labels, np.array(curve))
     return figure
 
 
@@ -92,7 +92,10 @@ def _draw_differences(
     """A row for each arm: seeds, and where there are several their mean with its interval."""
     answers = snapshot.answers
     axes.set_title(f"Difference from {snapshot.baseline.name} at equal {BUDGETS[answers.decides]}")
-    axes.set_xlabel("nats a token, left of 0 the arm is better; 95 % intervals")
+    axes.set_xlabel(
+        "nats a token, left of 0 the arm is better\n"
+        "95 % intervals of each arm alone; verdicts by the number of arms (Holm)"
+    )
     axes.axvline(0.0, color=BLACK, lw=0.8)
     for row, (arm, found) in enumerate(compared):
         pairs = list(snapshot.pairs(arm, found).values())

@@ -94,7 +94,7 @@ def _draw_differences(
     axes.set_title(f"Difference from {snapshot.baseline.name} at equal {BUDGETS[answers.decides]}")
     axes.set_xlabel(
         "nats a token, left of 0 the arm is better\n"
-        "95 % intervals of each arm alone; verdicts by the number of arms (Holm)"
+        "95 % intervals of each arm alone; verdicts corrected (Holm)"
     )
     axes.axvline(0.0, color=BLACK, lw=0.8)
     for row, (arm, found) in enumerate(compared):

@@ -180,19 +180,18 @@ def test_results_on_a_full_disk_have_no_half_line(write_study, monkeypatch):
     assert results.file.read_text() == before
 
 
-def test_time_left_counts_what_is_under_way(write_study, monkeypatch):
-    """Two runs of 8 steps beside each other, of four: one has ended after 10 s, the other is half
-    done. So 12 steps took 10 s, and 20 are left."""
+def test_time_left_is_that_of_runs_under_way_and_to_come(write_study, monkeypatch):
+    """Of four runs of 8 steps, two beside each other, one is done, at .5 s a step, and another one
+    half: 4 and 16 steps are left, and two starts."""
     file = write_study(arms={"dense": DENSE}, seeds=[0, 1, 2, 3], budgets=["tokens"])
-    session = open_study(str(file), Wish())
+    session = open_study(str(file), Wish(jobs=2))
     session.results.begin(session.header)
-    runs, logged = session.todo(), {0: 8, 1: 4}
+    runs = session.todo()
     session.running = [Running(run, None, i, None) for i, run in enumerate(runs[:2])]
-    monkeypatch.setattr(queue, "steps_logged", lambda place: logged[int(place.name[5:])])
-    session.began = time.monotonic() - 10.0
-    session._ended(runs[0])
-    session.results.add(result_of(runs[0], 3.0))
-    assert session._left() == "; about 0:17 left"
+    monkeypatch.setattr(queue, "steps_logged", lambda place: 4)
+    session.results.add(result_of(runs[0], 3.0).model_copy(update={"step_s": 0.5}))
+    left_s = (20 * 0.5 + 2 * START_S) / 2
+    assert session._left() == f"; about 0:{left_s:.0f} left"
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from est_ds.studies.study_file import StudyFile, load_study
 from est_ds.studies.tasks import check_evaluate, scores_of
 from est_ds.studies.text import answers_json, answers_text, times_text, verdicts
 from est_ds.studies.times import known_ratios
-from est_ds.studies.todo import Todo, make_todo, todo_json, todo_text
+from est_ds.studies.todo import Todo, expected_s, make_todo, todo_json, todo_text
 from est_ds.training.progress import clock
 from est_ds.training.time_runs import LIMIT_S
 
@@ -159,9 +159,7 @@ class Session:
     results: Results
     header: Header
     failed: dict[str, tuple[StudyRun, str]] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
     running: list[Running] = field(default_factory=list)
-    ended_flops: float = 0.0  # computed by this call, of the runs that have ended
     _last_beat: float = field(default_factory=time.monotonic)
 
     def wanted(self, guess: bool = False) -> Wanted:
@@ -231,7 +229,6 @@ class Session:
 
     def train(self) -> int:
         """Trains what is not done; 0, or 1 if a run failed, or what a signal asks for."""
-        self.began = time.monotonic()
         watcher = Watcher(self.todo, self._done, self._failed, self._beat)
         with Signals() as signals:
             code = train_all(self.places, watcher, signals)
@@ -239,13 +236,7 @@ class Session:
             self.say("stopped; start it again to go on")
         return code or (1 if self.failed else 0)
 
-    def _ended(self, run: StudyRun) -> None:
-        """Counts what a run has computed that is not under way any more."""
-        self.ended_flops += sum(r.flops[0] for r in self.running if r.run.key == run.key)
-        self.running = [r for r in self.running if r.run.key != run.key]
-
     def _done(self, run: StudyRun, whole: bool) -> None:
-        self._ended(run)
         result = collect(run, self.runs.parameters(run), diverged=not whole)
         if (asked := self.file.study.evaluate) and result.loss is not None:
             try:
@@ -261,7 +252,6 @@ class Session:
         self.say(f"{self._count()} {run.name}: {said}{self._left()}")
 
     def _failed(self, run: StudyRun, why: str) -> None:
-        self._ended(run)
         self.failed[run.key] = (run, why)
         self.say(f"{self._count()} {run.name}: failed: {why}")
 
@@ -275,16 +265,14 @@ class Session:
         return len(self.wanted(guess=True).by_key.keys() & self.results.runs.keys())
 
     def _left(self) -> str:
-        """The time left, by what this call has computed so far, all runs together."""
-        spent, left = self.ended_flops, 0.0
-        for computed, rest in (r.flops for r in self.running):
-            spent, left = spent + computed, left + rest
-        under_way = {r.run.key for r in self.running}
-        left += sum(r.flops.model for r in self.todo(guess=True) if r.key not in under_way)
-        if not left or not spent:
+        """The time left."""
+        begun = [r for r in self.running if r.run.key not in self.results.runs]
+        keys = {r.run.key for r in begun}
+        new = [run for run in self.todo(guess=True) if run.key not in keys]
+        left_s = expected_s(new, self.results, begun=sum(r.left_flops for r in begun))
+        if not left_s:
             return ""
-        spent_s = time.monotonic() - self.began
-        return f"; about {clock(spent_s * left / spent)} left"
+        return f"; about {clock(left_s / len(self.places.environments))} left"
 
     def _beat(self, running: list[Running]) -> None:
         self.running = list(running)

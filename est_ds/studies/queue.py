@@ -127,21 +127,18 @@ class Running:
 
     Attributes:
         place: of `Places.environments`.
-        begun_at: steps that were logged before.
     """
 
     run: StudyRun
     process: subprocess.Popen
     place: int
     log: TextIO
-    begun_at: int = 0
 
     @property
-    def flops(self) -> tuple[float, float]:
-        """What it has computed since it was started, and what is left of it."""
-        done, per_step = steps_logged(Path(self.run.config.run_dir)), self.run.flops.model
-        per_step /= self.run.steps
-        return per_step * max(0, done - self.begun_at), per_step * max(0, self.run.steps - done)
+    def left_flops(self) -> float:
+        """What it has still to compute."""
+        done = steps_logged(Path(self.run.config.run_dir))
+        return self.run.flops.model * max(0, self.run.steps - done) / self.run.steps
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,7 @@ def _start(run: StudyRun, place: int, places: Places) -> Running:
     _wait_for(directory / LOCK)
     command = [sys.executable, "-m", "est_ds.cli", "train", str(directory)]
     command += ["--processes", str(places.processes)]
-    begun_at, log = steps_logged(directory), (directory / LOG).open("a")
+    log = (directory / LOG).open("a")
     process = subprocess.Popen(
         command,
         env={**os.environ, STARTER: str(os.getpid()), **places.environments[place]},
@@ -254,7 +251,7 @@ def _start(run: StudyRun, place: int, places: Places) -> Running:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    return Running(run, process, place, log, begun_at)
+    return Running(run, process, place, log)
 
 
 def _wait_for(lock: Path) -> None:

@@ -55,7 +55,7 @@ class Todo:
 def make_todo(
     runs: Runs, todo: Iterable[StudyRun], results: Results, places: Places, done: int
 ) -> Todo:
-    """Adds up what runs cost: by the step times measured, by the runs that are done, or, where
+    """Adds up what runs cost: by the runs that are done, by the step times measured, or, where
     there are neither, by a few steps of the baseline on this machine.
 
     Args:
@@ -108,25 +108,27 @@ def todo_json(todo: Todo) -> str:
 
 
 def expected_s(
-    todo: Iterable[StudyRun], results: Results, per_flop: float | None = None
+    todo: Iterable[StudyRun], results: Results, per_flop: float | None = None, begun: float = 0.0
 ) -> float | None:
-    """How long runs take one after the other, with their starts: by the step times measured, or
-    by those of the runs that are done, on this device; None where neither are there.
+    """How long runs take one after the other, with their starts, on this device: by the runs that
+    are done, which had the same neighbours, or by the step times measured.
 
     Args:
-        per_flop: seconds, where neither are there.
+        per_flop: seconds, where there are neither; None: then nothing is known.
+        begun: FLOPs that are left of other runs, which have started.
     """
     device = device_name()
-    total, per_flop = 0.0, _s_per_flop(results, device) or per_flop
+    total, done = 0.0, _s_per_flop(results, device)
+    per_flop = done or per_flop
     times = results.times.arms if results.times and results.times.device == device else {}
     for run in todo:
-        if run.arm in times:
+        if done is None and run.arm in times:
             total += run.steps * times[run.arm].step_s + START_S
         elif per_flop is not None:
             total += run.flops.model * per_flop + START_S
         else:
             return None
-    return total
+    return total + begun * (per_flop or 0.0)
 
 
 def _s_per_flop(results: Results, device: str) -> float | None:

@@ -98,7 +98,7 @@ def test_a_pilot_has_an_interval_over_windows_in_json_and_on_the_page(write_stud
     assert (found["seeds"], found["count"]) == ([3], COUNT)
     page = Page(render(Snapshot(runs, answers, results)))
     cell = page.rows()["layers"][page.rows()["arm"].index("over windows")]
-    assert cell == interval_text(interval)
+    assert cell == f"+-{(interval.high - interval.low) / 2:.4f}"
     said = f"over {COUNT} held-out windows: {interval_text(interval)}"
     assert said in page.plot("differences").traces[1]["text"][0]
     assert "Over windows" in page.text and "Over windows" in answers_text(runs, answers)

@@ -34,7 +34,7 @@ CONFIG = {
 STYLE = (
     frame.STYLE
     + """
-body { max-width: 62rem; }
+body { max-width: 66rem; }
 figcaption { margin-top: .4rem; }
 .wide { overflow-x: auto; }
 .rows { width: 100%; font-size: .86rem; }

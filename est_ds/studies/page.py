@@ -27,12 +27,12 @@ from est_ds.studies.text import (
     headline,
     interval_text,
     notes,
+    open_text,
     ratio_text,
     task_cells,
     task_heads,
     values_text,
     verdict_text,
-    windows_text,
 )
 
 FILE = "study.html"
@@ -183,7 +183,7 @@ def _verdict(snapshot: Snapshot, arm: ArmAnswer) -> list[str]:
     decides = arm.budgets.get(snapshot.answers.decides)
     difference = decides.difference if decides else None
     seen_by = difference.detectable if difference else None
-    cells += [windows_text(decides.windows, difference.pairs) if decides and difference else "-"]
+    cells += [open_text(decides.windows, difference.pairs) if decides and difference else "-"]
     cells += ["baseline" if arm is snapshot.baseline else verdict_text(decides)]
     cells += ["-" if seen_by is None else f"{seen_by:.4f}"]
     cells += [gain_text(arm.gain), gain_text(arm.gain_seconds), ratio_text(arm.time_ratio)]

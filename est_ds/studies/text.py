@@ -40,8 +40,19 @@ def windows_text(over: OverWindows | None, pairs: int) -> str:
     """A difference and its interval over held-out windows, and of which seeds where not of all."""
     if over is None:
         return "-"
-    few = "" if len(over.seeds) == pairs else f" (seed {', '.join(map(str, over.seeds))})"
-    return f"{interval_text(over.interval)}{few}"
+    return f"{interval_text(over.interval)}{_few(over, pairs)}"
+
+
+def open_text(over: OverWindows | None, pairs: int) -> str:
+    """Half of an interval over held-out windows, and of which seeds where not of all."""
+    if over is None or over.interval.low is None or over.interval.high is None:
+        return "-"
+    return f"+-{(over.interval.high - over.interval.low) / 2:.4f}{_few(over, pairs)}"
+
+
+def _few(over: OverWindows, pairs: int) -> str:
+    seeds = ", ".join(map(str, over.seeds))
+    return "" if len(over.seeds) == pairs else f" (seed {seeds})"
 
 
 def p_text(p: float) -> str:

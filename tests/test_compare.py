@@ -413,12 +413,6 @@ def test_bad_command_lines_and_results_are_one_clear_error(write_study, tmp_path
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_a_shipped_study_fits(file):
     session = open_study(str(file), Wish(dry_run=True))  # with the seeds that were added
-    committed = session.results
-    assert committed.header is None or committed.runs.keys() <= keys_of(
-        session.runs, committed.losses
+    assert session.results.header is None or (
+        session.results.runs.keys() <= session.wanted().by_key.keys()
     )
-
-
-def keys_of(runs: Runs, losses: dict[str, float]) -> set[str]:
-    """The runs that a study wants, as far as its results choose them."""
-    return set(wanted_runs(runs, Chooser(losses, {})).by_key)

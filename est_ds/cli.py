@@ -18,7 +18,7 @@ from est_ds.errors import Diverged, Failure, UserError
 from est_ds.ranks import preempt
 from est_ds.ranks.world import PORT, World, end_with_starter, launched, meeting_place, say
 from est_ds.reference.verb import add_fields
-from est_ds.report.verb import add_plan
+from est_ds.report.verb import add_plan, add_report
 from est_ds.score.verbs import add_eval, add_finetune, run_eval, run_finetune
 from est_ds.studies.verb import add_compare, add_dropout
 from est_ds.verify_resume.verb import add_verify_resume, run_verify_resume
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(doctor)
     add_compare(verbs.add_parser("compare", help="find out which methods pay: a study of runs"))
     add_dropout(add_analyse(verbs.add_parser("analyse", help=SUMMARY)))
-    _add_report(verbs.add_parser("report", help="draw the page of a run, or of several together"))
+    add_report(verbs.add_parser("report", help="draw the page of a run, or of several together"))
     add_fields(
         verbs.add_parser("fields", help="print what every field of a run or study file means")
     )
@@ -202,18 +202,6 @@ def _add_export(export: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="then put the folder into this repository of the Hub (OWNER/NAME); one that is not "
         "there is made, and private",
-    )
-
-
-def _add_report(report: argparse.ArgumentParser) -> None:
-    report.description = (
-        "Draws the page of a run directory, tables and plots, as report.html in it. Of several it "
-        "draws one page with their curves over tokens, FLOPs and seconds."
-    )
-    report.set_defaults(verb=_report, parser=report)
-    report.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
-    report.add_argument(
-        "--out", metavar="FILE", help="write the page of several runs there (default: report.html)"
     )
 
 
@@ -371,23 +359,6 @@ def _export(parsed: argparse.Namespace, arguments: list[str]) -> None:
     if hub is not None:
         what = f"{Path(config.run_dir).resolve().name} after {done.step:,} steps"
         print(f"pushed to {hub.push(done.folder, what, without=MARK)}")
-
-
-def _report(parsed: argparse.Namespace, arguments: list[str]) -> None:
-    from est_ds.report.page import write_report
-
-    if len(parsed.runs) > 1:
-        from est_ds.report.several import write_several
-
-        print(f"the report is {write_several(parsed.runs, parsed.out or 'report.html')}")
-        return
-    [run] = parsed.runs
-    if parsed.out is not None:
-        raise UserError(
-            f"--out={parsed.out} has no effect on a single run, whose page is report.html in its "
-            f"directory; remove it, or give several runs."
-        )
-    print(f"the report is {write_report(run)}")
 
 
 def _summary(run_dir: str) -> None:

@@ -327,3 +327,11 @@ def test_checkpoint_whose_held_out_loss_is_no_number_is_never_the_best(tmp_path)
         (store.path(step) / INDEX).write_text(index.to_json())
     store.keep(4, Settings(every=1, keep_last=1))
     assert store.named(BEST) == 3 and store.steps() == [3, 4]
+
+
+def test_an_output_without_room_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "est_ds.cli", "fields"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    expected = "est-ds: failed: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, expected)

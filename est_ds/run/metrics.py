@@ -167,13 +167,15 @@ class MetricsFile:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(_finite(entry), allow_nan=False) + "\n"
+    return json.dumps(finite(entry), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+def finite(value: Any) -> Any:
+    """A value as JSON has it, in which there is no NaN and no infinity: None."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from est_ds.report.interactive import new_figure, switch
 from est_ds.report.style import BLUE, RED
-from est_ds.studies.answers import ArmAnswer
+from est_ds.studies.arms import ArmAnswer
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.statistics import Gain
 from est_ds.studies.text import gain_text, interval_text

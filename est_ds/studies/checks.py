@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from est_ds.config.sections import RunConfig
@@ -34,10 +35,10 @@ def check_study(runs: Runs) -> None:
     _check_seeds(runs)
     if "seconds" in file.study.budgets:
         _check_grids(file)
-    values, usual = file.baseline.grid[0], base.config.steps
     try:
         wanted = wanted_runs(runs, Chooser({}, {}, guess=True)).runs
-        for steps in sorted({r.steps for r in wanted if r.arm == file.baseline.name} - {usual}):
+        of_baseline = {r.steps for r in wanted if r.arm == file.baseline.name}
+        for values, steps in product(file.baseline.grid, of_baseline - {base.config.steps}):
             _check_decayed(file.baseline.name, runs.design(file.baseline.name, values, steps))
     except UserError as e:
         raise UserError(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from est_ds.studies.answers import Answers, ArmAnswer
+from est_ds.studies.answers import Answers
+from est_ds.studies.arms import ArmAnswer
 from est_ds.studies.statistics import RankCorrelation, rank_correlation
 
 

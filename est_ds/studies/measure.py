@@ -11,7 +11,7 @@ from typing import TextIO
 import torch
 
 from est_ds.cost.flops import dense_flops
-from est_ds.errors import Failure
+from est_ds.errors import Failure, UserError
 from est_ds.run.step_times import StepTimes
 from est_ds.studies.results import ArmTimes, Times
 from est_ds.studies.runs import Runs
@@ -54,7 +54,8 @@ def try_steps(runs: Runs, processes: int) -> float | None:
         processes: of a run.
 
     Returns:
-        Seconds per model FLOP; None where a step is too long to be tried, or cannot be taken.
+        Seconds per model FLOP; None where a step is too long to be tried, or cannot be taken, as
+        without the corpora.
     """
     name = runs.file.baseline.name
     design = runs.design(name, runs.file.baseline.grid[0])
@@ -65,7 +66,7 @@ def try_steps(runs: Runs, processes: int) -> float | None:
     try:
         with open(os.devnull, "w") as log:
             [times] = measure_runs([_timed(runs, name)], processes, TRY_S, log).values()
-    except Failure:
+    except (UserError, Failure):
         return None
     return median(times.baseline.step_s) / flops
 

@@ -12,7 +12,8 @@ from est_ds.report.frame import row, write_whole
 from est_ds.report.interactive import figure_html, page, warnings_html, wide_table
 from est_ds.report.text import seconds
 from est_ds.studies import plots, run_plots
-from est_ds.studies.answers import Answers, ArmAnswer
+from est_ds.studies.answers import Answers
+from est_ds.studies.arms import ArmAnswer
 from est_ds.studies.boundary_map import boundary_map
 from est_ds.studies.boundary_plot import boundaries
 from est_ds.studies.downstream import downstream, downstream_texts
@@ -24,10 +25,10 @@ from est_ds.studies.text import (
     BUDGETS,
     TASKS,
     gain_text,
+    half_width_text,
     headline,
     interval_text,
     notes,
-    open_text,
     ratio_text,
     task_cells,
     task_heads,
@@ -183,7 +184,7 @@ def _verdict(snapshot: Snapshot, arm: ArmAnswer) -> list[str]:
     decides = arm.budgets.get(snapshot.answers.decides)
     difference = decides.difference if decides else None
     seen_by = difference.detectable if difference else None
-    cells += [open_text(decides.windows, difference.pairs) if decides and difference else "-"]
+    cells += [half_width_text(decides.windows, difference.pairs) if decides and difference else "-"]
     cells += ["baseline" if arm is snapshot.baseline else verdict_text(decides)]
     cells += ["-" if seen_by is None else f"{seen_by:.4f}"]
     cells += [gain_text(arm.gain), gain_text(arm.gain_seconds), ratio_text(arm.time_ratio)]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from est_ds.report import style
 from est_ds.report.labels import Label, place_labels
 from est_ds.report.style import BLACK, BLUE, GREY, ORANGE, RED
-from est_ds.studies.answers import ArmAnswer, Compared
+from est_ds.studies.arms import ArmAnswer, Compared
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.text import BUDGETS
 

@@ -20,7 +20,7 @@ from est_ds.report.interactive import (
     switch,
 )
 from est_ds.report.style import BLACK
-from est_ds.studies.answers import ArmAnswer, Compared
+from est_ds.studies.arms import ArmAnswer, Compared
 from est_ds.studies.snapshot import Snapshot
 from est_ds.studies.statistics import Gain, Interval, t_interval
 from est_ds.studies.text import (

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from est_ds.report.curves import Line, curves_figure
 from est_ds.report.interactive import NATS, line_of, marker_of, new_figure
-from est_ds.studies.answers import ArmAnswer
+from est_ds.studies.arms import ArmAnswer
 from est_ds.studies.plots import LOSS
 from est_ds.studies.results import RunResult
 from est_ds.studies.snapshot import Snapshot

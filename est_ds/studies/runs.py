@@ -76,6 +76,7 @@ class Runs:
     def __init__(self, file: StudyFile) -> None:
         self.file = file
         self.run = cache(self._run)
+        self._design = cache(self._make_design)
         self._flops = cache(self._flops_of)
         self._parameters = cache(self._parameters_of)
         self.timed_key = cache(self._timed_key)
@@ -118,6 +119,9 @@ class Runs:
         Raises:
             UserError: its fields do not fit.
         """
+        return self._design(arm, values, steps)
+
+    def _make_design(self, arm: str, values: Values, steps: int | None) -> Design:
         config = self._config(arm, values, steps, ())
         try:
             return make_design(config)

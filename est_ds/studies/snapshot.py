@@ -10,7 +10,8 @@ import numpy as np
 
 from est_ds.cost.flops import phase_ratios
 from est_ds.report.interactive import Look, look
-from est_ds.studies.answers import Answers, ArmAnswer, Compared
+from est_ds.studies.answers import Answers
+from est_ds.studies.arms import ArmAnswer, Compared
 from est_ds.studies.results import Results, RunResult
 from est_ds.studies.runs import Runs, StudyRun
 from est_ds.studies.times import known_ratios

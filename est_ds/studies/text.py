@@ -9,7 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from est_ds.report.text import PLAIN, rendered
-from est_ds.studies.answers import Answers, ArmAnswer, Compared, finite
+from est_ds.run.metrics import finite
+from est_ds.studies.answers import Answers
+from est_ds.studies.arms import ArmAnswer, Compared
 from est_ds.studies.by_window import OverWindows
 from est_ds.studies.downstream import downstream, downstream_text, downstream_texts
 from est_ds.studies.results import Results, Times
@@ -36,14 +38,12 @@ def interval_text(interval: Interval, sign: str = "+") -> str:
     return f"{text} [{interval.low:{sign}.4f}, {interval.high:{sign}.4f}]"
 
 
-def windows_text(over: OverWindows | None, pairs: int) -> str:
+def windows_text(over: OverWindows, pairs: int) -> str:
     """A difference and its interval over held-out windows, and of which seeds where not of all."""
-    if over is None:
-        return "-"
     return f"{interval_text(over.interval)}{_few(over, pairs)}"
 
 
-def open_text(over: OverWindows | None, pairs: int) -> str:
+def half_width_text(over: OverWindows | None, pairs: int) -> str:
     """Half of an interval over held-out windows, and of which seeds where not of all."""
     if over is None or over.interval.low is None or over.interval.high is None:
         return "-"
@@ -295,7 +295,7 @@ def answers_json(runs: Runs, answers: Answers, results: Results) -> str:
         },
         "warnings": list(answers.warnings),
     }
-    return json.dumps(_plain(document), indent=1, allow_nan=False)
+    return json.dumps(finite(document), indent=1, allow_nan=False)
 
 
 def _arm_json(arm: ArmAnswer) -> dict[str, Any]:
@@ -304,12 +304,3 @@ def _arm_json(arm: ArmAnswer) -> dict[str, Any]:
     values = found.pop("values")
     found["tuned"] = None if values is None else {f: json.loads(v) for f, v in arm.values or ()}
     return found
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity and no number that is none."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return finite(value) if isinstance(value, float) else value

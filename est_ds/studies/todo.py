@@ -11,7 +11,7 @@ from est_ds.report.text import seconds
 from est_ds.studies.measure import try_steps
 from est_ds.studies.queue import Places
 from est_ds.studies.results import Results
-from est_ds.studies.runs import Runs, StudyRun, fingerprints
+from est_ds.studies.runs import Runs, StudyRun
 from est_ds.training.record import device_name
 
 START_S = 20.0  # of a run: the launcher, the imports, the last evaluation
@@ -65,10 +65,8 @@ def make_todo(
     todo, beside = tuple(todo), len(places.environments)
     needed_s = expected_s(todo, results)
     if needed_s is None:
-        per_flop: float | None = S_PER_FLOP
-        if sum(run.flops.model for run in todo) > TINY_FLOPS:
-            is_there = fingerprints(runs.first.config) is not None
-            per_flop = try_steps(runs, places.processes) if is_there else None
+        is_tiny = sum(run.flops.model for run in todo) <= TINY_FLOPS
+        per_flop = S_PER_FLOP if is_tiny else try_steps(runs, places.processes)
         needed_s = expected_s(todo, results, per_flop)
     wall_s = None if needed_s is None else needed_s / beside
     return Todo(str(runs.file.folder), done, todo, beside, wall_s, _disk_bytes(runs, todo, beside))

@@ -14,6 +14,7 @@ from est_ds.studies.study_file import StudyFile
 
 # Of the highest rate of a run; a run that ends above it is not decayed.
 DECAYED = 0.25
+RATE = "optimizer.lr"
 # What must be equal for held-out losses to be comparable.
 SHARED = ("data", "objective", "precision", "evaluate.sequences", "evaluate.choice")
 
@@ -38,7 +39,9 @@ def check_study(runs: Runs) -> None:
     try:
         wanted = wanted_runs(runs, Chooser({}, {}, guess=True)).runs
         of_baseline = {r.steps for r in wanted if r.arm == file.baseline.name}
-        for values, steps in product(file.baseline.grid, of_baseline - {base.config.steps}):
+        # Whether a rate decays does not depend on how high it is.
+        grid = {tuple(pair for pair in v if pair[0] != RATE): v for v in file.baseline.grid[::-1]}
+        for values, steps in product(grid.values(), of_baseline - {base.config.steps}):
             _check_decayed(file.baseline.name, runs.design(file.baseline.name, values, steps))
     except UserError as e:
         raise UserError(

@@ -24,9 +24,10 @@ from est_ds.studies import queue
 from est_ds.studies.collect import collect
 from est_ds.studies.compare import Wish, open_study
 from est_ds.studies.queue import Places, Running, Watcher, on_gpus, train_all
-from est_ds.studies.results import read_results
-from est_ds.studies.runs import StudyRun, key_of
-from est_ds.studies.todo import START_S
+from est_ds.studies.results import Results, read_results
+from est_ds.studies.runs import Runs, StudyRun, key_of
+from est_ds.studies.study_file import load_study
+from est_ds.studies.todo import START_S, expected_s
 from made_studies import DENSE, HALF_LAYERS, LAYERS, answered, dense_loss, result_of
 from namespaces import wait_until
 
@@ -148,6 +149,25 @@ def test_time_left_is_that_of_runs_under_way_and_to_come(write_study, monkeypatc
     session.results.add(result_of(runs[0], 3.0).model_copy(update={"step_s": 0.5}))
     left_s = (20 * 0.5 + 2 * START_S) / 2
     assert session._left() == f"; about 0:{left_s:.0f} left"
+
+
+def test_runs_take_as_long_as_the_latest_one_of_their_arm(write_study):
+    """Dense's first run had a busy machine, its second one .25 s a step; half of the layers take
+    .75 s; the third arm has no run, and takes the middle of the two a FLOP."""
+    arms = {"dense": DENSE, "half": {"method": HALF_LAYERS}, "new": DENSE}
+    file = write_study(arms=arms, seeds=[0, 1, 2], budgets=["tokens"])
+    runs = Runs(load_study(file))
+    results = Results(file)
+    for arm, seed, step_s in (("dense", 0, 8.0), ("half", 0, 0.75), ("dense", 1, 0.25)):
+        found = result_of(runs.run(arm, seed, ()), 3.0)
+        results.runs[found.run] = found.model_copy(update={"step_s": step_s})
+    dense, half, new = (runs.run(arm, 2, ()) for arm in arms)
+    dense_s, half_s = 8 * 0.25, 8 * 0.75
+    new_s = new.flops.model * (dense_s / dense.flops.model + half_s / half.flops.model) / 2
+    for run, seconds in ((dense, dense_s), (half, half_s), (new, new_s)):
+        assert expected_s([run], results) == pytest.approx(seconds + START_S)
+    left_s = expected_s([dense], results, begun=[(half, 0.25)])
+    assert left_s == pytest.approx(dense_s + 0.25 * half_s + START_S)
 
 
 @pytest.mark.slow

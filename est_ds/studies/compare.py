@@ -269,7 +269,7 @@ class Session:
         begun = [r for r in self.running if r.run.key not in self.results.runs]
         keys = {r.run.key for r in begun}
         new = [run for run in self.todo(guess=True) if run.key not in keys]
-        left_s = expected_s(new, self.results, begun=sum(r.left_flops for r in begun))
+        left_s = expected_s(new, self.results, begun=[(r.run, r.left) for r in begun])
         if not left_s:
             return ""
         return f"; about {clock(left_s / len(self.places.environments))} left"

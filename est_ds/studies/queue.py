@@ -135,10 +135,10 @@ class Running:
     log: TextIO
 
     @property
-    def left_flops(self) -> float:
-        """What it has still to compute."""
+    def left(self) -> float:
+        """The share of its steps that it has still to train."""
         done = steps_logged(Path(self.run.config.run_dir))
-        return self.run.flops.model * max(0, self.run.steps - done) / self.run.steps
+        return max(0, self.run.steps - done) / self.run.steps
 
 
 @dataclass(frozen=True)

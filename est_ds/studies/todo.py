@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from est_ds.report.text import seconds
@@ -106,32 +107,41 @@ def todo_json(todo: Todo) -> str:
 
 
 def expected_s(
-    todo: Iterable[StudyRun], results: Results, per_flop: float | None = None, begun: float = 0.0
+    todo: Iterable[StudyRun],
+    results: Results,
+    per_flop: float | None = None,
+    begun: Iterable[tuple[StudyRun, float]] = (),
 ) -> float | None:
     """How long runs take one after the other, with their starts, on this device: by the runs that
     are done, which had the same neighbours, or by the step times measured.
 
     Args:
         per_flop: seconds, where there are neither; None: then nothing is known.
-        begun: FLOPs that are left of other runs, which have started.
+        begun: runs that have started, with the share that is left of each.
     """
     device = device_name()
-    total, done = 0.0, _s_per_flop(results, device)
-    per_flop = done or per_flop
+    rates = _s_per_flop(results, device)
+    usual = median(rates.values()) if rates else per_flop
     times = results.times.arms if results.times and results.times.device == device else {}
-    for run in todo:
-        if done is None and run.arm in times:
-            total += run.steps * times[run.arm].step_s + START_S
-        elif per_flop is not None:
-            total += run.flops.model * per_flop + START_S
+    total = 0.0
+    to_start = [(run, 1.0) for run in todo]
+    for run, left in (*to_start, *begun):
+        if not rates and run.arm in times:
+            total += left * run.steps * times[run.arm].step_s
+        elif usual is not None:
+            total += left * run.flops.model * rates.get(run.arm, usual)
         else:
             return None
-    return total + begun * (per_flop or 0.0)
+    return total + START_S * len(to_start)
 
 
-def _s_per_flop(results: Results, device: str) -> float | None:
-    done = [r for r in results.runs.values() if r.step_s is not None and r.device == device]
-    return sum(r.steps * r.step_s for r in done) / sum(r.flops for r in done) if done else None
+def _s_per_flop(results: Results, device: str) -> dict[str, float]:
+    """Of the latest run of every arm: the machine may have been busier before."""
+    return {
+        run.arm: run.steps * run.step_s / run.flops
+        for run in results.runs.values()
+        if run.step_s is not None and run.device == device
+    }
 
 
 def _disk_bytes(runs: Runs, todo: Iterable[StudyRun], places: int) -> float:

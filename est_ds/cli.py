@@ -24,7 +24,7 @@ from est_ds.studies.verb import add_compare, add_dropout
 from est_ds.verify_resume.verb import add_verify_resume, run_verify_resume
 
 if TYPE_CHECKING:
-    from est_ds.config.sections import RunConfig
+    from est_ds.config.run_config import RunConfig
 
 
 # No fault of the program, whatever it was about to write.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
 from est_ds.config.published import FROM
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.known_models import ModelFacts, known_model
 from est_ds.cost.parameters import pipe_stage_parameters
 from est_ds.cost.pipe_cuts import pipe_cuts

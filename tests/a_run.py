@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cases.tiny import TINY_MODEL
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.manifest import Manifest, manifest_path
 from est_ds.run.directory import write_config
 from est_ds.run.metrics import MetricsFile

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cases.families import OBJECTIVES
 from cases.memory import CASES, MemoryCase, run_of
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import checked
 from est_ds.cost.memory import memory_of_pipe_stage
 from est_ds.design import Design, make_design

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels
 from est_ds.plans.lr import learning_rate

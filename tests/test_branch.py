@@ -18,8 +18,8 @@ from est_ds.checkpoints import first
 from est_ds.checkpoints.index import read_index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import Store
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.data.order import positions
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method

@@ -10,8 +10,8 @@ import yaml
 from a_study import make_study
 from cases.tiny import make_config
 from conftest import ROOT, refused
+from est_ds.config.run_config import RunConfig, steps_of_tokens
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig, steps_of_tokens
 from est_ds.config.strict import checked
 from est_ds.design import make_design
 from est_ds.errors import UserError

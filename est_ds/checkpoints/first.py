@@ -14,7 +14,7 @@ from est_ds.checkpoints import index
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import file_damage
 from est_ds.checkpoints.store import Store
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.disk import hold, replace_text, sync_file, sync_folder
 from est_ds.errors import UserError
 from est_ds.run.directory import LOCK, write_config

@@ -16,8 +16,8 @@ from est_ds.checkpoints.bucket import BESIDE, FIELD, Bucket
 from est_ds.checkpoints.index import FILE, Index
 from est_ds.checkpoints.resume import choose_checkpoint
 from est_ds.checkpoints.store import Store, tag_of
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.config.strict import checked
 from est_ds.data.remote import RemoteError, RemoteMissing, persistent
 from est_ds.disk import File, describe, replace_bytes, replace_text, sync_folder

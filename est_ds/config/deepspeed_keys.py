@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.errors import UserError, did_you_mean
 
 # Keys of `deepspeed:` that est_ds owns, and the field to use instead.

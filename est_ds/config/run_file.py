@@ -11,7 +11,8 @@ from typing import Any
 from est_ds.config import presets
 from est_ds.config.kinds import is_url
 from est_ds.config.published import CONFIG, FROM, SHA256, anchored, of_training, with_weights
-from est_ds.config.sections import AUTO, RunConfig
+from est_ds.config.run_config import RunConfig
+from est_ds.config.sections import AUTO
 from est_ds.config.strict import checked
 from est_ds.config.yaml12 import MAX_DEPTH, parse, read_mapping
 from est_ds.errors import UserError, without_keys

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.documents import by_document, of_weights, window_of
 from est_ds.cost.flops import StepSize
 from est_ds.cost.state_space import kept_bytes, kept_of_scan

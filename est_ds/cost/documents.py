@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.plans.shape import Attention, ModelShape
 
 DEFAULT_WINDOW = {"mistral": 4096}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.activations import Kept, Setting, activations
 from est_ds.cost.flops import StepSize, kept_weights, part_weights
 from est_ds.cost.states import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 
 LEAST = 4  # micro-batches for every pipe stage that are kept, since fewer leave it waiting
 

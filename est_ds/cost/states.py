@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from est_ds.config.deepspeed_keys import reduces_flat, steps_in_place
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at once without ZeRO
 # Temporaries of an element in a step with `inactive: freeze`, five numbers and a truth value, and

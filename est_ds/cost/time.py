@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from est_ds.config.deepspeed_keys import reduces_flat
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.flops import StepSize, flops_by_layer, gradient_share, step_flops
 from est_ds.cost.gpus import LINK_SHARE, Gpu
 from est_ds.cost.parameters import PieceSize, layer_parameters, pipe_stage_pieces, total_parameters

@@ -20,8 +20,8 @@ import torch
 
 import est_ds
 from est_ds.config.kinds import is_url
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.cost.parameters import total_parameters
 from est_ds.data.indexed import Corpus
 from est_ds.design import make_design

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.documents import by_document
 from est_ds.data.loader import Inputs, Portion
 from est_ds.data.objectives.loss import Labels

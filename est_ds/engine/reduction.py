@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from est_ds.config.deepspeed_keys import reduces_flat, steps_in_place
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.slicing.leaf import KeptUnits
 
 ROW = 256  # elements whose squares are added in float32

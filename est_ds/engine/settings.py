@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from est_ds.config.deepspeed_keys import reduces_flat
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.errors import UserError
 
 NEEDS_GPU = ("zero_quantized_gradients", "zero_quantized_weights")

@@ -15,7 +15,7 @@ from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.reader import Checkpoint, damage
 from est_ds.checkpoints.store import LATEST, Store
 from est_ds.checkpoints.weights import whole_weights, with_weights
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.encoders import Encoder, load_encoder
 from est_ds.data.loader import Windows
 from est_ds.design import Design, make_design

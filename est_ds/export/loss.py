@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from est_ds.checkpoints.index import Index
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import checked
 from est_ds.data.loader import Portion, Windows
 from est_ds.data.objectives.loss import IGNORED

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.errors import UserError
 from est_ds.launch import hosts
 from est_ds.ranks.world import PORT

@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 
 from est_ds.checkpoints.store import Store
-from est_ds.config.sections import Batch, RunConfig
+from est_ds.config.run_config import RunConfig
+from est_ds.config.sections import Batch
 from est_ds.errors import UserError
 from est_ds.launch import launcher, ssh
 from est_ds.launch.placement import Launch

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from est_ds.config.meanings import about, described
 from est_ds.config.published import FROM, SHA256
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import SECTIONS
-from est_ds.config.sections import RunConfig
 from est_ds.config.strict import Strict
 from est_ds.data.objectives import OBJECTIVES
 from est_ds.plans.methods import METHODS

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from est_ds.config.meanings import about
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.errors import UserError, did_you_mean
 from est_ds.reference.schema import Schemas, section_about
 from est_ds.studies.study_file import Study

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.flops import dense_flops, phase_ratios, saved
 from est_ds.cost.parameters import total_parameters
 from est_ds.design import Outline, make_outline

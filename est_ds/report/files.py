@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import computes_everything
 from est_ds.design import make_outline
 from est_ds.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from est_ds.config.deepspeed_keys import check_deepspeed_section
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.cost.gpus import Gpu
 from est_ds.cost.micro_batches import divisors
 from est_ds.cost.time import RunTime, estimated

@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from est_ds.config.published import FROM, SHA256
-from est_ds.config.sections import AUTO, RunConfig
+from est_ds.config.run_config import RunConfig
+from est_ds.config.sections import AUTO
 from est_ds.config.start import Start
 from est_ds.cost.gpus import Gpu
 from est_ds.cost.pipe_cuts import bubble, imbalance, pipe_stage_costs

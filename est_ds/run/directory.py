@@ -10,8 +10,8 @@ from typing import Any, TextIO
 
 from est_ds.config.corpora import Data
 from est_ds.config.kinds import absolute
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.disk import hold, replace_text
 from est_ds.errors import UserError
 from est_ds.run.metrics import FILE, read_metrics

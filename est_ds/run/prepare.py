@@ -9,7 +9,7 @@ from pathlib import Path
 
 from est_ds.config.kinds import is_url
 from est_ds.config.published import FROM, folder_of, has_begun
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.auto_tokenizer import check_same_tokenizer
 from est_ds.data.indexed import Corpus
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling, Windows

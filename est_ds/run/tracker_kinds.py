@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import est_ds
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.engine.events import hide_after
 from est_ds.errors import UserError, how_to_install
 from est_ds.plans.phases import Phase

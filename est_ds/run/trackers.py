@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import Stored
 from est_ds.errors import error_line
 from est_ds.plans.methods.base import Method

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.encoders import load_encoder
 from est_ds.design import make_design
 from est_ds.errors import UserError

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.encoders import load_encoder
 from est_ds.design import Design, make_design
 from est_ds.errors import Failure, UserError

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import nn
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import checked
 from est_ds.errors import Failure, UserError
 from est_ds.export.loss import where_there_is_room, window_losses

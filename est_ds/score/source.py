@@ -16,7 +16,7 @@ from torch import nn
 
 from est_ds.checkpoints.index import Damaged, Index, read_index
 from est_ds.checkpoints.store import Store
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.data.loader import Windows
 from est_ds.design import Design, make_design
 from est_ds.disk import hold

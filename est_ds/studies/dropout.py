@@ -28,8 +28,8 @@ from est_ds.analysis.dropout import (
 from est_ds.analysis.output import check_folder, of_run
 from est_ds.analysis.subject import Wanted, open_weights
 from est_ds.checkpoints.store import LATEST, Store
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.data.loader import Portion
 from est_ds.design import Design, make_design
 from est_ds.errors import UserError

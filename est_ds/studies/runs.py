@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.cost.flops import Flops, dense_flops, saved
 from est_ds.cost.parameters import total_parameters
 from est_ds.data.indexed import Corpus

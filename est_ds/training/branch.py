@@ -10,8 +10,8 @@ from est_ds.checkpoints.first import First, begin_run, check_unused
 from est_ds.checkpoints.index import Damaged, Index, read_index
 from est_ds.checkpoints.state import Seen, State
 from est_ds.checkpoints.store import Store
+from est_ds.config.run_config import RunConfig, steps_of_tokens
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig, steps_of_tokens
 from est_ds.config.start import Start
 from est_ds.config.strict import checked
 from est_ds.design import Design, make_design

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from est_ds.config.kinds import is_url
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.start import Reading
 from est_ds.data.manifest import read_manifest
 from est_ds.data.mixture import Mixture

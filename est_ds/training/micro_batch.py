@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 import psutil
 import torch
 
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_of_run
 from est_ds.cost.micro_batches import micro_batches
 from est_ds.design import make_outline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from est_ds.checkpoints.index import Index
 from est_ds.checkpoints.state import Next, State
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import checked
 from est_ds.design import corpus_weights
 from est_ds.errors import UserError

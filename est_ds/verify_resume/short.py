@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import checked
 from est_ds.design import make_design
 from est_ds.errors import UserError

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from est_ds.checkpoints.store import LATEST, Store
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import Checkpoint, RunConfig
+from est_ds.config.sections import Checkpoint
 from est_ds.design import make_design
 from est_ds.errors import Failure, UserError
 from est_ds.launch.launcher import launch

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 from est_ds.config.strict import checked
 from est_ds.errors import UserError
 from est_ds.plans.methods import build_method

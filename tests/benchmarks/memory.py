@@ -21,8 +21,8 @@ import torch
 from common import run_script, zero_engine
 
 from est_ds.config.arguments import positive
+from est_ds.config.run_config import RunConfig
 from est_ds.config.run_file import load_run
-from est_ds.config.sections import RunConfig
 from est_ds.cost.memory import memory_of_phase
 from est_ds.design import make_design
 from est_ds.report.plan_memory import subject_of

@@ -1,6 +1,6 @@
 """The smallest run that has everything: phases, pipe stages, replicas, checkpoints."""
 
-from est_ds.config.sections import RunConfig
+from est_ds.config.run_config import RunConfig
 
 TINY_MODEL = {
     "model_type": "llama",

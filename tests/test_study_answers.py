@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from est_ds.studies.answers import answer
 from est_ds.studies.runs import Chooser, Runs, StudyRun, wanted_runs
@@ -158,6 +158,27 @@ def test_a_baseline_that_is_better_after_fewer_steps_is_told(write_study, tmp_pa
     assert told[0].endswith("Better than its best with each seed: better")
     falling = write_study(study_dir=str(tmp_path / "falling"), dense_curve=[0.5, 1.0])
     assert not [w for w in answered(falling, dense_loss)[3].warnings if "better after" in w]
+
+
+def test_a_baseline_that_its_curve_misses_says_how_far_a_gain_is_off(write_study, tmp_path):
+    arms = {"dense": DENSE, "half": {"method": HALF_LAYERS}}
+    wanted = {"arms": arms, "seeds": [0], "dense_curve": [0.25, 0.5, 0.75, 1.0], "intervals": False}
+
+    def loss(run: StudyRun) -> float:
+        return dense_loss(run) + 0.05 * (run.arm == "dense" and run.steps == 4)
+
+    _, _, _, answers = answered(write_study(**wanted), loss)
+    curve = answers.curves[0]
+    own = [
+        optimize.brentq(lambda cost: curve.loss(cost) - run.loss, run.flops / 9, 9 * run.flops)
+        / run.flops
+        for run in answers.dense
+    ]
+    assert len(own) >= 4 and min(own) < 0.98 and max(own) > 1.02
+    shown = f"{min(own):.2f} to {max(own):.2f}"
+    assert [w for w in answers.warnings if "own runs" in w and f"have gains of {shown}:" in w]
+    smooth = write_study(study_dir=str(tmp_path / "smooth"), **wanted)
+    assert not [w for w in answered(smooth, dense_loss)[3].warnings if "own runs" in w]
 
 
 def test_an_arm_of_the_baselines_own_config_makes_no_difference_on_a_busy_machine(write_study):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -11,6 +12,8 @@ from est_ds.studies.results import RunResult
 from est_ds.studies.statistics import Curve
 from est_ds.studies.study_file import Values
 from est_ds.studies.tasks import unasked
+
+WELL_FITTED = 0.02  # the part by which gains of the baseline's own runs may differ from 1, unsaid
 
 
 def cautions(
@@ -71,10 +74,24 @@ def _of_windows(found: Found, arms: list[ArmAnswer]) -> list[str]:
 def _of_curves(
     wanted: Sequence[float], curves: Mapping[int, Curve], dense: list[RunResult]
 ) -> list[str]:
-    """Why there is no gain though one was asked for."""
-    budgets = len({r.steps for r in dense})
-    if not wanted or curves or not dense:
+    """Why there is no gain though one was asked for, or how far one of a single seed may be off: as
+    far as those of the baseline's own runs, which are 1 where the curve goes through them."""
+    if not wanted or not dense:
         return []
+    if curves:
+        own = [
+            curves[r.seed].cost_beyond(r.loss) / r.flops
+            for r in dense
+            if r.seed in curves and r.loss is not None
+        ]
+        if max(own) <= 1 + WELL_FITTED and min(own) >= 1 - WELL_FITTED:
+            return []
+        most = "infinity" if math.isinf(max(own)) else f"{max(own):.2f}"
+        return [
+            f"the baseline's own runs, read on the curves through them, have gains of "
+            f"{min(own):.2f} to {most}: between these the gain of one seed says nothing"
+        ]
+    budgets = len({r.steps for r in dense})
     return [
         f"no gain: no curve fits the baseline's runs of {budgets} budgets (it takes three, whose "
         f"loss falls)"

@@ -260,6 +260,12 @@ class Curve:
             return math.inf
         if loss > most * (1 + ROUNDING):
             return 0.0
+        return self.cost_beyond(loss)
+
+    def cost_beyond(self, loss: float) -> float:
+        """As `cost`; beyond the costs of the fit it is a guess, infinite of no more than E."""
+        if loss <= self.floor:
+            return math.inf
         return self.unit * ((loss - self.floor) / self.scale) ** (-1 / self.exponent)
 
 

@@ -127,7 +127,7 @@ def test_plan_of_7b_parameters_takes_seconds_and_no_memory():
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from est_ds.config.sections import RunConfig\n"
+        "from est_ds.config.run_config import RunConfig\n"
         "from est_ds.report.plan_text import plan_report\n"
         "config = RunConfig.model_validate_json(sys.argv[1])\n"
         "start = time.process_time()\n"

@@ -153,9 +153,12 @@ class Started:
         """Its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it still runs.
+            AssertionError: it still runs; with what it said.
         """
-        return self.process.wait(limit_s)
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {limit_s} s:\n{self.text}") from None
 
     def notify(self, number: signal.Signals) -> None:
         """Signals the command itself; the process is nsenter, which entered the host for it."""

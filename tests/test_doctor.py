@@ -95,7 +95,7 @@ def test_doctor_of_this_machine_ends_0_and_of_a_broken_run_2(tiny_run, tmp_path)
 
 
 def record(done, **more):
-    return Record(done, "training", pid=1, parent=1, **more)
+    return Record(done, "training", **more)
 
 
 def test_verdict_names_the_process_that_does_not_answer():

@@ -107,7 +107,7 @@ def test_stopped_process_ends_all_within_the_limit_and_is_named(host, named, job
     started = job.begin()
     signal_all(job.cluster.hosts[host].ranks()[:1], signal.SIGSTOP)
     said = (f"no progress for {LIMIT_S} s", named)
-    assert_failed(started, job, 3 * LIMIT_S + 15, f"{named} stopped", *said)
+    assert_failed(started, job, LIMIT_S + 20, f"{named} stopped", *said)
 
 
 @pytest.mark.slow

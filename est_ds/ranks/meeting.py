@@ -48,7 +48,7 @@ class Meeting:
     Attributes:
         host: this process's.
         first_host: rank 0's.
-        near: the ranks on this host.
+        near: the ranks on this host, with the process of each.
         addresses: of a few ranks, each the one on the way to rank 0; none is the loopback's.
     """
 
@@ -57,7 +57,7 @@ class Meeting:
     token: str
     host: str
     first_host: str
-    near: tuple[int, ...]
+    near: Mapping[int, int]
     addresses: tuple[str, ...] = ()
 
     def connect(self) -> dist.Store:
@@ -96,7 +96,7 @@ def meet(
     if reached:
         reached(store)
     own, host = own_address(address), host_name()
-    mine = {"host": host, "address": own, "versions": comparable_versions()}
+    mine = {"host": host, "address": own, "versions": comparable_versions(), "pid": os.getpid()}
     try:
         token = store.get(TOKEN).decode()
         store.set(_key(world.rank), json.dumps(mine))
@@ -113,7 +113,8 @@ def meet(
             f"rank 0 at {address}:{port} ended before all processes had come; see its output."
         ) from None
     addresses = tuple(record["addresses"])
-    return Meeting(store, store.port, token, host, record["host"], tuple(near), addresses)
+    near = {int(rank): pid for rank, pid in near.items()}
+    return Meeting(store, store.port, token, host, record["host"], near, addresses)
 
 
 def host_name() -> str:
@@ -266,11 +267,11 @@ def _gather(store: dist.Store, size: int, deadline: float, limit_s: float) -> di
         record = {"differ": _difference(hosts, [theirs["versions"] for theirs in everyone])}
         if not record["differ"]:
             record = {"host": hosts[0], "addresses": _away(everyone)}
-            near: dict[str, list[int]] = {}
-            for rank, host in enumerate(hosts):
-                near.setdefault(host, []).append(rank)
-            for host, ranks in near.items():
-                store.set(_near_key(host), json.dumps(ranks))
+            near: dict[str, dict[int, int]] = {}
+            for rank, theirs in enumerate(everyone):
+                near.setdefault(theirs["host"], {})[rank] = theirs["pid"]
+            for host, processes in near.items():
+                store.set(_near_key(host), json.dumps(processes))
     store.set(RECORD, json.dumps(record))
     return record
 

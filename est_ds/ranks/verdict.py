@@ -32,13 +32,10 @@ class Record:
         doing: starting, training, evaluating or saving.
         where: the source line where its main thread is; None while it waits for other processes.
         error: what it failed of; None while it runs, or if only a connection broke.
-        pid, parent: of the process, on its host.
     """
 
     done: int
     doing: str
-    pid: int
-    parent: int
     where: str | None = None
     error: str | None = None
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Container
 from contextlib import suppress
 from types import TracebackType
 
+import psutil
 import torch.distributed as dist
 
 from est_ds.errors import Failure, LocalFailure, UserError
@@ -122,7 +123,7 @@ class Watchdog:
     def _record(self, error: str | None = None) -> Record:
         # If it concludes itself, it failed, or waited for others when a connection broke.
         where = where_main_is(self._main) if threading.get_ident() != self._main else None
-        return Record(self._done, self._doing, os.getpid(), os.getppid(), where, error)
+        return Record(self._done, self._doing, where, error)
 
     def _conclude(self, reason: str, error: str | None = None) -> None:
         """Gathers what all are at, says it, and ends this process."""
@@ -138,7 +139,7 @@ class Watchdog:
             if self._speaks(list(reports)):
                 with suppress(OSError):  # nobody reads it any more
                     print(self._said(reason, dict(reports)), file=sys.stderr, flush=True)
-            self._kill_stopped_neighbours(reports)
+            self._kill_neighbours(self._missing(reports))
             if self._world.is_first:
                 time.sleep(2 * self._look_every_s)  # the others read from the store until then
             sys.stdout.flush()
@@ -153,15 +154,19 @@ class Watchdog:
         """The verdict; of what is known here, where nobody has left one."""
         if self._text is not None:
             return self._text
-        missing = [rank for rank in self._meeting.near if rank not in reports]
-        if self._lost:
-            missing = [0]  # of the others nothing is known
         hosts = {0: self._meeting.first_host} | dict.fromkeys(self._meeting.near, self._host)
 
         def host_of(rank: int) -> str:
             return hosts.get(rank, "its host")
 
+        missing = self._missing(reports)
         return verdict(self._alarm or reason, host_of, reports, missing, self._last)
+
+    def _missing(self, reports: Container[int]) -> list[int]:
+        """The ranks that do not answer, of those of which this process knows."""
+        if self._lost:  # of the others nothing is known
+            return [] if self._world.is_first else [0]
+        return [rank for rank in self._meeting.near if rank not in reports]
 
     def _speaks(self, answering: list[int]) -> bool:
         """Whether this is the process of its host that says what all know."""
@@ -183,7 +188,7 @@ class Watchdog:
                 reports |= board.reports([rank for rank in of if rank not in reports])
                 time.sleep(0.2)
             missing = [rank for rank in of if rank not in reports]
-            self._last |= board.beats([*missing[:SHOWN], *self._near_of(missing)])
+            self._last |= board.beats(missing[:SHOWN])
             self._alarm = board.alarm()
             if gathers:
                 self._text = verdict(
@@ -195,18 +200,13 @@ class Watchdog:
         except (OSError, dist.DistError):
             self._lost = self._text is None
 
-    def _near_of(self, ranks: list[int]) -> list[int]:
-        return [rank for rank in ranks if rank in self._meeting.near]
-
-    def _kill_stopped_neighbours(self, reports: dict[int, Record]) -> None:
-        """Ends processes of the same launcher that do not answer: it waits 30 s before it does."""
-        for rank in self._near_of([*self._last]):
-            record = self._last[rank]
-            if record.parent == os.getppid() and rank not in reports:
-                try:
-                    os.kill(record.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+    def _kill_neighbours(self, ranks: list[int]) -> None:
+        """Ends those of the same launcher, which waits 30 s before it does."""
+        for rank in ranks:
+            with suppress(KeyError, psutil.Error):  # on another host, or it has ended
+                process = psutil.Process(self._meeting.near[rank])
+                if process.ppid() == os.getppid():
+                    process.kill()
 
 
 class _Board:

@@ -34,6 +34,7 @@ def cautions(
         *_of_windows(found, arms[1:]),
         *unasked(study.evaluate, found.done),
         *_of_curves(study.dense_curve, curves, dense),
+        *_of_fits(curves, dense),
         *_of_shorter(found, dense, names),
     )
 
@@ -74,27 +75,30 @@ def _of_windows(found: Found, arms: list[ArmAnswer]) -> list[str]:
 def _of_curves(
     wanted: Sequence[float], curves: Mapping[int, Curve], dense: list[RunResult]
 ) -> list[str]:
-    """Why there is no gain though one was asked for, or how far one of a single seed may be off: as
-    far as those of the baseline's own runs, which are 1 where the curve goes through them."""
-    if not wanted or not dense:
-        return []
-    if curves:
-        own = [
-            curves[r.seed].cost_beyond(r.loss) / r.flops
-            for r in dense
-            if r.seed in curves and r.loss is not None
-        ]
-        if max(own) <= 1 + WELL_FITTED and min(own) >= 1 - WELL_FITTED:
-            return []
-        most = "infinity" if math.isinf(max(own)) else f"{max(own):.2f}"
-        return [
-            f"the baseline's own runs, read on the curves through them, have gains of "
-            f"{min(own):.2f} to {most}: between these the gain of one seed says nothing"
-        ]
+    """Why there is no gain though one was asked for."""
     budgets = len({r.steps for r in dense})
+    if not wanted or curves or not dense:
+        return []
     return [
         f"no gain: no curve fits the baseline's runs of {budgets} budgets (it takes three, whose "
         f"loss falls)"
+    ]
+
+
+def _of_fits(curves: Mapping[int, Curve], dense: list[RunResult]) -> list[str]:
+    """How far the gain of a single seed may be off: as far as those of the baseline's own runs,
+    which are 1 where the curve goes through them."""
+    own = [
+        curves[r.seed].cost_beyond(r.loss) / r.flops
+        for r in dense
+        if r.seed in curves and r.loss is not None
+    ]
+    if all(abs(gain - 1) <= WELL_FITTED for gain in own):
+        return []
+    most = "infinity" if math.isinf(max(own)) else f"{max(own):.2f}"
+    return [
+        f"the baseline's own runs, read on the curves through them, have gains of {min(own):.2f} "
+        f"to {most}: between these the gain of one seed says nothing"
     ]
 
 

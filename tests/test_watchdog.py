@@ -1,4 +1,4 @@
-"""The watchdog ends its process whatever becomes of what it says."""
+"""What ends a process that hangs, or that waits for one that does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+
+import pytest
 
 from conftest import ROOT
 from est_ds.launch.placement import free_port
@@ -23,6 +25,11 @@ if world.is_first:
 meeting.store.set("met", "")
 with Watchdog(meeting, world, 1.0):
     signal.pause()
+"""
+WAITS = """
+from est_ds.ranks.meeting import meet
+from est_ds.ranks.world import World
+meet(World.from_environment(), 5.0, lambda store: print("reached", flush=True))
 """
 HANGS = """
 import time
@@ -46,25 +53,42 @@ def test_a_process_that_hangs_ends_though_nobody_reads_its_errors():
     assert started.wait(120) == 1
 
 
+def started(script: str, rank: int, size: int, port: int) -> subprocess.Popen:
+    place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, **place},
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+    )
+
+
 def test_a_neighbour_that_stopped_before_it_said_anything_is_ended():
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", STOPS],
-            cwd=ROOT,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = ranks[1].communicate(timeout=120)[1]
-        assert ranks[1].returncode == 1
-        assert "  rank 0 on " in said and "(it has told no step yet) does not answer" in said
-        assert ranks[0].wait(5) == -signal.SIGKILL
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-            rank.stderr.close()
+    port = free_port()
+    with started(STOPS, 0, 2, port) as stops, started(STOPS, 1, 2, port) as goes_on:
+        try:
+            said = goes_on.communicate(timeout=120)[1]
+            assert goes_on.returncode == 1
+            assert "  rank 0 on " in said and "(it has told no step yet) does not answer" in said
+            assert stops.wait(5) == -signal.SIGKILL
+        finally:
+            stops.kill()
+            goes_on.kill()
+
+
+@pytest.mark.slow
+def test_a_process_ends_if_rank_0_stops_before_all_have_come():
+    port = free_port()
+    with started(WAITS, 0, 3, port) as first, started(WAITS, 1, 3, port) as other:
+        try:
+            assert other.stdout.readline() == "reached\n"
+            first.send_signal(signal.SIGSTOP)
+            said = other.communicate(timeout=60)[1]
+            assert f"Failure: rank 0 at 127.0.0.1:{port} no longer answers" in said
+        finally:
+            first.kill()
+            other.kill()

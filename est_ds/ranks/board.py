@@ -7,14 +7,19 @@ gathers, and publishes what all need under one key. Sizes here are linear in the
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch.distributed as dist
 
 LOOKS_PER_S = 4000  # that all ranks together may ask rank 0 to answer
 AT_ONCE = 1024  # keys in a request
 PIECE_BYTES = 4 << 20  # the store refuses values above 8 MiB
+
+T = TypeVar("T")
 
 
 def look_every_s(least_s: float, num_ranks: int) -> float:
@@ -37,6 +42,29 @@ def wait_for(store: dist.Store, key: str, num_ranks: int, until: float) -> bool:
             return False
         time.sleep(every_s)
     return True
+
+
+def within(limit_s: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises, on a thread: torch waits without end for a store whose process
+    was stopped or whose host has gone, and signals would not be heard meanwhile.
+
+    Raises:
+        TimeoutError: it took longer; the thread is left behind.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as e:  # for the caller, whatever it is
+            done.set_exception(e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        raise TimeoutError(f"not within {limit_s:.0f} s")
+    return done.result()
 
 
 def absent(store: dist.Store, keys: Sequence[str]) -> list[str]:

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from est_ds.errors import Failure, UserError
-from est_ds.ranks.board import AT_ONCE, absent, look_every_s, read_all, wait_for
+from est_ds.ranks.board import AT_ONCE, absent, look_every_s, read_all, wait_for, within
 from est_ds.ranks.versions import comparable_versions
 from est_ds.ranks.world import World, meeting_place
 
@@ -86,7 +87,7 @@ def meet(
         reached: is given the store as soon as rank 0 answers.
 
     Raises:
-        Failure: rank 0 cannot be reached, or processes are missing; it says which.
+        Failure: rank 0 cannot be reached or falls silent, or processes are missing; it says which.
         UserError: processes run different versions.
     """
     address, port = meeting_place(world)
@@ -97,17 +98,16 @@ def meet(
         reached(store)
     own, host = own_address(address), host_name()
     mine = {"host": host, "address": own, "versions": comparable_versions(), "pid": os.getpid()}
+    exchange = partial(_exchange, store, world, mine, deadline, limit_s)
     try:
-        token = store.get(TOKEN).decode()
-        store.set(_key(world.rank), json.dumps(mine))
-        if world.is_first:
-            record = _gather(store, world.size, deadline, limit_s)
-        elif wait_for(store, RECORD, world.size, deadline + 2 * TELL_EVERY_S):
-            record = json.loads(store.get(RECORD))
-        else:  # rank 0 came later, and still waits
-            record = {"missing": store.get(MISSING).decode()}
-        _raise_fault(store, world, record)
-        near = json.loads(store.get(_near_key(host)))
+        token, record, near = within(
+            deadline - time.monotonic() + 2 * TELL_EVERY_S + CALL_S, exchange
+        )
+    except TimeoutError:
+        raise Failure(
+            f"rank 0 at {address}:{port} no longer answers; it was stopped, or its host or network "
+            f"is gone."
+        ) from None
     except (dist.DistError, OSError):
         raise Failure(
             f"rank 0 at {address}:{port} ended before all processes had come; see its output."
@@ -115,6 +115,26 @@ def meet(
     addresses = tuple(record["addresses"])
     near = {int(rank): pid for rank, pid in near.items()}
     return Meeting(store, store.port, token, host, record["host"], near, addresses)
+
+
+def _exchange(
+    store: dist.Store, world: World, mine: dict[str, Any], deadline: float, limit_s: float
+) -> tuple[str, dict[str, Any], dict[str, int]]:
+    """Leaves a process's record, and waits for the others'.
+
+    Returns:
+        The token, the record that rank 0 published, and the processes of the ranks of this host.
+    """
+    token = store.get(TOKEN).decode()
+    store.set(_key(world.rank), json.dumps(mine))
+    if world.is_first:
+        record = _gather(store, world.size, deadline, limit_s)
+    elif wait_for(store, RECORD, world.size, deadline + 2 * TELL_EVERY_S):
+        record = json.loads(store.get(RECORD))
+    else:  # rank 0 came later, and still waits
+        record = {"missing": store.get(MISSING).decode()}
+    _raise_fault(store, world, record)
+    return token, record, json.loads(store.get(_near_key(mine["host"])))
 
 
 def host_name() -> str:

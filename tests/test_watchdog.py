@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 
 import pytest
 
-from conftest import ROOT
-from est_ds.launch.placement import free_port
+from workers import ROOT, launched
 
 STOPS = """
 import os, signal
@@ -53,42 +55,40 @@ def test_a_process_that_hangs_ends_though_nobody_reads_its_errors():
     assert started.wait(120) == 1
 
 
-def started(script: str, rank: int, size: int, port: int) -> subprocess.Popen:
-    place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={**os.environ, **place},
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-    )
+@contextmanager
+def started(script: str, size: int, ranks: int) -> Iterator[list[subprocess.Popen]]:
+    """Runs the script in the first ranks of `size`, as children of this process."""
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for environment in islice(launched(size), ranks)
+    ]
+    try:
+        yield begun
+    finally:
+        for process in begun:
+            process.kill()
+            process.communicate()
 
 
 def test_a_neighbour_that_stopped_before_it_said_anything_is_ended():
-    port = free_port()
-    with started(STOPS, 0, 2, port) as stops, started(STOPS, 1, 2, port) as goes_on:
-        try:
-            said = goes_on.communicate(timeout=120)[1]
-            assert goes_on.returncode == 1
-            assert "  rank 0 on " in said and "(it has told no step yet) does not answer" in said
-            assert stops.wait(5) == -signal.SIGKILL
-        finally:
-            stops.kill()
-            goes_on.kill()
+    with started(STOPS, size=2, ranks=2) as (stops, goes_on):
+        said = goes_on.communicate(timeout=120)[1]
+        assert goes_on.returncode == 1
+        assert "  rank 0 on " in said and "(it has told no step yet) does not answer" in said
+        assert stops.wait(5) == -signal.SIGKILL
 
 
 @pytest.mark.slow
 def test_a_process_ends_if_rank_0_stops_before_all_have_come():
-    port = free_port()
-    with started(WAITS, 0, 3, port) as first, started(WAITS, 1, 3, port) as other:
-        try:
-            assert other.stdout.readline() == "reached\n"
-            first.send_signal(signal.SIGSTOP)
-            said = other.communicate(timeout=60)[1]
-            assert f"Failure: rank 0 at 127.0.0.1:{port} no longer answers" in said
-        finally:
-            first.kill()
-            other.kill()
+    with started(WAITS, size=3, ranks=2) as (first, other):
+        assert other.stdout.readline() == "reached\n"
+        first.send_signal(signal.SIGSTOP)
+        said = other.communicate(timeout=60)[1]
+        assert "Failure: rank 0 at 127.0.0.1:" in said and " no longer answers" in said

@@ -12,11 +12,12 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import torch.distributed as dist
 
 from est_ds.ranks import preempt
-from est_ds.ranks.board import look_every_s
+from est_ds.ranks.board import look_every_s, within
 from est_ds.ranks.meeting import CALL_S
 from est_ds.ranks.world import World
 
@@ -80,13 +81,11 @@ class BeforeTraining:
         """Ends the process, unless training has begun."""
         if self._over.is_set():
             return
-        answers: list[str] = []
+        answer = None
         if self._reached.wait(TELL_S):  # else it has nobody to tell
-            # On a thread: no answer may come.
-            telling = threading.Thread(target=self._tell, args=(answers,), daemon=True)
-            telling.start()
-            telling.join(CALL_S)
-        if answers != [BEGUN]:
+            with suppress(OSError, dist.DistError):  # no answer
+                answer = within(CALL_S, lambda: self._decide(ENDS))
+        if answer != BEGUN:
             self._end()
 
     def _hear_others(self) -> None:
@@ -97,12 +96,6 @@ class BeforeTraining:
                     self._end()
         except (OSError, dist.DistError):
             pass  # rank 0 has gone, which ends this process in other ways
-
-    def _tell(self, answers: list[str]) -> None:
-        try:
-            answers.append(self._decide(ENDS))
-        except (OSError, dist.DistError):
-            pass
 
     def _decide(self, what: str) -> str:
         """What was decided: this, or what came first."""

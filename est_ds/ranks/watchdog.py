@@ -202,8 +202,8 @@ class Watchdog:
 
     def _kill_neighbours(self, ranks: list[int]) -> None:
         """Ends those of the same launcher, which waits 30 s before it does."""
-        for rank in ranks:
-            with suppress(KeyError, psutil.Error):  # on another host, or it has ended
+        for rank in self._meeting.near.keys() & ranks:
+            with suppress(psutil.Error):  # it has ended
                 process = psutil.Process(self._meeting.near[rank])
                 if process.ppid() == os.getppid():
                     process.kill()

@@ -76,9 +76,9 @@ def _of_curves(
     wanted: Sequence[float], curves: Mapping[int, Curve], dense: list[RunResult]
 ) -> list[str]:
     """Why there is no gain though one was asked for."""
-    budgets = len({r.steps for r in dense})
     if not wanted or curves or not dense:
         return []
+    budgets = len({r.steps for r in dense})
     return [
         f"no gain: no curve fits the baseline's runs of {budgets} budgets (it takes three, whose "
         f"loss falls)"

@@ -426,7 +426,9 @@ def test_a_process_of_zero_3_holds_its_share_of_the_weights_and_no_more(
     layer = 4 * (4 * 1024**2 + 3 * 1024 * 2816)
     parameters = 296_784_896 - tied * 32000 * 1024
     config = load_run(synthetic_run, begin)
-    states = held(Process(config, parameters, (parameters,), 4, parameters, on_gpu=False))
+    states = held(
+        Process(config, parameters, (parameters,), 4, parameters, parameters, on_gpu=False)
+    )
     share = states.weights + states.gradients + states.optimizer
     print(f"peaks {peaks}, share {share:.0f}, layer {layer}")
     assert max(peaks) < 1.3 * share + layer, (peaks, share)

@@ -19,14 +19,15 @@ from est_ds.slicing.build import build_model
 from est_ds.training.boundaries import is_boundary
 from layouts import LAYOUTS, MORE_LAYOUTS, name_of, train_in
 
-SEQUENCES = 51  # micro-batches of 2 on 2 replicas: the last ones are filled up
+SEQUENCES = 51  # micro-batches of 2 on 2 or 3 replicas: the last ones are filled up
 EST = (
-    "{name: est, balance_groups: 2, phases: ["
+    "{name: est, balance_groups: 4, phases: ["
     "{name: small, until: 2, layers: 0.5, heads: 0.5, columns: 0.5}, "
     "{name: narrow, until: 4, heads: 0.5, columns: 0.5}, {name: full, until: 6}]}"
 )
 GROWS = "{name: stacking, mode: identity, phases: [{until: 3, layers: 2}, {until: 6, layers: 8}]}"
 COMMON = ["steps=6", "schedule={name: cosine}", f"evaluate.sequences={SEQUENCES}"]
+COMMON += ["batch={global: 12, micro: 2}"]  # for 3 replicas too
 WINDOWS = [*COMMON, f"method={EST}", "data.documents=separate"]
 WINDOWS += ["evaluate.windows=true", "evaluate.every=3"]
 BOUNDARIES = [*COMMON, "evaluate.boundaries=true", "evaluate.every=3"]

@@ -110,6 +110,7 @@ BAD = {
     "memory.py --gpu nowhere.yaml": "does not exist; check the path",
     "steady.py --steps 1": "--steps 1: a stretch has at least 2 of them",
     "estimates.py --gpu": "unrecognized arguments: --gpu",
+    "ranks.py --ranks 1000000000": "--ranks 1000000000: rank 0 on ",
 }
 
 

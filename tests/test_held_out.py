@@ -26,8 +26,8 @@ EST = (
     "{name: narrow, until: 4, heads: 0.5, columns: 0.5}, {name: full, until: 6}]}"
 )
 GROWS = "{name: stacking, mode: identity, phases: [{until: 3, layers: 2}, {until: 6, layers: 8}]}"
-COMMON = ["steps=6", "schedule={name: cosine}", f"evaluate.sequences={SEQUENCES}"]
-COMMON += ["batch={global: 12, micro: 2}"]  # for 3 replicas too
+BATCH = "batch={global: 12, micro: 2}"  # for 3 replicas too
+COMMON = ["steps=6", BATCH, "schedule={name: cosine}", f"evaluate.sequences={SEQUENCES}"]
 WINDOWS = [*COMMON, f"method={EST}", "data.documents=separate"]
 WINDOWS += ["evaluate.windows=true", "evaluate.every=3"]
 BOUNDARIES = [*COMMON, "evaluate.boundaries=true", "evaluate.every=3"]

@@ -44,6 +44,7 @@ from est_ds.config.arguments import positive
 from est_ds.config.run_file import load_run
 from est_ds.data.loader import Batches, Ordering, Portion, Sampling
 from est_ds.disk import describe
+from est_ds.errors import Failure, UserError
 from est_ds.launch.placement import free_port
 from est_ds.plans.methods import build_method
 from est_ds.ranks import meeting
@@ -336,6 +337,11 @@ def main() -> None:
     parser.add_argument("--extrapolate", type=int, default=10_240)
     parser.add_argument("--steps", type=positive, default=5)
     options = parser.parse_args()
+    most = max(options.ranks)
+    try:  # here, and not when rank 0 of them finds it and the others wait
+        meeting._allow_sockets(meeting.SOCKETS * most)
+    except Failure as e:
+        raise UserError(f"--ranks {most}: {e}") from None
     if INSIDE not in os.environ:
         return run_apart()
     threading.stack_size(512 * 1024)
